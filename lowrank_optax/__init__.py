@@ -1,0 +1,40 @@
+"""Low-rank eigenbases of a network's curvature, and optimizers that run inside them.
+
+The engine is `scale_by_lre`, a point of three axes: `curvature` (what is measured), `basis` (how it
+is kept), `inner` (what runs inside). `lre` is the recipe to start from.
+"""
+
+from lowrank_optax import basis, curvature, diagnose, inner
+from lowrank_optax._tree import per_leaf
+from lowrank_optax._types import (
+    MATRIX,
+    MOMENTS,
+    SCALAR,
+    SECOND_MOMENT,
+    TENSOR,
+    THIRD_MOMENT,
+    VECTOR,
+    Context,
+    Correction,
+    Eigenbasis,
+    Law,
+)
+from lowrank_optax.alias import lre
+from lowrank_optax.transform import Events, Metrics, ScaleByLREState, scale_by_lre
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MATRIX", "MOMENTS", "SCALAR", "SECOND_MOMENT", "TENSOR", "THIRD_MOMENT", "VECTOR", "Context",
+    "Correction", "Eigenbasis", "Events", "Law", "Metrics", "ScaleByLREState", "basis", "curvature",
+    "diagnose", "inner", "lre", "per_leaf", "scale_by_lre",
+]
+
+
+def __getattr__(name: str):
+    """`training` and `plot` need extras, so they are imported when first asked for."""
+    if name in ("training", "plot"):
+        import importlib
+
+        return importlib.import_module(f"lowrank_optax.{name}")
+    raise AttributeError(f"module 'lowrank_optax' has no attribute {name!r}")

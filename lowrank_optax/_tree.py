@@ -1,0 +1,205 @@
+"""Trees of parameters seen as vectors in groups, and the rows that are stored beside them.
+
+A `Layout` is the static picture of a tree: its leaves, their shapes, and which group each belongs
+to. Vectors are lists of flat leaves, rows are lists of ``(m, leaf.size)`` arrays: two-dimensional
+because XLA copies rows that carry a leaf's own shape. Sums over the leaves of a group give small
+arrays with a leading axis of groups; nothing here ever concatenates the leaves.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lowrank_optax._types import Columns, Vector, check
+
+BLOCK = 16384
+"""Columns of the rows that a rotation moves at a time; a block of 132 rows is 8.7 MB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Leaves of a tree by group.
+
+    Attributes:
+      treedef: the tree's structure.
+      names: the leaves' paths, for messages.
+      shapes: the leaves' shapes.
+      dtypes: the leaves' dtypes.
+      rows: the dtypes in which rows are stored.
+      group: the group of every leaf, ``0 .. n-1``.
+      n: how many groups there are; at least one.
+      dtype: of the small algebra: float32, or float64 where a leaf is.
+    """
+
+    treedef: Any
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+    rows: tuple[Any, ...]
+    group: tuple[int, ...]
+    n: int
+    dtype: Any
+
+    @classmethod
+    def of(cls, tree: Any, groups: Callable[[Any], Hashable] | None, rows: Any = None) -> "Layout":
+        """Reads the layout of a tree of floating-point arrays (or shapes of arrays)."""
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+        names = tuple(jax.tree_util.keystr(path) for path, _ in leaves)
+        dtypes = tuple(_dtype(leaf) for _, leaf in leaves)
+        for name, dtype in zip(names, dtypes, strict=True):
+            check(not jnp.issubdtype(dtype, jnp.complexfloating),
+                  f"scale_by_lre: the leaf {name or 'of the tree'} is {dtype}; wrap the optimizer "
+                  "in optax.contrib.split_real_and_imaginary.")
+            check(jnp.issubdtype(dtype, jnp.floating),
+                  f"scale_by_lre: the leaf {name or 'of the tree'} is {dtype}; pass floating-point "
+                  "leaves, or leave it out with optax.masked or optax.partition.")
+        labels = [None if groups is None else groups(path) for path, _ in leaves]
+        order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        return cls(
+            treedef=treedef,
+            names=names,
+            shapes=tuple(tuple(np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape)
+                         for _, leaf in leaves),
+            dtypes=dtypes,
+            rows=tuple(jnp.dtype(rows or dtype) for dtype in dtypes),
+            group=tuple(order[label] for label in labels),
+            n=max(1, len(order)),
+            dtype=jnp.result_type(jnp.float32, *dtypes),
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of every leaf."""
+        return tuple(int(np.prod(shape)) for shape in self.shapes)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Number of entries of every group, the ``d`` of the formulas."""
+        dims = [0] * self.n
+        for size, group in zip(self.sizes, self.group, strict=True):
+            dims[group] += size
+        return tuple(dims)
+
+    def flatten(self, tree: Any) -> Vector:
+        """The tree as a vector, rounded to the dtype of the rows."""
+        leaves = self.treedef.flatten_up_to(tree)
+        return [jnp.reshape(x, -1).astype(t) for x, t in zip(leaves, self.rows, strict=True)]
+
+    def unflatten(self, vector: Vector) -> Any:
+        """The vector as a tree of the leaves' shapes and dtypes."""
+        return self.treedef.unflatten([
+            jnp.reshape(x, shape).astype(dtype)
+            for x, shape, dtype in zip(vector, self.shapes, self.dtypes, strict=True)])
+
+    def tree(self, leaves: Sequence[Any]) -> Any:
+        """Any list with one entry a leaf, as a tree of the same structure."""
+        return self.treedef.unflatten(leaves)
+
+    def leaves(self, tree: Any) -> list[Any]:
+        """The inverse of `tree`."""
+        return self.treedef.flatten_up_to(tree)
+
+    def zeros(self, count: int) -> Columns:
+        """``count`` rows of zeros."""
+        return [jnp.zeros((count, size), t) for size, t in zip(self.sizes, self.rows, strict=True)]
+
+    def spread(self, values: jax.Array) -> list[jax.Array]:
+        """The value of each leaf's group, from an array with a leading axis of groups."""
+        return [values[group] for group in self.group]
+
+    def gather(self, parts: Sequence[jax.Array], shape: tuple[int, ...] = ()) -> jax.Array:
+        """Sums one small array a leaf over the leaves of each group: ``(n, *shape)``."""
+        sums = [jnp.zeros(shape, self.dtype) for _ in range(self.n)]
+        for group, part in zip(self.group, parts, strict=True):
+            sums[group] = sums[group] + part.astype(self.dtype)
+        return jnp.stack(sums)
+
+    def dot(self, rows: Columns, vector: Vector | Columns) -> jax.Array:
+        """``W v``: ``(n, m)`` for a vector, ``(n, m, k)`` for columns. One pass over the rows."""
+        if vector and vector[0].ndim == 2 and vector[0].shape[0] == 1:  # a gemv is the faster one
+            return self.dot(rows, [v[0] for v in vector])[..., None]
+        parts = [_contract(w, v, self.dtype) for w, v in zip(rows, vector, strict=True)]
+        count = rows[0].shape[0] if rows else 0
+        tail = () if not rows or vector[0].ndim == 1 else (vector[0].shape[0],)
+        return self.gather(parts, (count, *tail))
+
+    def inner(self, a: Vector, b: Vector) -> jax.Array:
+        """``a · b`` within each group, ``(n,)``."""
+        return self.gather([jnp.vdot(x.astype(self.dtype), y.astype(self.dtype))
+                            for x, y in zip(a, b, strict=True)])
+
+    def gram(self, columns: Columns) -> jax.Array:
+        """``(n, k, k)`` inner products of columns; one column costs one elementwise pass."""
+        if columns and columns[0].shape[0] == 1:
+            vector = [c[0] for c in columns]
+            return self.inner(vector, vector)[:, None, None]
+        return self.dot(columns, columns)
+
+    def combine(self, weights: jax.Array, rows: Columns) -> Vector | Columns:
+        """``c W``: weights ``(n, m)`` give a vector, ``(n, k, m)`` columns. One pass."""
+        return [
+            lax.dot_general(c.astype(w.dtype), w, (((c.ndim - 1,), (0,)), ((), ())),
+                            preferred_element_type=self.dtype)
+            for c, w in zip(self.spread(weights), rows, strict=True)]
+
+
+def per_leaf(path: Any) -> str:
+    """A ``groups`` function: every leaf is a group of its own.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> tx = lro.lre(1e-2, basis=lro.basis.GGT(10), groups=lro.per_leaf)
+    """
+    return jax.tree_util.keystr(path)
+
+
+def stack(vector: Vector) -> Columns:
+    """A vector as a single column."""
+    return [x[None] for x in vector]
+
+
+def cast_like(columns: Columns, rows: Columns) -> Columns:
+    """Columns in the dtypes of the rows they are to join."""
+    return [c.astype(w.dtype) for c, w in zip(columns, rows, strict=True)]
+
+
+def repeat(times: jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+    """Runs ``body(i, carry)`` a traced number of times, mostly zero or one.
+
+    The engine's only form of "now and then": `lax.cond` makes XLA copy big buffers through both of
+    its branches, a loop updates its carry in place and costs nothing when it does not run.
+    """
+    return lax.fori_loop(0, times.astype(jnp.int32), body, carry)
+
+
+def write(rows: Columns, layout: Layout, slots: jax.Array, columns: Columns) -> Columns:
+    """Puts column ``j`` of ``k`` into row ``slots[:, j]`` of its group; a slot of ``m`` drops it.
+
+    The rows are read before (``slots`` depends on the read), so that XLA writes in place.
+    """
+    def put(w: jax.Array, at: jax.Array, c: jax.Array) -> jax.Array:
+        def body(j, w):
+            return repeat(at[j] < w.shape[0],
+                          lambda _, w: lax.dynamic_update_slice_in_dim(
+                              w, lax.dynamic_slice_in_dim(c, j, 1, 0), at[j], 0), w)
+        if c.shape[0] == 1:
+            return body(0, w)
+        return lax.fori_loop(0, c.shape[0], body, w)
+
+    return [put(w, at, c) for w, at, c in
+            zip(rows, layout.spread(slots), cast_like(columns, rows), strict=True)]
+
+
+def _contract(w: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:
+    """``W v`` or ``W V^T`` with the accumulation in ``dtype``."""
+    return lax.dot_general(w, v.astype(w.dtype), (((1,), (v.ndim - 1,)), ((), ())),
+                           preferred_element_type=dtype)
+
+
+def _dtype(leaf: Any) -> Any:
+    return jnp.dtype(leaf.dtype) if hasattr(leaf, "dtype") else jnp.result_type(leaf)

@@ -1,0 +1,166 @@
+"""The currencies the parts trade in, and the checks that guard their construction.
+
+Shapes are those of one group of parameters; the engine adds a leading axis of groups. Symbols:
+``d`` parameters of a group, ``r`` coordinates, ``m`` stored rows, ``k`` columns of one correction.
+"""
+
+import dataclasses
+import numbers
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Vector = list[jax.Array]
+"""One vector of the parameters' space: a flat array for every leaf, in the tree's order."""
+
+Columns = list[jax.Array]
+"""Several such vectors: an array ``(k, leaf.size)`` for every leaf."""
+
+
+class Eigenbasis(NamedTuple):
+    """What a step reads of ``Q diag(lam) Q^T``: eigenvalues and which of the ``r`` slots hold one.
+
+    Attributes:
+      lam: ``(r,)`` eigenvalues in descending order, in units of the curvature; 0 in dead slots.
+      live: ``(r,)`` booleans; a dead slot's direction is zero and so is everything along it.
+    """
+
+    lam: jax.Array
+    live: jax.Array
+
+
+class Correction(NamedTuple):
+    """A low-rank change of curvature, ``sum_i w_i y_i z_i^T``.
+
+    Attributes:
+      columns: the ``y_i``, an array ``(k, leaf.size)`` for every leaf; ``None`` when the one
+        column is the gradient itself, whose products with the basis need no pass of their own.
+      right: the ``z_i`` where they differ from the ``y_i``.
+      weights: ``(groups, k)``; ``None`` means ones. Zero switches a column off.
+      signed: whether weights can be negative (a static property of the curvature).
+    """
+
+    columns: Columns | None
+    right: Columns | None = None
+    weights: jax.Array | None = None
+    signed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """How coordinates move when the basis does, with ``C = Q_new^T Q_old``.
+
+    The elementwise ``power`` of ``C`` is applied along the first ``axes`` axes; a state of no
+    axes is a scalar and stays. A ``centred`` law moves a pair of first and second moments.
+    """
+
+    axes: int
+    power: int = 1
+    centred: bool = False
+
+
+SCALAR = Law(0)
+"""Counters and norms: unchanged."""
+VECTOR = Law(1)
+"""Momentum: ``C m``."""
+SECOND_MOMENT = Law(1, 2)
+"""Adam's second moment: ``(C∘C) v = diag(C diag(v) C^T)``."""
+THIRD_MOMENT = Law(1, 3)
+"""Diagonal third moment: ``(C∘C∘C) t``."""
+MATRIX = Law(2)
+"""Full second moments and Hessians: ``C M C^T``."""
+TENSOR = Law(3)
+"""Full third moments: ``einsum('ai,bj,ck,ijk->abc', C, C, C, T)``."""
+MOMENTS = Law(1, 2, centred=True)
+"""The pair ``(m, v)``: ``C m`` and ``(C∘C)(v - m²) + (C m)²``."""
+
+
+class Context(NamedTuple):
+    """What an inner part sees of the step besides its input.
+
+    Attributes:
+      g: ``(r,)`` the gradient in the basis, as projected.
+      basis: eigenvalues and live slots of the basis, as regularised for this step.
+      moved: whether the basis was updated in this step, and states moved with it.
+      probe: ``(r,)`` probe of the curvature in the basis, or ``None``.
+      product: ``(r,)`` curvature times probe, or ``None``.
+      fresh: whether probe and product belong to this step.
+    """
+
+    g: jax.Array
+    basis: Eigenbasis
+    moved: jax.Array
+    probe: jax.Array | None = None
+    product: jax.Array | None = None
+    fresh: jax.Array | None = None
+
+
+class Absorbed(NamedTuple):
+    """What a basis returns after a correction.
+
+    Attributes:
+      state: of the basis.
+      c: ``(n, r, r)``, the change of basis ``C = Q_new^T Q_old``.
+      u: ``(n, r, k)``, the columns in the new basis.
+      failed: ``(n,)``, groups whose small eigenproblem gave something that is not finite and whose
+        basis therefore stayed as it was.
+    """
+
+    state: Any
+    c: jax.Array
+    u: jax.Array
+    failed: jax.Array
+
+
+class Inner(Protocol):
+    """A rule in the coordinates of the basis. All shapes are those of one group."""
+
+    def init(self, rank: int, dtype: Any) -> Any:
+        """A fresh state for ``rank`` coordinates."""
+
+    @property
+    def laws(self) -> Any:
+        """A tree prefix of the state that names the `Law` of every part of it."""
+
+    def update(self, u: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
+        """New coordinates ``(r,)`` and the state after them."""
+
+
+def check(condition: Any, message: str) -> None:
+    """Raises ``ValueError(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_count(owner: str, name: str, value: Any, least: int = 1) -> None:
+    """A whole number of at least ``least``; traced values pass."""
+    if isinstance(value, jax.Array):
+        return
+    ok = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+    check(ok, f"{owner}: {name} is {value!r}; pass a whole number of at least {least}.")
+
+
+def check_decay(owner: str, name: str, value: Any, closed: bool = False) -> None:
+    """A decay in [0, 1), or in [0, 1] when ``closed``."""
+    ok = _real(value) and (0 <= value < 1 or (closed and value == 1))
+    check(ok, f"{owner}: {name} is {value!r}; pass a number in [0, 1{']' if closed else ')'}.")
+
+
+def check_least(owner: str, name: str, value: Any, least: float = 0.0, strict: bool = False) -> None:
+    """A real number at or (``strict``) above ``least``."""
+    ok = _real(value) and (value > least if strict else value >= least)
+    check(ok, f"{owner}: {name} is {value!r}; pass a number {'above' if strict else 'of at least'} "
+          f"{least:g}.")
+
+
+def require(owner: str, extra: Mapping[str, Any], name: str, meaning: str) -> Any:
+    """The extra argument ``name``, or an error that says what to pass to ``update``."""
+    value = extra.get(name)
+    check(value is not None, f"{owner} needs `{name}` ({meaning}), which was not passed: call "
+          f"tx.update(grads, state, params, {name}=...).")
+    return value
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value

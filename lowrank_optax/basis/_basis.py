@@ -1,0 +1,120 @@
+"""What every basis offers the engine, and the spectrum's options that they share."""
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout
+from lowrank_optax._types import (
+    Absorbed,
+    Columns,
+    Eigenbasis,
+    Vector,
+    check,
+    check_count,
+    check_decay,
+    check_least,
+)
+
+
+class Basis(abc.ABC):
+    """An eigenbasis ``Q^T = T W`` of ``m`` stored rows ``W`` and a small ``(r, m)`` matrix ``T``.
+
+    All small arrays have a leading axis of ``n`` groups, which are independent of one another.
+    """
+
+    @abc.abstractmethod
+    def coordinates(self, layout: Layout) -> int:
+        """The number ``r`` of coordinates."""
+
+    @abc.abstractmethod
+    def init(self, layout: Layout) -> Any:
+        """The empty basis."""
+
+    @abc.abstractmethod
+    def absorb(
+        self,
+        layout: Layout,
+        state: Any,
+        columns: Columns,
+        weights: jax.Array,
+        accept: jax.Array,
+        signed: bool = False,
+    ) -> Absorbed:
+        """Takes in ``sum_i w_i y_i y_i^T`` for the groups that ``accept`` it, ``(n,)``."""
+
+    @abc.abstractmethod
+    def eigenbasis(self, state: Any) -> Eigenbasis:
+        """Eigenvalues as the step is to see them, ``(n, r)``."""
+
+    def project(self, layout: Layout, state: Any, vector: Vector) -> jax.Array:
+        """``Q^T v``, ``(n, r)``: one pass over the rows."""
+        rows = layout.leaves(state.rows)
+        return jnp.einsum("nrm,nm->nr", state.t, layout.dot(rows, vector))
+
+    def unproject(self, layout: Layout, state: Any, u: jax.Array) -> Vector | Columns:
+        """``Q u``: ``(n, r)`` gives a vector, ``(n, k, r)`` columns. One pass over the rows."""
+        return layout.combine(jnp.einsum("n...r,nrm->n...m", u, state.t), layout.leaves(state.rows))
+
+    def check_state(self, layout: Layout, state: Any) -> None:
+        """Raises ``ValueError`` where gradients do not have the shapes that ``init`` saw."""
+        try:
+            rows = layout.leaves(state.rows)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"scale_by_lre: the gradients' structure {layout.treedef} is not that "
+                             f"of the parameters given to init: {error}") from error
+        for name, size, w in zip(layout.names, layout.sizes, rows, strict=True):
+            check(getattr(w, "ndim", 0) == 2 and w.shape[1] == size,
+                  f"scale_by_lre: the gradient's leaf {name} has {size} entries, but init saw "
+                  f"{getattr(w, 'shape', (0, w))[-1]}; pass gradients shaped like the parameters, or "
+                  "call init again.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """Which eigenvalues stay and what is added to them, in the state and for the step alone.
+
+    `_linalg.regularize` gives the order. The fields without prefix act on what is stored, those
+    with ``update_`` on what one step reads.
+    """
+
+    eig_tol: float = 1e-5
+    damping: float = 0.0
+    rdamping: float = 0.0
+    abs: bool = False
+    truncate: int | None = None
+    update_eig_tol: float = 0.0
+    update_damping: float = 0.0
+    update_rdamping: float = 0.0
+    update_abs: bool = False
+    update_truncate: int | None = None
+
+    def __post_init__(self):
+        owner = type(self).__name__
+        for prefix in ("", "update_"):
+            check_decay(owner, prefix + "eig_tol", getattr(self, prefix + "eig_tol"))
+            check_least(owner, prefix + "damping", getattr(self, prefix + "damping"))
+            check_least(owner, prefix + "rdamping", getattr(self, prefix + "rdamping"))
+            if getattr(self, prefix + "truncate") is not None:
+                check_count(owner, prefix + "truncate", getattr(self, prefix + "truncate"))
+
+    def stored(self, lam: jax.Array, live: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Eigenvalues ``(r,)`` as they are kept."""
+        return _linalg.regularize(
+            lam, live, eig_tol=self.eig_tol, damping=self.damping, rdamping=self.rdamping,
+            abs=self.abs, truncate=self.truncate)
+
+    def used(self, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Stored eigenvalues ``(r,)`` as one step sees them."""
+        return _linalg.regularize(
+            lam, lam != 0, eig_tol=self.update_eig_tol, damping=self.update_damping,
+            rdamping=self.update_rdamping, abs=self.update_abs, truncate=self.update_truncate)
+
+
+def check_rank(owner: str, rank: Any) -> None:
+    """A rank is a whole number of at least one."""
+    check_count(owner, "rank", rank)

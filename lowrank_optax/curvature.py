@@ -1,0 +1,94 @@
+"""Curvatures: what is measured at every step and handed to the basis as a low-rank correction."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._tree import Layout, cast_like, stack, write
+from lowrank_optax._types import Correction, Vector
+
+
+class Evidence(NamedTuple):
+    """What a curvature may look at on a step that updates the basis.
+
+    Attributes:
+      g: the gradient.
+      due: ``(n,)`` the groups whose basis is to be updated.
+      params: the parameters, or ``None`` where none were passed.
+      extra: the extra arguments of ``update``.
+      key: a random key of this step.
+    """
+
+    g: Vector
+    due: jax.Array
+    params: Any
+    extra: Mapping[str, Any]
+    key: jax.Array
+
+
+class Curvature(abc.ABC):
+    """Observes every step; gives a correction on the steps that update the basis."""
+
+    def init(self, layout: Layout, window: int) -> Any:
+        """A fresh state; at most ``window`` observations are collected between two updates."""
+        return ()
+
+    def observe(self, layout: Layout, state: Any, g: Vector, accept: jax.Array) -> Any:
+        """Sees the gradient of a step, in the groups that ``accept`` it."""
+        return state
+
+    @abc.abstractmethod
+    def correct(self, layout: Layout, state: Any, evidence: Evidence) -> tuple[Correction, Any]:
+        """The correction of a step that updates the basis, after `observe`."""
+
+
+class Collected(NamedTuple):
+    """Gradients since the last update of the basis.
+
+    Attributes:
+      columns: ``(window, leaf.size)`` a leaf.
+      fill: ``(n,)`` how many came; beyond ``window`` the oldest are overwritten.
+    """
+
+    columns: Any
+    fill: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Covariance(Curvature):
+    """Uncentred covariance of the gradients: the correction is ``+ g g^T``.
+
+    With an update every ``k`` steps it is the sum over the last ``k`` gradients, or over as many
+    as the basis has ranks where that is less; they are collected in ``min(k, rank)`` further rows.
+
+    Cost: none of its own; with ``k = 1`` the projection's pass over the rows serves both.
+
+    Source: Agarwal et al., "Efficient Full-Matrix Adaptive Regularization", ICML 2019.
+    """
+
+    def init(self, layout: Layout, window: int) -> Any:
+        if window == 1:
+            return ()
+        return Collected(layout.tree(layout.zeros(window)), jnp.zeros(layout.n, jnp.int32))
+
+    def observe(self, layout: Layout, state: Any, g: Vector, accept: jax.Array) -> Any:
+        if not isinstance(state, Collected):
+            return state
+        columns = layout.leaves(state.columns)
+        window = columns[0].shape[0] if columns else 1
+        slots = jnp.where(accept, state.fill % window, window)[:, None]
+        columns = write(columns, layout, slots, cast_like(stack(g), columns))
+        return Collected(layout.tree(columns), state.fill + accept)
+
+    def correct(self, layout: Layout, state: Any, evidence: Evidence) -> tuple[Correction, Any]:
+        if not isinstance(state, Collected):
+            return Correction(None), state
+        columns = layout.leaves(state.columns)
+        window = columns[0].shape[0] if columns else 1
+        weights = (jnp.arange(window) < state.fill[:, None]).astype(layout.dtype)
+        fill = jnp.where(evidence.due, 0, state.fill)
+        return Correction(columns, weights=weights), Collected(state.columns, fill)

@@ -1,0 +1,99 @@
+"""Pure functions of an optimizer's state: the spectrum and what becomes of the gradient in it.
+
+All take any state that contains a `ScaleByLREState`, a chain's or a TrainState's `opt_state`
+included, and run inside jit. ``n`` is the number of groups, ``r`` of coordinates.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Summary(NamedTuple):
+    """The state of one step, all of it from small arrays.
+
+    Attributes:
+      spectrum: ``(n, r)`` stored eigenvalues in descending order, 0 in dead slots.
+      effective_rank: ``(n,)``, `effective_rank` of the spectrum.
+      captured_energy: ``(n,)``, ``‖Q^T g‖² / ‖g‖²`` of the last step.
+      orthogonality_error: ``(n,)``, ``max|Q^T Q - I|`` as the stored Gram matrices have it.
+      drift: ``(n,)``, the share of the old basis that left it in the last step.
+      cosine: ``(n,)``, between the gradient and the update inside the basis.
+      nonfinite: ``(n,)`` steps dropped for a gradient that was not finite.
+      zero: ``(n,)`` for a zero gradient.
+      eigh: ``(n,)`` for an eigenproblem that failed.
+      inner: ``(n,)`` for inner parts that gave something that is not finite.
+    """
+
+    spectrum: jax.Array
+    effective_rank: jax.Array
+    captured_energy: jax.Array
+    orthogonality_error: jax.Array
+    drift: jax.Array
+    cosine: jax.Array
+    nonfinite: jax.Array
+    zero: jax.Array
+    eigh: jax.Array
+    inner: jax.Array
+
+
+def summary(state: Any) -> Summary:
+    """Everything a training loop wants to log, at the cost of small algebra.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.lre(1e-2, basis=lro.basis.GGT(4)); state = tx.init(jnp.zeros(3))
+      >>> _, state = tx.update(jnp.array([1., 2., 2.]), state)
+      >>> s = lro.diagnose.summary(state)
+      >>> print(s.spectrum, s.captured_energy)
+      [[9. 0. 0. 0.]] [1.]
+
+    Raises:
+      ValueError: where no state of `scale_by_lre` is found.
+    """
+    state = find(state)
+    lam = state.basis.lam
+    return Summary(
+        spectrum=lam, effective_rank=effective_rank(lam),
+        captured_energy=state.metrics.captured,
+        orthogonality_error=orthogonality_error(state),
+        drift=state.metrics.drift, cosine=state.metrics.cosine,
+        **state.events._asdict())
+
+
+def find(state: Any) -> Any:
+    """The first `ScaleByLREState` inside any state.
+
+    Raises:
+      ValueError: where there is none.
+    """
+    is_engine = lambda x: hasattr(x, "basis") and hasattr(x, "metrics")
+    for leaf in jax.tree.leaves(state, is_leaf=is_engine):
+        if is_engine(leaf):
+            return leaf
+    raise ValueError(f"diagnose: {type(state).__name__} holds no state of scale_by_lre; pass the "
+                     "state of lre, of scale_by_lre, or of a chain that contains one.")
+
+
+def effective_rank(lam: jax.Array) -> jax.Array:
+    """``exp(H(p))`` of the spectrum as a distribution ``p = |lam| / sum|lam|``; 0 for no spectrum.
+
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    size = jnp.abs(lam)
+    total = jnp.sum(size, axis=-1, keepdims=True)
+    p = size / jnp.where(total > 0, total, 1)
+    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), axis=-1)
+    return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0)
+
+
+def orthogonality_error(state: Any) -> jax.Array:
+    """``max|T K T^T - I|`` over live slots, ``(n,)``: from the small matrices, ``O(r m²)``."""
+    basis = find(state).basis
+    gram = basis.gram if hasattr(basis, "gram") else None
+    t = basis.t
+    product = (jnp.einsum("nrm,nsm->nrs", t, t) if gram is None
+               else jnp.einsum("nrm,nml,nsl->nrs", t, gram, t))
+    eye = jax.vmap(jnp.diag)((basis.lam != 0).astype(product.dtype))
+    return jnp.max(jnp.abs(product - eye), axis=(1, 2), initial=0.0)

@@ -1,0 +1,237 @@
+"""Inner parts that carry moments of the projected gradient."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import _linalg
+from lowrank_optax._types import (
+    MATRIX,
+    MOMENTS,
+    SCALAR,
+    SECOND_MOMENT,
+    VECTOR,
+    Context,
+    check_decay,
+    check_least,
+)
+
+
+class Moments(NamedTuple):
+    """First and second moments, ``(r,)`` each."""
+
+    mean: jax.Array
+    second: jax.Array
+
+
+class AdamState(NamedTuple):
+    """State of `Adam`: steps, moments and, with AMSGrad, the largest second moment so far."""
+
+    count: jax.Array
+    moments: Moments
+    largest: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam:
+    r"""``u = m_hat / (sqrt(v_hat) + eps)`` in the coordinates of the basis.
+
+    ``m <- b1 m + (1-b1) u`` and ``v <- b2 v + (1-b2) u²``, both corrected for their start. When the
+    basis moves, ``m <- C m`` and ``v <- (C∘C) v``. ``b1=0`` is RMSprop.
+
+    Args:
+      b1: decay of the mean.
+      b2: decay of the second moment.
+      eps: added to the root.
+      amsgrad: divide by the largest second moment so far (Reddi et al., ICLR 2018).
+      centred: move ``v`` as ``(C∘C)(v - m²) + (C m)²`` (Robert et al., LDAdam, ICLR 2025).
+
+    Raises:
+      ValueError: for decays outside [0, 1) or a negative ``eps``.
+
+    Cost: ``2 r`` numbers and ``4 r²`` flops.
+
+    Source: Kingma and Ba, "Adam", ICLR 2015.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    amsgrad: bool = False
+    centred: bool = False
+
+    def __post_init__(self):
+        _check_moments(self)
+
+    def init(self, rank: int, dtype: Any) -> AdamState:
+        zeros = lambda: jnp.zeros(rank, dtype)
+        return AdamState(jnp.zeros((), jnp.int32), Moments(zeros(), zeros()),
+                         zeros() if self.amsgrad else None)
+
+    @property
+    def laws(self) -> AdamState:
+        moments = MOMENTS if self.centred else Moments(VECTOR, SECOND_MOMENT)
+        return AdamState(SCALAR, moments, SECOND_MOMENT if self.amsgrad else None)
+
+    def update(self, u: jax.Array, state: AdamState, context: Context):
+        count = state.count + 1
+        mean = ema(state.moments.mean, u, self.b1)
+        second = ema(state.moments.second, u * u, self.b2)
+        v = debias(second, self.b2, count)
+        largest = None
+        if self.amsgrad:
+            v = largest = jnp.maximum(state.largest, v)
+        u = debias(mean, self.b1, count) / (jnp.sqrt(v) + self.eps)
+        return u, AdamState(count, Moments(mean, second), largest)
+
+
+class FullMatrixAdamState(NamedTuple):
+    """State of `FullMatrixAdam`: steps, mean ``(r,)`` and covariance ``(r, r)``."""
+
+    count: jax.Array
+    mean: jax.Array
+    covariance: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class FullMatrixAdam:
+    r"""``u = (M_hat + eps I)^{-1/2} m_hat`` with ``M <- b2 M + (1-b2) u u^T``.
+
+    ``M`` starts as the identity of the first basis; directions that join later start at zero. It
+    moves as ``C M C^T``.
+
+    Args:
+      b1: decay of the mean.
+      b2: decay of the covariance.
+      eps: added to the eigenvalues.
+
+    Raises:
+      ValueError: for decays outside [0, 1) or a negative ``eps``.
+
+    Cost: ``r²`` numbers, one ``eigh`` of size ``r`` a step.
+
+    Source: full-matrix AdaGrad, Duchi et al., JMLR 2011, with Adam's averages.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        _check_moments(self)
+
+    def init(self, rank: int, dtype: Any) -> FullMatrixAdamState:
+        return FullMatrixAdamState(jnp.zeros((), jnp.int32), jnp.zeros(rank, dtype),
+                                   jnp.zeros((rank, rank), dtype))
+
+    @property
+    def laws(self) -> FullMatrixAdamState:
+        return FullMatrixAdamState(SCALAR, VECTOR, MATRIX)
+
+    def update(self, u: jax.Array, state: FullMatrixAdamState, context: Context):
+        count = state.count + 1
+        mean = ema(state.mean, u, self.b1)
+        start = identity_at_first(state.covariance, state.count, context)
+        covariance = ema(start, jnp.outer(u, u), self.b2)
+        m = debias(covariance, self.b2, count) + self.eps * jnp.eye(u.shape[0], dtype=u.dtype)
+        u = _linalg.matrix_power(m, -0.5) @ debias(mean, self.b1, count)
+        return jnp.where(context.basis.live, u, 0), FullMatrixAdamState(count, mean, covariance)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lion:
+    """``u = sign(b1 m + (1-b1) u)``, then ``m <- b2 m + (1-b2) u``.
+
+    Args:
+      b1: decay inside the sign.
+      b2: decay of the momentum.
+
+    Raises:
+      ValueError: for decays outside [0, 1).
+
+    Cost: ``r`` numbers.
+
+    Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", NeurIPS 2023.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.99
+
+    def __post_init__(self):
+        check_decay("Lion", "b1", self.b1)
+        check_decay("Lion", "b2", self.b2)
+
+    def init(self, rank: int, dtype: Any) -> jax.Array:
+        return jnp.zeros(rank, dtype)
+
+    @property
+    def laws(self):
+        return VECTOR
+
+    def update(self, u: jax.Array, state: jax.Array, context: Context):
+        return jnp.sign(ema(state, u, self.b1)), ema(state, u, self.b2)
+
+
+class EMAState(NamedTuple):
+    """State of `EMA`: steps and mean ``(r,)``."""
+
+    count: jax.Array
+    mean: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class EMA:
+    """``m <- beta m + (1-beta) u``: momentum in the basis.
+
+    Args:
+      beta: decay.
+      debias: correct for the start at zero.
+
+    Raises:
+      ValueError: for a decay outside [0, 1).
+
+    Cost: ``r`` numbers.
+
+    Source: Polyak, "Some methods of speeding up the convergence of iteration methods", 1964.
+    """
+
+    beta: float = 0.9
+    debias: bool = False
+
+    def __post_init__(self):
+        check_decay("EMA", "beta", self.beta)
+
+    def init(self, rank: int, dtype: Any) -> EMAState:
+        return EMAState(jnp.zeros((), jnp.int32), jnp.zeros(rank, dtype))
+
+    @property
+    def laws(self) -> EMAState:
+        return EMAState(SCALAR, VECTOR)
+
+    def update(self, u: jax.Array, state: EMAState, context: Context):
+        state = EMAState(state.count + 1, ema(state.mean, u, self.beta))
+        return debias(state.mean, self.beta, state.count) if self.debias else state.mean, state
+
+
+def ema(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
+    """``decay * old + (1 - decay) * new``."""
+    return decay * old + (1 - decay) * new
+
+
+def debias(average: jax.Array, decay: float, count: jax.Array) -> jax.Array:
+    """An average that started at zero, corrected after ``count`` terms."""
+    return average / (1 - jnp.asarray(decay, average.dtype) ** count)
+
+
+def identity_at_first(matrix: jax.Array, count: jax.Array, context: Context) -> jax.Array:
+    """The identity of the first basis while nothing was averaged yet."""
+    return jnp.where(count == 0, jnp.diag(context.basis.live.astype(matrix.dtype)), matrix)
+
+
+def _check_moments(part: Any) -> None:
+    owner = type(part).__name__
+    check_decay(owner, "b1", part.b1)
+    check_decay(owner, "b2", part.b2)
+    check_least(owner, "eps", part.eps)
