@@ -17,10 +17,6 @@ from jax import lax
 
 from lowrank_optax._types import Columns, Vector, check
 
-BLOCK = 16384
-"""Columns of the rows that a rotation moves at a time; a block of 132 rows is 8.7 MB."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Leaves of a tree by group.
@@ -84,6 +80,10 @@ class Layout:
         for size, group in zip(self.sizes, self.group, strict=True):
             dims[group] += size
         return tuple(dims)
+
+    def block(self, rows: int) -> int:
+        """Columns to treat at a time, so that ``rows`` of them stay below half a gradient."""
+        return min(max(sum(self.sizes) // (2 * rows), 256), 16384)
 
     def flatten(self, tree: Any) -> Vector:
         """The tree as a vector, rounded to the dtype of the rows."""

@@ -36,15 +36,20 @@ class Correction(NamedTuple):
     Attributes:
       columns: the ``y_i``, an array ``(k, leaf.size)`` for every leaf; ``None`` when the one
         column is the gradient itself, whose products with the basis need no pass of their own.
-      right: the ``z_i`` where they differ from the ``y_i``.
-      weights: ``(groups, k)``; ``None`` means ones. Zero switches a column off.
-      signed: whether weights can be negative (a static property of the curvature).
+      right: the ``z_i`` where they differ from the ``y_i``; the engine symmetrises.
+      weights: ``(n, k)``; ``None`` means ones. Zero switches a column off.
+      signed: whether weights can be negative (static, a property of the curvature).
+      initial: ``(n,)`` curvature assumed in directions that no correction has touched, or ``None``
+        for zero.
+      probe: a pair of vectors ``(z, H z)`` for the inner parts that use them, or ``None``.
     """
 
     columns: Columns | None
     right: Columns | None = None
     weights: jax.Array | None = None
     signed: bool = False
+    initial: jax.Array | None = None
+    probe: tuple[Vector, Vector] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +87,21 @@ class Context(NamedTuple):
     Attributes:
       g: ``(r,)`` the gradient in the basis, as projected.
       basis: eigenvalues and live slots of the basis, as regularised for this step.
-      moved: whether the basis was updated in this step, and states moved with it.
-      probe: ``(r,)`` probe of the curvature in the basis, or ``None``.
-      product: ``(r,)`` curvature times probe, or ``None``.
-      fresh: whether probe and product belong to this step.
+      moved: whether the basis was updated in this step, and states moved with it. Only then are
+        the following of this step.
+      columns: ``(r, k)`` the correction's columns in the basis.
+      weights: ``(k,)`` their weights.
+      probe: ``(r,)`` a probe ``z`` of the curvature in the basis, ``None`` where it gives none.
+      product: ``(r,)`` the curvature times the probe, likewise.
     """
 
     g: jax.Array
     basis: Eigenbasis
     moved: jax.Array
+    columns: jax.Array | None = None
+    weights: jax.Array | None = None
     probe: jax.Array | None = None
     product: jax.Array | None = None
-    fresh: jax.Array | None = None
 
 
 class Absorbed(NamedTuple):
@@ -114,7 +122,11 @@ class Absorbed(NamedTuple):
 
 
 class Inner(Protocol):
-    """A rule in the coordinates of the basis. All shapes are those of one group."""
+    """A rule in the coordinates of the basis. All shapes are those of one group.
+
+    A part may have ``needs``, a set of names from `NEEDS`; products of parts in which nothing
+    provides them are refused when they are built.
+    """
 
     def init(self, rank: int, dtype: Any) -> Any:
         """A fresh state for ``rank`` coordinates."""
@@ -125,6 +137,16 @@ class Inner(Protocol):
 
     def update(self, u: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
         """New coordinates ``(r,)`` and the state after them."""
+
+
+NEEDS = {
+    "eigenvalues": "the basis's eigenvalues; combine it with GGT, Eigen or FullMatrix",
+    "probe": "products of the curvature with a probe; combine it with HutchinsonHessian, BFGS or "
+             "SR1",
+    "outside": "the curvature assumed outside the basis; combine it with BFGS or SR1",
+    "examples": "one column for every example; combine it with EmpiricalFisher or GaussNewton",
+}
+"""What a part may need of the others, and where it can be had."""
 
 
 def check(condition: Any, message: str) -> None:

@@ -64,6 +64,8 @@ def lre(
     """
     if not isinstance(weight_decay, jax.Array):
         check_least("lre", "weight_decay", weight_decay)
+    # optax.inject_hyperparams hands collected keywords back under their own name; they stay static.
+    options = {**options.pop("options", {}), **options}
     return optax.chain(
         scale_by_lre(curvature, basis, inner, **options),
         _decay_weights(weight_decay, mask),

@@ -2,14 +2,30 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax._tree import Layout, cast_like, stack, write
 from lowrank_optax._types import Correction, Vector
+
+
+class Observation(NamedTuple):
+    """What a curvature may look at on every step.
+
+    Attributes:
+      g: the gradient.
+      accept: ``(n,)`` the groups whose gradient is finite and not zero.
+      params: the parameters, or ``None`` where none were passed.
+      extra: the extra arguments of ``update``.
+    """
+
+    g: Vector
+    accept: jax.Array
+    params: Any
+    extra: Mapping[str, Any]
 
 
 class Evidence(NamedTuple):
@@ -21,6 +37,9 @@ class Evidence(NamedTuple):
       params: the parameters, or ``None`` where none were passed.
       extra: the extra arguments of ``update``.
       key: a random key of this step.
+      apply: ``(vector, gamma) -> B v``, with the basis as it is, its eigenvalues unregularised, and
+        ``gamma``, ``(n,)``, as the curvature outside it. Two passes over the rows.
+      project: ``vector -> Q Q^T v``, likewise two passes.
     """
 
     g: Vector
@@ -28,18 +47,30 @@ class Evidence(NamedTuple):
     params: Any
     extra: Mapping[str, Any]
     key: jax.Array
+    apply: Callable[[Vector, jax.Array], Vector]
+    project: Callable[[Vector], Vector]
 
 
 class Curvature(abc.ABC):
-    """Observes every step; gives a correction on the steps that update the basis."""
+    """Observes every step; gives a correction on the steps that update the basis.
+
+    ``provides`` and ``needs`` hold names from `NEEDS`.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def init(self, layout: Layout, window: int) -> Any:
         """A fresh state; at most ``window`` observations are collected between two updates."""
         return ()
 
-    def observe(self, layout: Layout, state: Any, g: Vector, accept: jax.Array) -> Any:
-        """Sees the gradient of a step, in the groups that ``accept`` it."""
+    def observe(self, layout: Layout, state: Any, seen: Observation) -> Any:
+        """The state after seeing a step."""
         return state
+
+    def outside(self, state: Any) -> jax.Array:
+        """The curvature assumed outside the basis, ``(n,)``; for those that provide ``outside``."""
+        raise AttributeError(f"{type(self).__name__} assumes no curvature outside the basis.")
 
     @abc.abstractmethod
     def correct(self, layout: Layout, state: Any, evidence: Evidence) -> tuple[Correction, Any]:
@@ -75,14 +106,14 @@ class Covariance(Curvature):
             return ()
         return Collected(layout.tree(layout.zeros(window)), jnp.zeros(layout.n, jnp.int32))
 
-    def observe(self, layout: Layout, state: Any, g: Vector, accept: jax.Array) -> Any:
+    def observe(self, layout: Layout, state: Any, seen: Observation) -> Any:
         if not isinstance(state, Collected):
             return state
         columns = layout.leaves(state.columns)
         window = columns[0].shape[0] if columns else 1
-        slots = jnp.where(accept, state.fill % window, window)[:, None]
-        columns = write(columns, layout, slots, cast_like(stack(g), columns))
-        return Collected(layout.tree(columns), state.fill + accept)
+        slots = jnp.where(seen.accept, state.fill % window, window)[:, None]
+        columns = write(columns, layout, slots, cast_like(stack(seen.g), columns))
+        return Collected(layout.tree(columns), state.fill + seen.accept)
 
     def correct(self, layout: Layout, state: Any, evidence: Evidence) -> tuple[Correction, Any]:
         if not isinstance(state, Collected):

@@ -16,6 +16,7 @@ import optax
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, repeat, stack
 from lowrank_optax._types import (
+    NEEDS,
     Context,
     Correction,
     Inner,
@@ -26,8 +27,8 @@ from lowrank_optax._types import (
     check_least,
 )
 from lowrank_optax.basis import Basis
-from lowrank_optax.curvature import Curvature, Evidence
-from lowrank_optax.inner import as_inner
+from lowrank_optax.curvature import Curvature, Evidence, Observation
+from lowrank_optax.inner import LPower, as_inner
 
 
 class Events(NamedTuple):
@@ -88,7 +89,7 @@ class ScaleByLREState(NamedTuple):
     metrics: Metrics
 
 
-Complement = float | jax.Array | optax.GradientTransformation
+Complement = float | jax.Array | LPower | optax.GradientTransformation
 
 
 def scale_by_lre(
@@ -135,8 +136,9 @@ def scale_by_lre(
       warmup_steps: first steps that build the basis and return zeros.
       symmetrize: a correction ``y z^T`` enters as ``((y+z)/2)((y+z)/2)^T``, one column, as the
         original does; otherwise as the exact ``(y z^T + z y^T)/2``, two columns.
-      complement: what becomes of ``g - Q Q^T g``: dropped (``None``), scaled by a number, or
-        passed through an optax transformation.
+      complement: what becomes of ``g - Q Q^T g``: dropped (``None``), scaled by a number, passed
+        through an optax transformation, or multiplied by a power of the curvature that a
+        quasi-Newton curvature assumes there (``lro.inner.LInv()``).
       groups: a function of a leaf's path to a label; leaves that share a label share a basis.
         `lowrank_optax.per_leaf` makes one for each leaf; by default there is one for everything.
         Groups are independent: the result is that of as many separate optimizers.
@@ -172,24 +174,26 @@ def scale_by_lre(
         check_least("scale_by_lre", "complement", complement)
     elif isinstance(complement, optax.GradientTransformation):
         complement = optax.with_extra_args_support(complement)
+    _check_product(curvature, basis, inner, complement)
     fixed = update_every if isinstance(update_every, int) else None
 
     def init(params: Any) -> ScaleByLREState:
         layout = Layout.of(params, groups, dtype)
         n, rank = layout.n, basis.coordinates(layout)
         start = inner.init(rank, layout.dtype)
-        outside = isinstance(complement, optax.GradientTransformation)
+        rest = isinstance(complement, optax.GradientTransformation)
+        key, first = jax.random.split(jax.random.key(seed))
         ints = lambda: jnp.zeros(n, jnp.int32)
         floats = lambda: jnp.zeros(n, layout.dtype)
         return ScaleByLREState(
             count=jnp.zeros((), jnp.int32),
             steps=ints(),
             since=ints(),
-            curvature=curvature.init(layout, min(fixed or rank, rank)),
-            basis=basis.init(layout),
+            curvature=curvature.init(layout, max(1, min(fixed or rank, rank))),
+            basis=basis.init(layout, first),
             inner=jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), start),
-            complement=complement.init(params) if outside else (),
-            key=jax.random.key_data(jax.random.key(seed)),
+            complement=complement.init(params) if rest else (),
+            key=jax.random.key_data(key),
             events=Events(ints(), ints(), ints(), ints()),
             metrics=Metrics(floats(), floats(), floats()))
 
@@ -204,66 +208,113 @@ def scale_by_lre(
         accept = jnp.isfinite(square) & (square > 0)
         period = update_every(state.steps) if callable(update_every) else update_every
         due = accept & ((state.since + 1 >= period) | (state.steps == 0))
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), count)
-        evidence = Evidence(g, due, params, extra, key)
-        observed = curvature.observe(layout, state.curvature, g, accept)
+        observed = curvature.observe(layout, state.curvature, Observation(g, accept, params, extra))
 
-        def refresh(old, curved):
-            correction, curved = curvature.correct(layout, curved, evidence)
-            columns, weights = _columns(layout, correction, g, symmetrize)
-            done = basis.absorb(layout, old, columns, weights, due, correction.signed)
-            return done, curved, done.u[..., 0] if correction.columns is None else None
-
+        refresh = partial(_refresh, curvature, basis, inner, symmetrize, layout, g, due,
+                          params, extra, _step_key(state, count))
         if fixed == 1:
-            done, curved, u0 = refresh(state.basis, observed)
-            based, c, failed = done.state, done.c, done.failed
+            new, u0 = refresh(state.basis, observed)
         else:
-            def body(_, carry):
-                done, curved, _ = refresh(*carry[:2])
-                return done.state, curved, done.c, done.failed
-            based, curved, c, failed = repeat(
-                jnp.any(due), body, (state.basis, observed, _eyes(layout, basis), ~accept & accept))
+            shapes = jax.eval_shape(lambda: refresh(state.basis, observed)[0])
+            still = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(
+                basis=None, curvature=None))._replace(basis=state.basis, curvature=observed,
+                                                      c=_eyes(layout, basis))
+            new = repeat(jnp.any(due), lambda _, x: refresh(x.basis, x.curvature)[0], still)
             u0 = None
-        if u0 is None:
-            u0 = basis.project(layout, based, g)
+        u0 = basis.project(layout, new.basis, g) if u0 is None else u0
 
-        accept, moved = accept & ~failed, due & ~failed
+        accept, moved = accept & ~new.failed, due & ~new.failed
         u0 = jnp.where(accept[:, None], u0, 0)
+        warm = state.steps >= warmup_steps
+        context = Context(u0, basis.eigenbasis(new.basis), moved, new.columns, new.weights,
+                          new.probe, new.product)
         u, inside, fine = jax.vmap(partial(_step_inside, inner))(
-            u0, state.inner, c, Context(u0, basis.eigenbasis(based), moved),
-            accept, state.steps >= warmup_steps)
+            u0, state.inner, new.c, context, accept, warm)
         taken = accept & fine
-        active = taken & (state.steps >= warmup_steps)
-        updates, apart = _outside(complement, layout, basis, based, g, u, u0, active,
-                                  state.complement, params, extra)
-        shared = jnp.sum(u * u0, axis=1)
-        metrics = Metrics(
-            captured=_linalg.safe_divide(jnp.sum(u0**2, axis=1), square),
-            drift=jnp.where(moved, 1 - _linalg.safe_divide(
-                jnp.sum(c**2, axis=(1, 2)), jnp.sum(basis.eigenbasis(state.basis).live, axis=1)), 0),
-            cosine=_linalg.safe_divide(shared, jnp.linalg.norm(u, axis=1) * jnp.sqrt(square)))
-        add = optax.safe_increment
-        tally = lambda counter, hit: jnp.where(hit, add(counter), counter)
-        zero = square == 0
-        old = state.events
+        gamma = curvature.outside(new.curvature) if isinstance(complement, LPower) else None
+        updates, apart = _add_complement(
+            complement, gamma, layout, partial(basis.unproject, layout, new.basis), g, u, u0,
+            taken & warm, state.complement, params, extra)
+        tally = lambda counter, hit: jnp.where(hit, optax.safe_increment(counter), counter)
+        events = state.events
         return layout.unflatten(updates), ScaleByLREState(
             count=count,
             steps=tally(state.steps, taken),
             since=jnp.where(moved, 0, tally(state.since, taken)),
-            curvature=curved,
-            basis=based,
+            curvature=new.curvature,
+            basis=new.basis,
             inner=inside,
             complement=apart,
             key=state.key,
             events=Events(
-                nonfinite=tally(old.nonfinite, ~jnp.isfinite(square)),
-                zero=tally(old.zero, zero),
-                eigh=tally(old.eigh, failed),
-                inner=tally(old.inner, accept & ~fine)),
-            metrics=jax.tree.map(lambda new, old: jnp.where(taken, new, old), metrics,
-                                 state.metrics))
+                nonfinite=tally(events.nonfinite, ~jnp.isfinite(square)),
+                zero=tally(events.zero, square == 0),
+                eigh=tally(events.eigh, new.failed),
+                inner=tally(events.inner, accept & ~fine)),
+            metrics=jax.tree.map(lambda new, old: jnp.where(taken, new, old),
+                                 _measure(u, u0, square, new.c, moved,
+                                          basis.eigenbasis(state.basis).live), state.metrics))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Refreshed(NamedTuple):
+    """What an update of the basis leaves behind; of a group that was not due, its old state."""
+
+    basis: Any
+    curvature: Any
+    c: jax.Array
+    failed: jax.Array
+    columns: jax.Array
+    weights: jax.Array
+    probe: jax.Array | None
+    product: jax.Array | None
+
+
+def _refresh(curvature, basis, inner, symmetrize, layout, g, due, params, extra, key, old, state):
+    """One update of the basis; also the gradient in it where that is known without a pass."""
+    def apply(v: Vector, gamma: jax.Array) -> Vector:
+        u = basis.project(layout, old, v)
+        rest = basis.unproject(layout, old, (basis.measured(old) - gamma[:, None]) * u)
+        return [a + c * x.astype(layout.dtype)
+                for a, c, x in zip(rest, layout.spread(gamma), v, strict=True)]
+
+    project = lambda v: basis.unproject(layout, old, basis.project(layout, old, v))
+    measure, turn = jax.random.split(key)
+    correction, state = curvature.correct(
+        layout, state, Evidence(g, due, params, extra, measure, apply, project))
+    columns, weights = _columns(layout, correction, g, symmetrize)
+    known = correction._replace(columns=columns, right=None, weights=weights)
+    done = basis.absorb(layout, old, known, due, turn)
+    probe = product = None
+    if "probe" in _needs(inner):
+        z, hz = correction.probe
+        both = basis.project(layout, done.state, [
+            jnp.stack([a, b.astype(a.dtype)]) for a, b in zip(z, hz, strict=True)])
+        probe, product = both[..., 0], both[..., 1]
+    new = _Refreshed(done.state, state, done.c, done.failed, done.u,
+                     weights[:, -done.u.shape[-1]:], probe, product)
+    return new, done.u[..., 0] if correction.columns is None else None
+
+
+def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement: Any) -> None:
+    """Refuses combinations in which a part's needs are met by no other."""
+    outside = frozenset({"outside"} if isinstance(complement, LPower) else ())
+    offers = curvature.provides | basis.provides
+    for owner, needs in ((inner, _needs(inner)), (curvature, curvature.needs), (basis, basis.needs),
+                         (complement, outside)):
+        for name in sorted(needs - offers):
+            raise ValueError(f"scale_by_lre: {owner} needs {NEEDS[name]}. Neither "
+                             f"{type(curvature).__name__} nor {type(basis).__name__} has it.")
+
+
+def _needs(inner: Inner) -> frozenset[str]:
+    return getattr(inner, "needs", frozenset())
+
+
+def _step_key(state: ScaleByLREState, count: jax.Array) -> jax.Array:
+    """A key of this step: the same after a resume, another in every call."""
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key), count)
 
 
 def _columns(layout: Layout, correction: Correction, g: Vector, symmetrize: bool):
@@ -305,22 +356,34 @@ def _move(c: jax.Array, moved: jax.Array, law: Law, state: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(moved, a, b), new, state)
 
 
-def _outside(complement, layout, basis, based, g, u, u0, active, state, params, extra):
+def _add_complement(complement, gamma, layout, unproject, g, u, u0, active, state, params, extra):
     """``Q u`` plus what becomes of ``g - Q Q^T g``; a scale costs no pass of its own."""
     if complement is None:
-        return basis.unproject(layout, based, u), state
+        return unproject(u), state
     on = layout.spread(active)
     g = [jnp.where(a, x.astype(layout.dtype), 0) for a, x in zip(on, g, strict=True)]
     u0 = jnp.where(active[:, None], u0, 0)
     if not isinstance(complement, optax.GradientTransformation):
-        part = basis.unproject(layout, based, u - complement * u0)
-        return [p + complement * x for p, x in zip(part, g, strict=True)], state
-    both = basis.unproject(layout, based, jnp.stack([u, u0], axis=1))
+        scale = gamma**complement.p if isinstance(complement, LPower) else complement
+        scale = jnp.broadcast_to(jnp.asarray(scale, layout.dtype), active.shape)
+        part = unproject(u - scale[:, None] * u0)
+        return [p + s * x for p, s, x in zip(part, layout.spread(scale), g, strict=True)], state
+    both = unproject(jnp.stack([u, u0], axis=1))
     apart = [x - b[1] for x, b in zip(g, both, strict=True)]
     apart, new = complement.update(layout.unflatten(apart), state, params, **extra)
     updates = [b[0] + jnp.where(a, jnp.reshape(x, -1), 0)
                for a, b, x in zip(on, both, layout.leaves(apart), strict=True)]
     return updates, jax.tree.map(lambda a, b: jnp.where(jnp.any(active), a, b), new, state)
+
+
+def _measure(u, u0, square, c, moved, live) -> Metrics:
+    """`Metrics` of a step."""
+    shared = jnp.sum(u * u0, axis=1)
+    stayed = _linalg.safe_divide(jnp.sum(c**2, axis=(1, 2)), jnp.sum(live, axis=1))
+    return Metrics(
+        captured=_linalg.safe_divide(jnp.sum(u0**2, axis=1), square),
+        drift=jnp.where(moved, 1 - stayed, 0),
+        cosine=_linalg.safe_divide(shared, jnp.linalg.norm(u, axis=1) * jnp.sqrt(square)))
 
 
 def _eyes(layout: Layout, basis: Basis) -> jax.Array:

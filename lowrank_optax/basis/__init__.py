@@ -5,8 +5,9 @@ sum, `FullMatrix` the whole matrix.
 """
 
 from lowrank_optax.basis._basis import Basis
+from lowrank_optax.basis._frame import Frame
 from lowrank_optax.basis.eigen import Eigen
 from lowrank_optax.basis.full import FullMatrix
 from lowrank_optax.basis.ggt import GGT
 
-__all__ = ["Basis", "Eigen", "FullMatrix", "GGT"]
+__all__ = ["Basis", "Eigen", "Frame", "FullMatrix", "GGT"]

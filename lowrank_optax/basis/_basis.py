@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from lowrank_optax._tree import Layout
 from lowrank_optax._types import (
     Absorbed,
     Columns,
+    Correction,
     Eigenbasis,
     Vector,
     check,
@@ -25,36 +26,37 @@ class Basis(abc.ABC):
     """An eigenbasis ``Q^T = T W`` of ``m`` stored rows ``W`` and a small ``(r, m)`` matrix ``T``.
 
     All small arrays have a leading axis of ``n`` groups, which are independent of one another.
+    ``provides`` and ``needs`` hold names from `NEEDS`.
     """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues"})
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     @abc.abstractmethod
     def coordinates(self, layout: Layout) -> int:
         """The number ``r`` of coordinates."""
 
     @abc.abstractmethod
-    def init(self, layout: Layout) -> Any:
+    def init(self, layout: Layout, key: jax.Array) -> Any:
         """The empty basis."""
 
     @abc.abstractmethod
-    def absorb(
-        self,
-        layout: Layout,
-        state: Any,
-        columns: Columns,
-        weights: jax.Array,
-        accept: jax.Array,
-        signed: bool = False,
-    ) -> Absorbed:
+    def absorb(self, layout: Layout, state: Any, correction: Correction, accept: jax.Array,
+               key: jax.Array) -> Absorbed:
         """Takes in ``sum_i w_i y_i y_i^T`` for the groups that ``accept`` it, ``(n,)``."""
 
     @abc.abstractmethod
     def eigenbasis(self, state: Any) -> Eigenbasis:
         """Eigenvalues as the step is to see them, ``(n, r)``."""
 
-    def project(self, layout: Layout, state: Any, vector: Vector) -> jax.Array:
-        """``Q^T v``, ``(n, r)``: one pass over the rows."""
-        rows = layout.leaves(state.rows)
-        return jnp.einsum("nrm,nm->nr", state.t, layout.dot(rows, vector))
+    def measured(self, state: Any) -> jax.Array:
+        """Eigenvalues as they were measured, ``(n, r)``, before the step's own regularisation."""
+        return state.lam
+
+    def project(self, layout: Layout, state: Any, vector: Vector | Columns) -> jax.Array:
+        """``Q^T v``, ``(n, r)``, or ``(n, r, k)`` for columns: one pass over the rows."""
+        return jnp.einsum("nrm,nm...->nr...", state.t,
+                          layout.dot(layout.leaves(state.rows), vector))
 
     def unproject(self, layout: Layout, state: Any, u: jax.Array) -> Vector | Columns:
         """``Q u``: ``(n, r)`` gives a vector, ``(n, k, r)`` columns. One pass over the rows."""
@@ -113,8 +115,3 @@ class Spectrum:
         return _linalg.regularize(
             lam, lam != 0, eig_tol=self.update_eig_tol, damping=self.update_damping,
             rdamping=self.update_rdamping, abs=self.update_abs, truncate=self.update_truncate)
-
-
-def check_rank(owner: str, rank: Any) -> None:
-    """A rank is a whole number of at least one."""
-    check_count(owner, "rank", rank)

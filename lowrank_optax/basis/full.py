@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import Absorbed, Columns, Eigenbasis, Vector, check, check_decay
+from lowrank_optax._tree import Layout, stack
+from lowrank_optax._types import Absorbed, Columns, Correction, Eigenbasis, Vector, check, check_decay
 from lowrank_optax.basis._basis import Basis, Spectrum
 
 
@@ -55,24 +55,28 @@ class FullMatrix(Basis, Spectrum):
     def coordinates(self, layout: Layout) -> int:
         return max(layout.dims)
 
-    def init(self, layout: Layout) -> FullMatrixState:
+    def init(self, layout: Layout, key: jax.Array) -> FullMatrixState:
         d = self.coordinates(layout)
         real = jnp.arange(d) < jnp.asarray(layout.dims)[:, None]
         square = lambda: jnp.zeros((layout.n, d, d), layout.dtype)
         matrix = jax.vmap(jnp.diag)(real.astype(layout.dtype))
         return FullMatrixState(matrix, square(), jnp.zeros((layout.n, d), layout.dtype))
 
-    def absorb(self, layout: Layout, state: FullMatrixState, columns: Columns, weights: jax.Array,
-               accept: jax.Array, signed: bool = False) -> Absorbed:
-        y = _dense(layout, columns, self.coordinates(layout))
-        return Absorbed(*jax.vmap(partial(self._absorb, signed=signed))(state, y, weights, accept))
+    def absorb(self, layout: Layout, state: FullMatrixState, correction: Correction,
+               accept: jax.Array, key: jax.Array) -> Absorbed:
+        y = _dense(layout, correction.columns, self.coordinates(layout))
+        return Absorbed(*jax.vmap(partial(self._absorb, signed=correction.signed))(
+            state, y, correction.weights, accept))
 
     def eigenbasis(self, state: FullMatrixState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))
 
-    def project(self, layout: Layout, state: FullMatrixState, vector: Vector) -> jax.Array:
-        y = _dense(layout, [v[None] for v in vector], self.coordinates(layout))
-        return jnp.einsum("nrd,nkd->nr", state.t, y)
+    def project(self, layout: Layout, state: FullMatrixState,
+                vector: Vector | Columns) -> jax.Array:
+        single = vector[0].ndim == 1
+        y = _dense(layout, stack(vector) if single else vector, self.coordinates(layout))
+        u = jnp.einsum("nrd,nkd->nrk", state.t, y)
+        return u[..., 0] if single else u
 
     def unproject(self, layout: Layout, state: FullMatrixState, u: jax.Array) -> Vector | Columns:
         dense = jnp.einsum("n...r,nrd->n...d", u, state.t)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, cast_like, write
-from lowrank_optax._types import Absorbed, Columns, Eigenbasis, check_decay
-from lowrank_optax.basis._basis import Basis, Spectrum, check_rank
+from lowrank_optax._types import Absorbed, Correction, Eigenbasis, check_count, check_decay
+from lowrank_optax.basis._basis import Basis, Spectrum
 
 
 class GGTState(NamedTuple):
@@ -71,27 +71,28 @@ class GGT(Basis, Spectrum):
 
     def __post_init__(self):
         Spectrum.__post_init__(self)
-        check_rank("GGT", self.rank)
+        check_count("GGT", "rank", self.rank)
         if self.beta is not None:
             check_decay("GGT", "beta", self.beta, closed=True)
 
     def coordinates(self, layout: Layout) -> int:
         return self.rank
 
-    def init(self, layout: Layout) -> GGTState:
+    def init(self, layout: Layout, key: jax.Array) -> GGTState:
         n, m = layout.n, self.rank
         square = lambda: jnp.zeros((n, m, m), layout.dtype)
         line = lambda: jnp.zeros((n, m), layout.dtype)
         return GGTState(layout.tree(layout.zeros(m)), square(), line(),
                         jnp.zeros(n, jnp.int32), square(), line())
 
-    def absorb(self, layout: Layout, state: GGTState, columns: Columns, weights: jax.Array,
-               accept: jax.Array, signed: bool = False) -> Absorbed:
+    def absorb(self, layout: Layout, state: GGTState, correction: Correction, accept: jax.Array,
+               key: jax.Array) -> Absorbed:
         rows = layout.leaves(state.rows)
-        columns, weights = cast_like([c[-self.rank:] for c in columns], rows), weights[:, -self.rank:]
-        s = layout.dot(rows, columns)
-        small, slots, c, u, failed = jax.vmap(partial(self._absorb, signed=signed))(
-            state._replace(rows=()), s, layout.gram(columns), weights, accept)
+        last = slice(-self.rank, None)
+        columns = cast_like([c[last] for c in correction.columns], rows)
+        small, slots, c, u, failed = jax.vmap(partial(self._absorb, signed=correction.signed))(
+            state._replace(rows=()), layout.dot(rows, columns), layout.gram(columns),
+            correction.weights[:, last], accept)
         rows = write(rows, layout, slots, columns)
         return Absorbed(small._replace(rows=layout.tree(rows)), c, u, failed)
 
@@ -106,7 +107,8 @@ class GGT(Basis, Spectrum):
         place = jax.nn.one_hot(slots, m, dtype=s.dtype)
         keep = 1 - jnp.sum(place, axis=0)
         cross = keep[:, None] * old.gram + place.T @ s.T            # W_new W_old^T
-        k = cross * keep + (keep[:, None] * s + place.T @ gram) @ place
+        s = keep[:, None] * s + place.T @ gram                      # W_new Y
+        k = cross * keep + s @ place
         new = old._replace(
             gram=k,
             weights=keep * old.weights + place.T @ weights,
@@ -117,7 +119,7 @@ class GGT(Basis, Spectrum):
         ok = accept & fine
         new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
         c = jnp.where(ok, t @ cross @ old.t.T, jnp.eye(m, dtype=s.dtype))
-        return new, jnp.where(ok, slots, m), c, t @ k @ place.T, accept & ~fine
+        return new, jnp.where(ok, slots, m), c, t @ s, accept & ~fine
 
     def _factor(self, state: GGTState, signed: bool) -> tuple[jax.Array, jax.Array]:
         """Eigenvalues and ``T`` of the weighted window, through its Gram matrix."""

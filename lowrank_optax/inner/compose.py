@@ -38,6 +38,10 @@ class Chain:
         check(self.parts, "inner is empty; pass at least one part, such as lro.inner.Adam().")
         object.__setattr__(self, "parts", tuple(as_inner(part) for part in self.parts))
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(getattr(part, "needs", frozenset()) for part in self.parts))
+
     def init(self, rank: int, dtype: Any) -> tuple[Any, ...]:
         return tuple(part.init(rank, dtype) for part in self.parts)
 

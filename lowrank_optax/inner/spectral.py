@@ -1,7 +1,7 @@
 """Inner parts that read the eigenvalues."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ class LPower(Stateless):
     """
 
     p: float
+    needs: ClassVar[frozenset[str]] = frozenset({"eigenvalues"})
 
     def __post_init__(self):
         check(isinstance(self.p, int | float) and abs(self.p) < float("inf"),

@@ -1,0 +1,284 @@
+"""Frame: lazily rotated orthonormal rows, the form of every basis that tracks a subspace."""
+
+import abc
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout, cast_like, repeat, write
+from lowrank_optax._types import Absorbed, Columns, Correction, Eigenbasis, check_count
+from lowrank_optax.basis._basis import Basis, Spectrum
+
+
+class FrameState(NamedTuple):
+    """State of a `Frame` for ``n`` groups.
+
+    Attributes:
+      rows: ``W``, ``(m, leaf.size)`` a leaf: ``r`` rotated rows, then the columns since.
+      gram: ``K = W W^T``, ``(n, m, m)``, measured; 0 for rows not in use.
+      t: ``(n, r, m)``, with ``Q^T = T W``.
+      lam: ``(n, r)`` eigenvalues, 0 in dead slots, as the method keeps them.
+      fill: ``(n,)`` how many of the last ``m - r`` rows are in use.
+      columns: ``(n,)`` columns absorbed so far.
+      updates: ``(n,)`` corrections absorbed so far.
+      memory: what else the method remembers, with a leading axis of groups.
+    """
+
+    rows: Any
+    gram: jax.Array
+    t: jax.Array
+    lam: jax.Array
+    fill: jax.Array
+    columns: jax.Array
+    updates: jax.Array
+    memory: Any
+
+
+class Seen(NamedTuple):
+    """A correction in the coordinates ``[Q, fresh]``, for one group; see `Frame.turn`.
+
+    Attributes:
+      y: ``(r + k, k)`` the columns. The first ``r`` coordinates are ``Q^T y``.
+      weights: ``(k,)``, 0 for a column that is switched off.
+      fresh: ``(k,)`` which of the last ``k`` coordinates is a direction at all.
+      initial: curvature assumed along fresh directions.
+      first: whether nothing was absorbed before.
+      start: whether this is the first chunk of a correction, with which averages decay.
+      live: ``(r,)`` slots of the basis that are in use.
+      columns: how many columns were absorbed before.
+      key: a random key of this group and step.
+    """
+
+    y: jax.Array
+    weights: jax.Array
+    fresh: jax.Array
+    initial: jax.Array
+    first: jax.Array
+    start: bool
+    live: jax.Array
+    columns: jax.Array
+    key: jax.Array
+
+
+class Turn(NamedTuple):
+    """What a method makes of a correction.
+
+    Attributes:
+      z: ``(r, r + k)`` the new basis in the coordinates ``[Q, fresh]``: orthonormal rows, or zero
+        rows in dead slots.
+      lam: ``(r,)`` eigenvalues, 0 exactly in dead slots.
+      memory: the method's memory.
+    """
+
+    z: jax.Array
+    lam: jax.Array
+    memory: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame(Basis, Spectrum):
+    r"""Orthonormal ``Q^T = T W`` whose rotations are lazy: the base of the subspace trackers.
+
+    With ``a = Q^T y`` and the residual ``rho = y - Q a``, a method (`turn`) says which rows of
+    ``[Q, rho/‖rho‖]`` make the new basis; all of that is small. New columns are appended to ``W``
+    and only ``T`` is rotated; once ``buffer`` columns have come, ``W <- T W`` in place. A residual
+    below ``sqrt(1000 eps)`` of its column counts as inside the span; one below a tenth is made
+    explicit, by one more pass, because a Gram matrix cannot resolve it.
+    """
+
+    rank: int
+    buffer: int | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        Spectrum.__post_init__(self)
+        owner = type(self).__name__
+        check_count(owner, "rank", self.rank)
+        if self.buffer is not None:
+            check_count(owner, "buffer", self.buffer)
+
+    @abc.abstractmethod
+    def turn(self, memory: Any, lam: jax.Array, seen: Seen, signed: bool) -> Turn:
+        """The new basis of one group, in the coordinates of the old one and the new directions."""
+
+    def remember(self, dtype: Any) -> Any:
+        """The method's memory of one group before anything was seen."""
+        return ()
+
+    @property
+    def capacity(self) -> int:
+        """Columns that fit between two rotations: by default about a third of the rank, which
+        balances longer rows against more rotations."""
+        return self.buffer or max(8, self.rank // 3)
+
+    def coordinates(self, layout: Layout) -> int:
+        return self.rank
+
+    def init(self, layout: Layout, key: jax.Array) -> FrameState:
+        n, r, m = layout.n, self.rank, self.rank + self.capacity
+        zeros = lambda *shape: jnp.zeros((n, *shape), layout.dtype)
+        count = lambda: jnp.zeros(n, jnp.int32)
+        memory = jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))),
+                              self.remember(layout.dtype))
+        return FrameState(layout.tree(layout.zeros(m)), zeros(m, m), zeros(r, m), zeros(r),
+                          count(), count(), count(), memory)
+
+    def absorb(self, layout: Layout, state: FrameState, correction: Correction, accept: jax.Array,
+               key: jax.Array) -> Absorbed:
+        """In chunks of what fits between two rotations."""
+        whole = None
+        columns, weights = correction.columns, correction.weights
+        for start in range(0, weights.shape[1], self.capacity):
+            chunk = slice(start, start + self.capacity)
+            part = correction._replace(columns=[c[chunk] for c in columns],
+                                       weights=weights[:, chunk])
+            new = self._chunk(layout, state, part, accept, jax.random.fold_in(key, start),
+                              start == 0)
+            if whole is not None:
+                u = jnp.concatenate([new.c @ whole.u, new.u], axis=-1)
+                new = Absorbed(new.state, new.c @ whole.c, u, whole.failed | new.failed)
+            whole, state = new, new.state
+        return whole._replace(state=state._replace(updates=state.updates + accept))
+
+    def eigenbasis(self, state: FrameState) -> Eigenbasis:
+        return Eigenbasis(*jax.vmap(self.used)(state.lam))
+
+    def _chunk(self, layout: Layout, state: FrameState, correction: Correction, accept: jax.Array,
+               key: jax.Array, start: bool) -> Absorbed:
+        columns, weights = correction.columns, correction.weights
+        k = weights.shape[1]
+        state = self._rotate(layout, state, accept & (state.fill + k > self.capacity))
+        rows = layout.leaves(state.rows)
+        columns = cast_like(columns, rows)
+        gram = layout.gram(columns)
+        # Scaling by powers of two rounds nothing, and keeps rows and Gram matrix near one.
+        norms = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
+        scale = jnp.where(norms > 0, jnp.exp2(-jnp.round(jnp.log2(jnp.where(norms > 0, norms, 1)))),
+                          0)
+        columns = [c * s[:, None].astype(c.dtype)
+                   for c, s in zip(columns, layout.spread(scale), strict=True)]
+        s = layout.dot(rows, columns)
+        gram = gram * scale[:, :, None] * scale[:, None, :]
+        initial = correction.initial
+        initial = jnp.zeros(layout.n, layout.dtype) if initial is None else initial
+        new, step = jax.vmap(partial(self._absorb, signed=correction.signed, start=start))(
+            state._replace(rows=()), s, gram, scale, weights, accept, initial,
+            jax.random.split(key, layout.n))
+        rows = write(rows, layout, step.slots, columns)
+        rows = self._refine(layout, rows, columns, step)
+        return Absorbed(new._replace(rows=layout.tree(rows)), step.c, step.u, step.failed)
+
+    def _rotate(self, layout: Layout, state: FrameState, when: jax.Array) -> FrameState:
+        """``W <- T W`` in place, block by block, for the groups that need it; ``K`` measured."""
+        r, m = self.rank, self.rank + self.capacity
+        rows, grams = [], []
+        for w, t, go in zip(layout.leaves(state.rows), layout.spread(state.t), layout.spread(when),
+                            strict=True):
+            w, gram = _rotate_leaf(w, t, go, layout.block(m), layout.dtype)
+            rows.append(w)
+            grams.append(gram)
+        gram = jnp.zeros((layout.n, m, m), layout.dtype)
+        gram = gram.at[:, :r, :r].set(layout.gather(grams, (r, r)))
+        live = (state.lam != 0).astype(layout.dtype)
+        t = jnp.zeros((layout.n, r, m), layout.dtype).at[:, :, :r].set(jax.vmap(jnp.diag)(live))
+        t = jax.vmap(_linalg.orthonormalize)(t, gram)
+        pick = lambda a, b: jnp.where(when.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+        return state._replace(rows=layout.tree(rows), gram=pick(gram, state.gram),
+                              t=pick(t, state.t), fill=pick(jnp.zeros_like(state.fill), state.fill))
+
+    def _refine(self, layout: Layout, rows: Columns, columns: Columns, step: "_Step") -> Columns:
+        """Replaces new rows by their residuals where these are small: one more pass, rarely."""
+        m = self.rank + self.capacity
+        k = step.slots.shape[1]
+
+        def body(_, rows):
+            inside = layout.combine(jnp.swapaxes(step.alpha, 1, 2), rows)
+            mix = layout.spread(step.mix)
+            rest = [n @ (c.astype(layout.dtype) - a)
+                    for n, c, a in zip(mix, columns, inside, strict=True)]
+            fix = 1.5 * jnp.eye(k, dtype=layout.dtype) - 0.5 * layout.gram(rest)
+            rest = [f @ x for f, x in zip(layout.spread(fix), rest, strict=True)]
+            return write(rows, layout, jnp.where(step.refine[:, None], step.slots, m), rest)
+
+        return repeat(jnp.any(step.refine), body, rows)
+
+    def _absorb(self, old: FrameState, s, gram, scale, weights, accept, initial, key, *, signed,
+                start):
+        """One group: ``s = W Y`` is ``(m, k)``, of columns scaled by ``scale``."""
+        r, m, k = self.rank, self.rank + self.capacity, weights.shape[0]
+        used = jnp.diagonal(old.gram) > 0
+        s = jnp.where(used[:, None], s, 0)
+        a = old.t @ s
+        a = a + old.t @ (s - old.gram @ (old.t.T @ a))              # twice is enough
+        alpha = old.t.T @ a
+        cross = alpha.T @ s
+        rest = gram - cross - cross.T + alpha.T @ old.gram @ alpha
+        size, v = _linalg.eigh(_linalg.symmetrize(rest))
+        fresh = size > 1e3 * jnp.finfo(s.dtype).eps
+        root = jnp.where(fresh, jnp.sqrt(jnp.where(fresh, size, 1)), 0)
+        mix = _linalg.safe_divide(v, root[:, None])
+        y = _linalg.safe_divide(jnp.concatenate([a, root[:, None] * v]), scale)
+        z, lam, memory = self.turn(
+            old.memory, old.lam,
+            Seen(y, weights, fresh, initial, old.updates == 0, start, old.lam != 0, old.columns, key),
+            signed)
+
+        fine = _linalg.finite(lam, z, y)
+        ok = accept & fine
+        refine = ok & jnp.any(fresh & (size < 1e-2))
+        slots = jnp.where(ok & jnp.any(fresh), r + old.fill + jnp.arange(k), m)
+        place = jax.nn.one_hot(slots, m, dtype=s.dtype)
+        # The new rows are the columns themselves, or their residuals mix (Y - W alpha).
+        x = jnp.where(refine, mix @ (s.T - alpha.T @ old.gram), s.T)
+        corner = jnp.where(refine, jnp.diag(fresh.astype(s.dtype)), gram)
+        grown = old.gram + place.T @ x + x.T @ place + place.T @ corner @ place
+        ahead = jnp.where(refine, jnp.eye(k, dtype=s.dtype), mix)
+        behind = jnp.where(refine, 0, mix @ alpha.T)
+        t = z[:, :r] @ old.t + z[:, r:] @ (ahead @ place - behind)
+        new = old._replace(
+            gram=grown, t=_linalg.orthonormalize(t, grown), lam=lam, memory=memory,
+            fill=old.fill + jnp.sum(slots < m, dtype=jnp.int32),
+            columns=old.columns + jnp.sum(weights != 0, dtype=jnp.int32))
+        new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+        c = jnp.where(ok, z[:, :r], jnp.eye(r, dtype=s.dtype))
+        return new, _Step(slots, refine, alpha, mix, c, z @ y, accept & ~fine)
+
+
+class _Step(NamedTuple):
+    """What the rows still have to do after the small algebra, and what the engine is told."""
+
+    slots: jax.Array
+    refine: jax.Array
+    alpha: jax.Array
+    mix: jax.Array
+    c: jax.Array
+    u: jax.Array
+    failed: jax.Array
+
+
+def _rotate_leaf(w: jax.Array, t: jax.Array, go: jax.Array, width: int, dtype: Any):
+    """``W[:r] <- T W`` for one leaf, zero or one times; returns it and its Gram matrix."""
+    r, (m, size) = t.shape[0], w.shape
+    gram = jnp.zeros((r, r), dtype)
+    if size == 0:
+        return w, gram
+    width = min(size, width)
+    blocks = -(-size // width)
+
+    def body(j, carry):
+        w, gram = carry
+        start = jnp.minimum(j * width, size - width)
+        block = lax.dynamic_slice_in_dim(w, start, width, 1)
+        new = lax.dot_general(t.astype(w.dtype), block, (((1,), (0,)), ((), ())),
+                              preferred_element_type=dtype).astype(w.dtype)
+        mine = start + jnp.arange(width) >= j * width      # the last block overlaps the one before
+        gram = gram + lax.dot_general(jnp.where(mine, new, 0), new, (((1,), (1,)), ((), ())),
+                                      preferred_element_type=dtype)
+        new = jnp.where(mine, new, block[:r])
+        return lax.dynamic_update_slice(w, new, (jnp.zeros_like(start), start)), gram
+
+    return repeat(jnp.where(go, blocks, 0), body, (w, gram))
