@@ -31,7 +31,7 @@ def finite(*arrays: jax.Array) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in arrays]))
 
 
-def safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
+def safe_divide(a: jax.Array | float, b: jax.Array) -> jax.Array:
     """``a / b``, and 0 where ``b`` is 0."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 

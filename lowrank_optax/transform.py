@@ -32,13 +32,16 @@ from lowrank_optax.inner import LPower, as_inner
 
 
 class Events(NamedTuple):
-    """Steps that were dropped, by reason, ``(n,)`` each: everything but these counters stayed.
+    """Steps that were dropped, by reason, ``(n,)`` each.
+
+    The update was zero; basis and inner state stayed as they were, to the bit.
 
     Attributes:
       nonfinite: the gradient or its square was not finite.
       zero: the gradient was zero.
       eigh: the small eigenproblem gave something that is not finite.
-      inner: the inner parts did.
+      inner: the inner parts did. The gradient was sound, so here the basis did learn from it, and
+        the inner state moved with the basis but took no step.
     """
 
     nonfinite: jax.Array
@@ -110,9 +113,9 @@ def scale_by_lre(
     .. math:: \Delta = Q\,\mathrm{inner}(Q^T g;\ \lambda) + \mathrm{complement}(g - Q Q^T g)
 
     Like every ``scale_by_...`` of optax it returns a direction of ascent; `optax.scale_by_learning_
-    rate` turns it round. A step whose gradient is zero or not finite, whose small eigenproblem
-    fails, or whose inner parts give something that is not finite returns zeros, leaves everything
-    as it was, and is counted in ``state.events``, group by group.
+    rate` turns it round. A step whose gradient is zero or not finite, or whose small eigenproblem
+    fails, returns zeros, leaves basis and inner state as they were, and is counted in
+    ``state.events``, group by group.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -172,8 +175,9 @@ def scale_by_lre(
           f"scale_by_lre: dtype is {dtype!r}; pass a floating-point dtype such as jnp.bfloat16.")
     if isinstance(complement, int | float):
         check_least("scale_by_lre", "complement", complement)
-    elif isinstance(complement, optax.GradientTransformation):
-        complement = optax.with_extra_args_support(complement)
+    apart = None
+    if isinstance(complement, optax.GradientTransformation):
+        complement = apart = optax.with_extra_args_support(complement)
     _check_product(curvature, basis, inner, complement)
     fixed = update_every if isinstance(update_every, int) else None
 
@@ -181,7 +185,6 @@ def scale_by_lre(
         layout = Layout.of(params, groups, dtype)
         n, rank = layout.n, basis.coordinates(layout)
         start = inner.init(rank, layout.dtype)
-        rest = isinstance(complement, optax.GradientTransformation)
         key, first = jax.random.split(jax.random.key(seed))
         ints = lambda: jnp.zeros(n, jnp.int32)
         floats = lambda: jnp.zeros(n, layout.dtype)
@@ -192,18 +195,18 @@ def scale_by_lre(
             curvature=curvature.init(layout, max(1, min(fixed or rank, rank))),
             basis=basis.init(layout, first),
             inner=jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), start),
-            complement=complement.init(params) if rest else (),
+            complement=apart.init(params) if apart else (),
             key=jax.random.key_data(key),
             events=Events(ints(), ints(), ints(), ints()),
             metrics=Metrics(floats(), floats(), floats()))
 
-    def update(grads: Any, state: ScaleByLREState, params: Any = None, **extra: Any):
-        layout = Layout.of(grads, groups, dtype)
-        count = optax.safe_increment(state.count)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any):
+        layout = Layout.of(updates, groups, dtype)
+        count = jnp.asarray(optax.safe_increment(state.count))
         if not layout.names:
-            return grads, state._replace(count=count)
+            return updates, state._replace(count=count)
         basis.check_state(layout, state.basis)
-        g = layout.flatten(grads)
+        g = layout.flatten(updates)
         square = layout.inner(g, g)
         accept = jnp.isfinite(square) & (square > 0)
         period = update_every(state.steps) if callable(update_every) else update_every
@@ -232,19 +235,19 @@ def scale_by_lre(
             u0, state.inner, new.c, context, accept, warm)
         taken = accept & fine
         gamma = curvature.outside(new.curvature) if isinstance(complement, LPower) else None
-        updates, apart = _add_complement(
+        direction, rest = _add_complement(
             complement, gamma, layout, partial(basis.unproject, layout, new.basis), g, u, u0,
             taken & warm, state.complement, params, extra)
         tally = lambda counter, hit: jnp.where(hit, optax.safe_increment(counter), counter)
         events = state.events
-        return layout.unflatten(updates), ScaleByLREState(
+        return layout.unflatten(direction), ScaleByLREState(
             count=count,
             steps=tally(state.steps, taken),
             since=jnp.where(moved, 0, tally(state.since, taken)),
             curvature=new.curvature,
             basis=new.basis,
             inner=inside,
-            complement=apart,
+            complement=rest,
             key=state.key,
             events=Events(
                 nonfinite=tally(events.nonfinite, ~jnp.isfinite(square)),
@@ -285,7 +288,8 @@ def _refresh(curvature, basis, inner, symmetrize, layout, g, due, params, extra,
         layout, state, Evidence(g, due, params, extra, measure, apply, project))
     columns, weights = _columns(layout, correction, g, symmetrize)
     known = correction._replace(columns=columns, right=None, weights=weights)
-    done = basis.absorb(layout, old, known, due, turn)
+    # A correction without weight, such as a skipped quasi-Newton pair, leaves the basis alone.
+    done = basis.absorb(layout, old, known, due & jnp.any(weights != 0, axis=1), turn)
     probe = product = None
     if "probe" in _needs(inner):
         z, hz = correction.probe

@@ -87,8 +87,8 @@ class Frame(Basis, Spectrum):
     With ``a = Q^T y`` and the residual ``rho = y - Q a``, a method (`turn`) says which rows of
     ``[Q, rho/‖rho‖]`` make the new basis; all of that is small. New columns are appended to ``W``
     and only ``T`` is rotated; once ``buffer`` columns have come, ``W <- T W`` in place. A residual
-    below ``sqrt(1000 eps)`` of its column counts as inside the span; one below a tenth is made
-    explicit, by one more pass, because a Gram matrix cannot resolve it.
+    below ``sqrt(1000 eps)`` of its column counts as inside the span; one too small for a Gram matrix
+    to resolve is made explicit, by four more passes. Streams with little noise pay these often.
     """
 
     rank: int
@@ -142,7 +142,8 @@ class Frame(Basis, Spectrum):
                 u = jnp.concatenate([new.c @ whole.u, new.u], axis=-1)
                 new = Absorbed(new.state, new.c @ whole.c, u, whole.failed | new.failed)
             whole, state = new, new.state
-        return whole._replace(state=state._replace(updates=state.updates + accept))
+        return whole._replace(
+            state=state._replace(updates=state.updates + (accept & ~whole.failed)))
 
     def eigenbasis(self, state: FrameState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))
@@ -169,8 +170,9 @@ class Frame(Basis, Spectrum):
             state._replace(rows=()), s, gram, scale, weights, accept, initial,
             jax.random.split(key, layout.n))
         rows = write(rows, layout, step.slots, columns)
-        rows = self._refine(layout, rows, columns, step)
-        return Absorbed(new._replace(rows=layout.tree(rows)), step.c, step.u, step.failed)
+        rows, gram, t = self._refine(layout, (rows, new.gram, new.t), columns, state, step)
+        return Absorbed(new._replace(rows=layout.tree(rows), gram=gram, t=t), step.c, step.u,
+                        step.failed)
 
     def _rotate(self, layout: Layout, state: FrameState, when: jax.Array) -> FrameState:
         """``W <- T W`` in place, block by block, for the groups that need it; ``K`` measured."""
@@ -190,28 +192,44 @@ class Frame(Basis, Spectrum):
         return state._replace(rows=layout.tree(rows), gram=pick(gram, state.gram),
                               t=pick(t, state.t), fill=pick(jnp.zeros_like(state.fill), state.fill))
 
-    def _refine(self, layout: Layout, rows: Columns, columns: Columns, step: "_Step") -> Columns:
-        """Replaces new rows by their residuals where these are small: one more pass, rarely."""
+    def _refine(self, layout: Layout, carry, columns: Columns, old: FrameState, step: "_Step"):
+        """Replaces new rows by explicit residuals where a Gram matrix is too coarse for them.
+
+        Subtracts twice and measures, which is enough; four passes over the rows, rarely.
+        """
         m = self.rank + self.capacity
-        k = step.slots.shape[1]
+        slots = jnp.where(step.refine[:, None], step.slots, m)
+        eye = jnp.eye(slots.shape[1], dtype=layout.dtype)
+        used = (jnp.diagonal(old.gram, axis1=1, axis2=2) > 0)[..., None]
 
-        def body(_, rows):
-            inside = layout.combine(jnp.swapaxes(step.alpha, 1, 2), rows)
-            mix = layout.spread(step.mix)
-            rest = [n @ (c.astype(layout.dtype) - a)
-                    for n, c, a in zip(mix, columns, inside, strict=True)]
-            fix = 1.5 * jnp.eye(k, dtype=layout.dtype) - 0.5 * layout.gram(rest)
-            rest = [f @ x for f, x in zip(layout.spread(fix), rest, strict=True)]
-            return write(rows, layout, jnp.where(step.refine[:, None], step.slots, m), rest)
+        def less(vectors, alpha, rows):
+            inside = layout.combine(jnp.swapaxes(alpha, 1, 2), rows)
+            return [v.astype(layout.dtype) - x for v, x in zip(vectors, inside, strict=True)]
 
-        return repeat(jnp.any(step.refine), body, rows)
+        def mixed(mix, vectors):
+            return [f @ v for f, v in zip(layout.spread(mix), vectors, strict=True)]
+
+        def unit(vectors):
+            return mixed(1.5 * eye - 0.5 * layout.gram(vectors), vectors)
+
+        def body(_, carry):
+            rows, gram, t = carry
+            rest = unit(mixed(step.mix, less(columns, step.alpha, rows)))
+            s = jnp.where(used, layout.dot(rows, rest), 0)
+            rest = unit(less(rest, jnp.einsum("nrm,nrl,nlk->nmk", old.t, old.t, s), rows))
+            s = jnp.where(used, layout.dot(rows, rest), 0)
+            gram, t = jax.vmap(_remeasure)(gram, t, slots, s, layout.gram(rest))
+            return write(rows, layout, slots, rest), gram, t
+
+        return repeat(jnp.any(step.refine), body, carry)
 
     def _absorb(self, old: FrameState, s, gram, scale, weights, accept, initial, key, *, signed,
                 start):
         """One group: ``s = W Y`` is ``(m, k)``, of columns scaled by ``scale``."""
         r, m, k = self.rank, self.rank + self.capacity, weights.shape[0]
-        used = jnp.diagonal(old.gram) > 0
-        s = jnp.where(used[:, None], s, 0)
+        used, on = jnp.diagonal(old.gram) > 0, weights != 0
+        s = jnp.where(used[:, None] & on, s, 0)
+        gram = jnp.where(on[:, None] & on, gram, 0)
         a = old.t @ s
         a = a + old.t @ (s - old.gram @ (old.t.T @ a))              # twice is enough
         alpha = old.t.T @ a
@@ -229,7 +247,9 @@ class Frame(Basis, Spectrum):
 
         fine = _linalg.finite(lam, z, y)
         ok = accept & fine
-        refine = ok & jnp.any(fresh & (size < 1e-2))
+        # The new directions as combinations of rows: their size is what rounding in K grows by.
+        behind = mix @ alpha.T
+        refine = ok & (jnp.max(jnp.sum(behind**2, axis=1) + jnp.sum(mix**2, axis=1)) > 10)
         slots = jnp.where(ok & jnp.any(fresh), r + old.fill + jnp.arange(k), m)
         place = jax.nn.one_hot(slots, m, dtype=s.dtype)
         # The new rows are the columns themselves, or their residuals mix (Y - W alpha).
@@ -237,7 +257,7 @@ class Frame(Basis, Spectrum):
         corner = jnp.where(refine, jnp.diag(fresh.astype(s.dtype)), gram)
         grown = old.gram + place.T @ x + x.T @ place + place.T @ corner @ place
         ahead = jnp.where(refine, jnp.eye(k, dtype=s.dtype), mix)
-        behind = jnp.where(refine, 0, mix @ alpha.T)
+        behind = jnp.where(refine, 0, behind)
         t = z[:, :r] @ old.t + z[:, r:] @ (ahead @ place - behind)
         new = old._replace(
             gram=grown, t=_linalg.orthonormalize(t, grown), lam=lam, memory=memory,
@@ -258,6 +278,15 @@ class _Step(NamedTuple):
     c: jax.Array
     u: jax.Array
     failed: jax.Array
+
+
+def _remeasure(gram, t, slots, s, corner):
+    """One group's ``K`` with the products of refined rows as measured, and ``T`` for it."""
+    place = jax.nn.one_hot(slots, gram.shape[0], dtype=gram.dtype)
+    keep = 1 - jnp.sum(place, axis=0)
+    cross = keep[:, None] * (s @ place)
+    gram = keep[:, None] * gram * keep + cross + cross.T + place.T @ corner @ place
+    return gram, _linalg.orthonormalize(t, gram)
 
 
 def _rotate_leaf(w: jax.Array, t: jax.Array, go: jax.Array, width: int, dtype: Any):

@@ -1,11 +1,18 @@
 """Inner optimizers: rules in the coordinates of the basis, freely chained.
 
-`adaptive` holds those with moments, `shaping` those that reshape an update, `spectral` those that
-read the eigenvalues, `compose` the ways to put them together.
+`adaptive` holds those with moments, `hessian` those that average products of the curvature,
+`spectral` and `newton` those that read the eigenvalues or the examples' columns, `shaping` those
+that reshape an update, `compose` the ways to put them together.
 """
 
-from lowrank_optax.inner.adaptive import EMA, Adam, FullMatrixAdam, Lion
+from lowrank_optax.inner.adaptive import EMA, Adam, CubicAdam, FullMatrixAdam, Lion
 from lowrank_optax.inner.compose import Chain, Optax, as_inner
+from lowrank_optax.inner.hessian import (
+    FullMatrixBFGSAdam,
+    FullMatrixHutchinsonAdam,
+    HutchinsonAdam,
+)
+from lowrank_optax.inner.newton import CubicNewton, GaussNewton, NaturalGradient, ThirdOrder
 from lowrank_optax.inner.shaping import (
     Cautious,
     ClipNorm,
@@ -20,6 +27,7 @@ from lowrank_optax.inner.spectral import LInv, LInvSqrt, LPower
 
 __all__ = [
     "EMA", "Adam", "Cautious", "Chain", "ClipNorm", "ClipNormByEMA", "ClipValue", "CopyGradSign",
-    "FullMatrixAdam", "LInv", "LInvSqrt", "LPower", "Lion", "NanToZero", "Normalize", "Optax",
-    "Sign", "as_inner",
+    "CubicAdam", "CubicNewton", "FullMatrixAdam", "FullMatrixBFGSAdam", "FullMatrixHutchinsonAdam",
+    "GaussNewton", "HutchinsonAdam", "LInv", "LInvSqrt", "LPower", "Lion", "NanToZero",
+    "NaturalGradient", "Normalize", "Optax", "Sign", "ThirdOrder", "as_inner",
 ]

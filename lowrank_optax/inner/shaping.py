@@ -129,7 +129,7 @@ class ClipNormByEMA:
 
     @property
     def laws(self) -> ClipNormByEMAState:
-        return ClipNormByEMAState(SCALAR, VECTOR, SCALAR)
+        return ClipNormByEMAState._make((SCALAR, VECTOR, SCALAR))
 
     def update(self, u: jax.Array, state: ClipNormByEMAState, context: Context):
         first = state.count == 0

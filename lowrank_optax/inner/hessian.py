@@ -1,0 +1,220 @@
+"""Inner parts that carry averages of the curvature itself, from products with probes.
+
+They read ``z = Q^T z`` and ``Q^T H z`` of the step's `Context`; on a step that measured no product
+the averages stay as they are.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import _linalg
+from lowrank_optax._types import MATRIX, SCALAR, SECOND_MOMENT, VECTOR, Context, check_least
+from lowrank_optax.inner.adaptive import check_moments, debias, ema, identity_at_first
+
+
+class HutchinsonAdamState(NamedTuple):
+    """State of `HutchinsonAdam`.
+
+    Attributes:
+      count: steps.
+      estimates: how many of them measured a product.
+      mean: ``(r,)`` average of the gradients.
+      diagonal: ``(r,)`` average of the diagonal's estimates, or of their squares.
+    """
+
+    count: jax.Array
+    estimates: jax.Array
+    mean: jax.Array
+    diagonal: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class HutchinsonAdam:
+    r"""Adam's momentum over a Hutchinson estimate of the Hessian's diagonal in the basis.
+
+    With ``v = (Q^T z)∘(Q^T H z)``, of which the mean over probes is ``diag(Q^T H Q)``,
+
+    .. math:: u = \hat m / (\sqrt{\hat D} + \epsilon),\quad D \leftarrow b_2 D + (1-b_2) v^2
+
+    or, where ``gamma`` is given,
+
+    .. math:: u = m / \max(\gamma h, \epsilon),\quad h \leftarrow b_2 h + (1-b_2) v
+
+    ``D`` and ``h`` move as a diagonal second moment, ``diag(C diag(h) C^T)``. Two published
+    methods, in the coordinates of the basis:
+
+    * AdaHessian (without its spatial averages, which a basis has no use for):
+      ``HutchinsonAdam(b2=0.999)``.
+    * Sophia-H: ``HutchinsonAdam(b1=0.965, eps=1e-12, gamma=0.01, debias=False)``, then
+      ``ClipValue(1.0)``.
+
+    Until the first product is measured the first form returns zeros.
+
+    Args:
+      b1: decay of the mean.
+      b2: decay of the estimates, a measured product.
+      eps: added to the root, or the least denominator; in units of the curvature.
+      gamma: ``None`` for the root of averaged squares, a number for Sophia's denominator.
+      debias: correct the averages for their start at zero, the mean after its steps and the
+        estimates after their own number. Sophia's paper does not.
+
+    Raises:
+      ValueError: for decays outside [0, 1), a negative ``eps`` or a ``gamma`` that is not positive;
+        when built into a product without products with probes.
+
+    Cost: ``2 r`` numbers and ``4 r²`` flops; the engine projects ``z`` and ``H z`` in one pass over
+    the rows on the steps that measure them.
+
+    Source: Yao et al., "ADAHESSIAN", AAAI 2021; Liu et al., "Sophia: A Scalable Stochastic
+    Second-order Optimizer for Language Model Pre-training", 2023.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    gamma: float | None = None
+    debias: bool = True
+    needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+
+    def __post_init__(self):
+        check_moments(self)
+        if self.gamma is not None:
+            check_least("HutchinsonAdam", "gamma", self.gamma, strict=True)
+
+    def init(self, rank: int, dtype: Any) -> HutchinsonAdamState:
+        zero = jnp.zeros((), jnp.int32)
+        return HutchinsonAdamState(zero, zero, jnp.zeros(rank, dtype), jnp.zeros(rank, dtype))
+
+    @property
+    def laws(self) -> HutchinsonAdamState:
+        return HutchinsonAdamState(SCALAR, SCALAR, VECTOR, SECOND_MOMENT)
+
+    def update(self, u: jax.Array, state: HutchinsonAdamState, context: Context):
+        count, estimates = state.count + 1, state.estimates + context.moved
+        v = context.probe * context.product
+        v = v * v if self.gamma is None else v
+        diagonal = jnp.where(context.moved, ema(state.diagonal, v, self.b2), state.diagonal)
+        mean = ema(state.mean, u, self.b1)
+        new = HutchinsonAdamState(count, estimates, mean, diagonal)
+        if self.debias:
+            mean = debias(mean, self.b1, count)
+            diagonal = debias(diagonal, self.b2, jnp.maximum(estimates, 1))
+        if self.gamma is not None:
+            return mean / jnp.maximum(self.gamma * diagonal, self.eps), new
+        return jnp.where(estimates > 0, mean / (jnp.sqrt(diagonal) + self.eps), 0), new
+
+
+class FullMatrixHessianState(NamedTuple):
+    """State of `FullMatrixHutchinsonAdam` and `FullMatrixBFGSAdam`.
+
+    Attributes:
+      count: steps.
+      estimates: how many of them measured a product.
+      mean: ``(r,)`` average of the gradients.
+      hessian: ``(r, r)`` average of the Hessian's estimates.
+    """
+
+    count: jax.Array
+    estimates: jax.Array
+    mean: jax.Array
+    hessian: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _FullMatrixHessian:
+    """What the two below share: Adam's momentum, an average matrix from the identity, its law."""
+
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-6
+    needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+
+    def __post_init__(self):
+        check_moments(self)
+
+    def init(self, rank: int, dtype: Any) -> FullMatrixHessianState:
+        zero = jnp.zeros((), jnp.int32)
+        return FullMatrixHessianState(zero, zero, jnp.zeros(rank, dtype),
+                                      jnp.zeros((rank, rank), dtype))
+
+    @property
+    def laws(self) -> FullMatrixHessianState:
+        return FullMatrixHessianState(SCALAR, SCALAR, VECTOR, MATRIX)
+
+    def update(self, u: jax.Array, state: FullMatrixHessianState, context: Context):
+        count, estimates = state.count + 1, state.estimates + context.moved
+        mean = ema(state.mean, u, self.b1)
+        old = identity_at_first(state.hessian, state.count, context)
+        new = ema(old, self._estimate(old, context.probe, context.product), self.b2)
+        hessian = jnp.where(context.moved, new, old)
+        m = debias(hessian, self.b2, jnp.maximum(estimates, 1))
+        u = self._inverse(m + self.eps * jnp.eye(u.shape[0], dtype=u.dtype)) @ debias(
+            mean, self.b1, count)
+        return (jnp.where(context.basis.live, u, 0),
+                FullMatrixHessianState(count, estimates, mean, hessian))
+
+
+class FullMatrixHutchinsonAdam(_FullMatrixHessian):
+    r"""Adam's momentum times the inverse of ``|H|``, ``H`` averaged from Hessian products.
+
+    .. math:: H \leftarrow b_2 H + \tfrac{1-b_2}{2} Q^T (Hz\,z^T + z\,(Hz)^T) Q,\quad
+              u = |\hat H + \epsilon I|^{-1} \hat m
+
+    ``H`` starts as the identity of the first basis and moves as ``C H C^T``. Eigenvalues below
+    ``1e-12`` of the largest are dropped; the others get ``1e-8`` and ``1e-8`` of the largest added.
+
+    Args:
+      b1: decay of the mean.
+      b2: decay of the Hessian, a measured product.
+      eps: added to the eigenvalues, in units of the curvature.
+
+    Raises:
+      ValueError: for decays outside [0, 1) or a negative ``eps``; when built into a product without
+        products with probes.
+
+    Cost: ``r²`` numbers; one ``eigh`` of size ``r`` a step, about ``9 r³`` flops.
+
+    Source: the original LRE; Hutchinson's estimator as in Yao et al., "ADAHESSIAN", AAAI 2021.
+    """
+
+    def _estimate(self, old: jax.Array, z: jax.Array, hz: jax.Array) -> jax.Array:
+        return _linalg.symmetrize(jnp.outer(hz, z))
+
+    def _inverse(self, matrix: jax.Array) -> jax.Array:
+        return _linalg.matrix_power(matrix, -1.0, abs=True)
+
+
+class FullMatrixBFGSAdam(_FullMatrixHessian):
+    r"""Adam's momentum times the inverse of a BFGS matrix that is averaged in the basis.
+
+    .. math:: B \leftarrow B + (1-b_2) \Bigl(\frac{y y^T}{y \cdot s}
+              - \frac{B s\, s^T B}{s \cdot B s}\Bigr),\quad u = (\hat B + \epsilon I)^{-1} \hat m
+
+    with ``s = Q^T z`` and ``y = Q^T H z``; pairs with ``s·y < 1e-16`` leave the matrix as it is.
+    ``B`` starts as the identity of the first basis and moves as ``C B C^T``.
+
+    Args:
+      b1: decay of the mean.
+      b2: decay of the matrix, a measured product.
+      eps: added to the eigenvalues, in units of the curvature.
+
+    Raises:
+      ValueError: for decays outside [0, 1) or a negative ``eps``; when built into a product without
+        products with probes.
+
+    Cost: ``r²`` numbers; one ``eigh`` of size ``r`` a step, about ``9 r³`` flops.
+
+    Source: the original LRE; Fletcher, "Practical Methods of Optimization", 1987, for the update.
+    """
+
+    def _estimate(self, old: jax.Array, s: jax.Array, y: jax.Array) -> jax.Array:
+        bs, sy = old @ s, s @ y
+        new = (old + _linalg.safe_divide(jnp.outer(y, y), sy)
+               - _linalg.safe_divide(jnp.outer(bs, bs), s @ bs))
+        return jnp.where(sy >= 1e-16, new, old)
+
+    def _inverse(self, matrix: jax.Array) -> jax.Array:
+        return _linalg.matrix_power(matrix, -1.0, eig_tol=0.0, damping=0.0, rdamping=0.0)

@@ -1,0 +1,361 @@
+"""Inner parts that solve a small model of the loss in the basis."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_optax import _linalg
+from lowrank_optax._types import (
+    MATRIX,
+    SCALAR,
+    TENSOR,
+    VECTOR,
+    Context,
+    Eigenbasis,
+    check_count,
+    check_least,
+)
+
+
+class CubicNewtonState(NamedTuple):
+    """State of `CubicNewton`.
+
+    Attributes:
+      sigma: the regularisation of the next step.
+      shift: what the last step added to the eigenvalues, ``sigma ‖u‖``.
+      step: ``(r,)`` the last step, 0 before the first.
+    """
+
+    sigma: jax.Array
+    shift: jax.Array
+    step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CubicNewton:
+    r"""The global minimum of the cubically regularised model in the basis.
+
+    .. math:: \min_y\ g \cdot y + \tfrac12 y^T \mathrm{diag}(\lambda)\, y
+              + \tfrac{\sigma}{3} \|y\|^3,\qquad
+              u = -y = (\mathrm{diag}(\lambda) + \rho I)^{-1} g,\quad \rho = \sigma \|u\|
+
+    with ``rho >= max(0, -lam_min)``: a root of one scalar equation, also where ``lam`` has negative
+    eigenvalues, which plain Newton would climb. If the gradient has no part along the lowest
+    eigenvector (the "hard case"), the rest of the length goes there.
+
+    With ``adaptive``, ``sigma <- max(sigma/2, M)``: the gradient that the last model predicted is
+    ``rho u``, so that ``M = |u · (g - rho u)| / ‖u‖³`` is the change of curvature that it missed.
+    This takes it that the last update was applied whole, that is with a learning rate of 1.
+
+    Args:
+      sigma: of the regularisation, in units of curvature by length (half the Lipschitz constant of
+        the Hessian makes the model an upper bound); with ``adaptive`` the first one.
+      adaptive: follow the errors of the model.
+      iterations: of the safeguarded Newton method for ``rho``.
+
+    Raises:
+      ValueError: for a ``sigma`` that is not positive or fewer than one iteration; when built into
+        a product whose basis has no eigenvalues.
+
+    Cost: ``r`` numbers and ``10 r`` flops an iteration.
+
+    Source: Nesterov and Polyak, "Cubic regularization of Newton method", 2006; the adaptation is
+    that of Mishchenko, "Regularized Newton Method with Global O(1/k²) Convergence", 2023.
+    """
+
+    sigma: float = 1.0
+    adaptive: bool = False
+    iterations: int = 30
+    needs: ClassVar[frozenset[str]] = frozenset({"eigenvalues"})
+
+    def __post_init__(self):
+        check_least("CubicNewton", "sigma", self.sigma, strict=True)
+        check_count("CubicNewton", "iterations", self.iterations)
+
+    def init(self, rank: int, dtype: Any) -> CubicNewtonState:
+        return CubicNewtonState(jnp.asarray(self.sigma, dtype), jnp.zeros((), dtype),
+                                jnp.zeros(rank, dtype))
+
+    @property
+    def laws(self) -> CubicNewtonState:
+        return CubicNewtonState(SCALAR, SCALAR, VECTOR)
+
+    def update(self, u: jax.Array, state: CubicNewtonState, context: Context):
+        sigma = state.sigma
+        if self.adaptive:
+            size = jnp.linalg.norm(state.step)
+            missed = jnp.abs(state.step @ (context.g - state.shift * state.step))
+            least = jnp.finfo(u.dtype).eps * self.sigma
+            halved = jnp.where(size > 0, jnp.maximum(sigma / 2, least), sigma)
+            sigma = jnp.maximum(halved, _linalg.safe_divide(missed, size**3))
+        u, shift = _cubic_step(u, context.basis, sigma, self.iterations)
+        return u, CubicNewtonState(sigma, shift, u)
+
+
+class ThirdOrderState(NamedTuple):
+    """State of `ThirdOrder`.
+
+    Attributes:
+      step: ``(r,)`` the way gone since the basis last moved.
+      hessian: ``(r, r)`` the curvature in the basis, as it was then.
+      tensor: ``(r, r, r)`` the third derivatives in the basis.
+    """
+
+    step: jax.Array
+    hessian: jax.Array
+    tensor: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ThirdOrder:
+    r"""A minimum of the third-order model in the basis, its tensor learned by secants.
+
+    .. math:: \min_y\ g \cdot y + \tfrac12 y^T \mathrm{diag}(\lambda)\, y + \tfrac16 T[y,y,y]
+              + \tfrac{\sigma}{4} \|y\|^4,\qquad u = -y
+
+    When the basis moves, ``B = diag(lam)`` has changed by ``T[s]`` over the way ``s`` that was gone:
+    ``T`` becomes the closest symmetric tensor for which that holds, with ``s`` of unit length and
+    ``E = (B - C B_old C^T)/‖s‖ - T[s]``
+
+    .. math:: T \leftarrow T + 3\,\mathrm{sym}(E \otimes s) - 3\,\mathrm{sym}(Es \otimes s \otimes s)
+              + (s^T E s)\, s \otimes s \otimes s
+
+    An option for deterministic problems of few directions: it needs eigenvalues that are those of
+    the Hessian here and now (``GaussNewton`` on ``GGT(rank=batch)``, a ``FullMatrix(beta=None)`` of
+    exact products, not an average over batches), and a learning rate of 1, for the way gone is
+    taken to be the sum of the updates. From minibatch estimates it is worse than `CubicNewton`,
+    which has most of the gain at ``r²`` times less.
+
+    Args:
+      sigma: of the regularisation, in units of curvature by squared length.
+      iterations: of the damped Newton method for the model.
+
+    Raises:
+      ValueError: for a ``sigma`` that is not positive or fewer than one iteration; when built into
+        a product whose basis has no eigenvalues.
+
+    Cost: ``r³`` numbers, ``6 r⁴`` flops to move them; an ``eigh`` of size ``r`` and ``20 r³`` flops
+    an iteration. Sensible for ``r`` up to about 12.
+
+    Source: Welzel and Hauser, "Approximating higher-order derivative tensors using secant updates",
+    2022; the model is that of Nesterov, "Implementable tensor methods in unconstrained convex
+    optimization", 2021.
+    """
+
+    sigma: float = 1.0
+    iterations: int = 20
+    needs: ClassVar[frozenset[str]] = frozenset({"eigenvalues"})
+
+    def __post_init__(self):
+        check_least("ThirdOrder", "sigma", self.sigma, strict=True)
+        check_count("ThirdOrder", "iterations", self.iterations)
+
+    def init(self, rank: int, dtype: Any) -> ThirdOrderState:
+        return ThirdOrderState(jnp.zeros(rank, dtype), jnp.zeros((rank, rank), dtype),
+                               jnp.zeros((rank, rank, rank), dtype))
+
+    @property
+    def laws(self) -> ThirdOrderState:
+        return ThirdOrderState(VECTOR, MATRIX, TENSOR)
+
+    def update(self, u: jax.Array, state: ThirdOrderState, context: Context):
+        hessian = jnp.diag(context.basis.lam)
+        tensor = _secant(state.tensor, state.step, hessian - state.hessian)
+        tensor = jnp.where(context.moved, tensor, state.tensor)
+        y = _third_order_step(u, hessian, tensor, self.sigma, self.iterations)
+        y = jnp.where(context.basis.live, y, 0)
+        step = jnp.where(context.moved, 0, state.step) + y
+        return -y, ThirdOrderState(step, hessian, tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class NaturalGradient:
+    r"""``u <- (F + mu I)^{-1} u`` with the empirical Fisher matrix of this step's examples.
+
+    .. math:: F = \frac{\sum_i w_i\, a_i a_i^T}{\sum_i w_i},\quad a_i = Q^T g_i,\quad
+              \mu = \mathrm{damping} + \mathrm{rdamping} \cdot \mathrm{tr} F
+
+    ``g_i`` is the gradient of example ``i``. Between two updates of the basis the last ``F`` is
+    used; it moves as ``C F C^T``.
+
+    Args:
+      damping: in units of the squared gradient.
+      rdamping: relative to the trace.
+
+    Raises:
+      ValueError: for negative damping; when built into a product whose curvature has no examples.
+
+    Cost: ``r²`` numbers; ``2 r² k`` flops for ``k`` examples and one ``eigh`` of size ``r`` a step,
+    about ``9 r³``: the basis has already made the problem as small as ``min(k, r)``.
+
+    Source: Amari, "Natural gradient works efficiently in learning", 1998; Schraudolph, "Fast
+    curvature matrix-vector products for second-order gradient descent", 2002, for the empirical
+    matrix.
+    """
+
+    damping: float = 1e-3
+    rdamping: float = 0.0
+    needs: ClassVar[frozenset[str]] = frozenset({"examples"})
+
+    def __post_init__(self):
+        _check_damping(self)
+
+    def init(self, rank: int, dtype: Any) -> jax.Array:
+        return jnp.zeros((rank, rank), dtype)
+
+    @property
+    def laws(self):
+        return MATRIX
+
+    def update(self, u: jax.Array, state: jax.Array, context: Context):
+        mean = _linalg.safe_divide(_outer_sum(context), jnp.sum(context.weights))
+        fisher = jnp.where(context.moved, mean, state)
+        return _damped_solve(fisher, u, self.damping, self.rdamping), fisher
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton:
+    r"""``u <- (J^T J + mu I)^{-1} u`` with the Jacobian of this step's residuals in the basis.
+
+    .. math:: J^T J = \sum_i w_i\, a_i a_i^T,\quad a_i = Q^T \nabla r_i,\quad
+              \mu = \mathrm{damping} + \mathrm{rdamping} \cdot \mathrm{tr}\, J^T J
+
+    where the gradient is ``J^T r``. In a `GGT` basis that holds all ``k`` of the residuals' gradients
+    this is the dual form ``J^T (J J^T + mu I)^{-1} r``. Between two updates of the basis the last
+    matrix is used; it moves as ``C J^T J C^T``. Eigenvalues that rounding cannot tell from zero are
+    dropped, so that without damping the step is the shortest one that solves the problem.
+
+    Args:
+      damping: in units of the squared gradients of the residuals.
+      rdamping: relative to the trace.
+
+    Raises:
+      ValueError: for negative damping; when built into a product whose curvature has no examples.
+
+    Cost: ``r²`` numbers; ``2 r² k`` flops for ``k`` residuals and one ``eigh`` of size ``r`` a step,
+    about ``9 r³``.
+
+    Source: Levenberg, 1944; Marquardt, 1963; Ren and Goldfarb, "Efficient subsampled Gauss-Newton
+    and natural gradient methods for training neural networks", 2019, for the dual form.
+    """
+
+    damping: float = 0.0
+    rdamping: float = 1e-6
+    needs: ClassVar[frozenset[str]] = frozenset({"examples"})
+
+    def __post_init__(self):
+        _check_damping(self)
+
+    def init(self, rank: int, dtype: Any) -> jax.Array:
+        return jnp.zeros((rank, rank), dtype)
+
+    @property
+    def laws(self):
+        return MATRIX
+
+    def update(self, u: jax.Array, state: jax.Array, context: Context):
+        matrix = jnp.where(context.moved, _outer_sum(context), state)
+        return _damped_solve(matrix, u, self.damping, self.rdamping), matrix
+
+
+def _check_damping(part: Any) -> None:
+    check_least(type(part).__name__, "damping", part.damping)
+    check_least(type(part).__name__, "rdamping", part.rdamping)
+
+
+def _outer_sum(context: Context) -> jax.Array:
+    """``sum_i w_i a_i a_i^T`` of the correction's columns in the basis, ``(r, r)``."""
+    return (context.columns * context.weights) @ context.columns.T
+
+
+def _damped_solve(matrix: jax.Array, u: jax.Array, damping, rdamping) -> jax.Array:
+    """``(A + mu I)^{-1} u``, with a pseudo-inverse where ``mu`` drowns in rounding."""
+    mu = damping + rdamping * jnp.trace(matrix)
+    shifted = matrix + mu * jnp.eye(u.shape[0], dtype=u.dtype)
+    return _linalg.matrix_power(shifted, -1.0, eig_tol=0.0, damping=0.0, rdamping=0.0) @ u
+
+
+def _cubic_step(g: jax.Array, basis: Eigenbasis, sigma, iterations: int):
+    """``u = (diag(lam) + rho I)^{-1} g`` with ``rho = sigma ‖u‖``, and ``rho``."""
+    lam, live = basis
+    g = jnp.where(live, g, 0)
+    lowest = jnp.min(jnp.where(live, lam, jnp.inf), initial=jnp.inf)
+    lowest = jnp.where(jnp.isfinite(lowest), lowest, 0)
+    highest = jnp.max(jnp.where(live, lam, -jnp.inf), initial=-jnp.inf)
+    highest = jnp.where(jnp.isfinite(highest), highest, 0)
+    # A single eigenvalue's root, rho (lam + rho) = sigma ‖g‖, bounds the root from either side.
+    bound = sigma * jnp.linalg.norm(g)
+    root = lambda lam: jnp.where(
+        lam > 0,
+        _linalg.safe_divide(2 * bound, lam + jnp.sqrt(lam * lam + 4 * bound)),
+        (jnp.sqrt(lam * lam + 4 * bound) - lam) / 2)
+    pole = jnp.maximum(-lowest, 0)
+    low, high = jnp.maximum(root(highest), pole), root(lowest)
+
+    def solve(rho):
+        return jnp.where(live, _linalg.safe_divide(g, lam + rho), 0)
+
+    def body(_, carry):
+        low, high, rho = carry
+        u = solve(rho)
+        size = jnp.linalg.norm(u)
+        short = sigma * size < rho
+        low, high = jnp.where(short, low, rho), jnp.where(short, rho, high)
+        # Newton's method for 1/‖u‖ = sigma/rho, whose two sides are nearly straight lines.
+        slope = (_linalg.safe_divide(u @ _linalg.safe_divide(u, lam + rho), size**3)
+                 + _linalg.safe_divide(sigma, rho * rho))
+        value = _linalg.safe_divide(1.0, size) - _linalg.safe_divide(sigma, rho)
+        new = rho - _linalg.safe_divide(value, slope)
+        inside = (new > low) & (new < high)
+        return low, high, jnp.where(inside, new, (low + high) / 2)
+
+    rho = lax.fori_loop(0, iterations, body, (low, high, (low + high) / 2))[2]
+    u = solve(rho)
+    # The hard case: at the pole the step is still too short, and the lowest eigenvector fills it.
+    missing = jnp.maximum((rho / sigma) ** 2 - u @ u, 0)
+    hard = (pole > 0) & (rho - pole <= 1e-3 * pole) & (missing > 1e-3 * u @ u)
+    bottom = jax.nn.one_hot(jnp.argmin(jnp.where(live, lam, jnp.inf)), g.shape[0], dtype=g.dtype)
+    along = jnp.where(bottom @ u < 0, -1, 1) * jnp.sqrt(missing)
+    return u + jnp.where(hard, along, 0) * bottom, rho
+
+
+def _secant(tensor: jax.Array, way: jax.Array, change: jax.Array) -> jax.Array:
+    """The symmetric tensor closest to ``tensor`` with ``T[way] = change``; itself for no way."""
+    length = jnp.linalg.norm(way)
+    s = _linalg.unit(way)
+    e = _linalg.safe_divide(change, length) - jnp.einsum("ijk,k->ij", tensor, s)
+    es = e @ s
+    new = (_spread(e, s) - _spread(jnp.outer(es, s) + jnp.outer(s, es), s) / 2
+           + (s @ es) * jnp.einsum("i,j,k->ijk", s, s, s))
+    return jnp.where(length > 0, tensor + new, tensor)
+
+
+def _spread(matrix: jax.Array, s: jax.Array) -> jax.Array:
+    """``3 sym(A ⊗ s)`` for a symmetric ``A``."""
+    return (jnp.einsum("ij,k->ijk", matrix, s) + jnp.einsum("ik,j->ijk", matrix, s)
+            + jnp.einsum("jk,i->ijk", matrix, s))
+
+
+def _third_order_step(g, hessian, tensor, sigma, iterations: int) -> jax.Array:
+    """A minimum of the third-order model by Newton's method on ``|H|``, the best of some lengths."""
+    n = g.shape[0]
+
+    def model(y):
+        return (g @ y + y @ hessian @ y / 2 + jnp.einsum("ijk,i,j,k->", tensor, y, y, y) / 6
+                + sigma * (y @ y) ** 2 / 4)
+
+    lengths = jnp.concatenate([2.0 ** -jnp.arange(12, dtype=g.dtype), jnp.zeros(1, g.dtype)])
+
+    def body(_, y):
+        ty = jnp.einsum("ijk,k->ij", tensor, y)
+        slope = g + hessian @ y + ty @ y / 2 + sigma * (y @ y) * y
+        curvature = hessian + ty + sigma * ((y @ y) * jnp.eye(n, dtype=g.dtype)
+                                            + 2 * jnp.outer(y, y))
+        step = _linalg.matrix_power(curvature, -1.0, abs=True) @ slope
+        tries = y - lengths[:, None] * step
+        return tries[jnp.argmin(jax.vmap(model)(tries))]
+
+    return lax.fori_loop(0, iterations, body, jnp.zeros_like(g))
