@@ -1,7 +1,8 @@
 """Low-rank eigenbases of a network's curvature, and optimizers that run inside them.
 
 The engine is `scale_by_lre`, a point of three axes: `curvature` (what is measured), `basis` (how it
-is kept), `inner` (what runs inside). `lre` is the recipe to start from.
+is kept), `inner` (what runs inside). `lre` is the recipe to start from,
+and the methods people know are beside it under their names.
 """
 
 from lowrank_optax import basis, curvature, diagnose, inner
@@ -19,15 +20,25 @@ from lowrank_optax._types import (
     Eigenbasis,
     Law,
 )
-from lowrank_optax.alias import lre
+from lowrank_optax.alias import (
+    adahessian,
+    full_matrix_adam,
+    gauss_newton,
+    ggt,
+    lowrank_newton,
+    lre,
+    natural_gradient,
+    sophia_h,
+)
 from lowrank_optax.transform import Events, Metrics, ScaleByLREState, scale_by_lre
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MATRIX", "MOMENTS", "SCALAR", "SECOND_MOMENT", "TENSOR", "THIRD_MOMENT", "VECTOR", "Context",
-    "Correction", "Eigenbasis", "Events", "Law", "Metrics", "ScaleByLREState", "basis", "curvature",
-    "diagnose", "inner", "lre", "per_leaf", "scale_by_lre",
+    "Correction", "Eigenbasis", "Events", "Law", "Metrics", "ScaleByLREState", "adahessian",
+    "basis", "curvature", "diagnose", "full_matrix_adam", "gauss_newton", "ggt", "inner",
+    "lowrank_newton", "lre", "natural_gradient", "per_leaf", "scale_by_lre", "sophia_h",
 ]
 
 

@@ -42,6 +42,8 @@ class Correction(NamedTuple):
       initial: ``(n,)`` curvature assumed in directions that no correction has touched, or ``None``
         for zero.
       probe: a pair of vectors ``(z, H z)`` for the inner parts that use them, or ``None``.
+      params: the parameters' tree where they were passed; the engine adds it for bases that
+        remember steps.
     """
 
     columns: Columns | None
@@ -50,6 +52,7 @@ class Correction(NamedTuple):
     signed: bool = False
     initial: jax.Array | None = None
     probe: tuple[Vector, Vector] | None = None
+    params: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +148,10 @@ NEEDS = {
              "SR1",
     "outside": "the curvature assumed outside the basis; combine it with BFGS or SR1",
     "examples": "one column for every example; combine it with EmpiricalFisher or GaussNewton",
+    "initial": "a basis that adds corrections to an assumed curvature; combine it with Eigen(rank, "
+               "beta=None) or FullMatrix(beta=None)",
+    "complement": "a first step to learn from, outside the empty basis; pass a complement such as "
+                  "lro.inner.LInv()",
 }
 """What a part may need of the others, and where it can be had."""
 
@@ -164,13 +171,17 @@ def check_count(owner: str, name: str, value: Any, least: int = 1) -> None:
 
 
 def check_decay(owner: str, name: str, value: Any, closed: bool = False) -> None:
-    """A decay in [0, 1), or in [0, 1] when ``closed``."""
+    """A decay in [0, 1), or in [0, 1] when ``closed``; traced values pass."""
+    if isinstance(value, jax.Array):
+        return
     ok = _real(value) and (0 <= value < 1 or (closed and value == 1))
     check(ok, f"{owner}: {name} is {value!r}; pass a number in [0, 1{']' if closed else ')'}.")
 
 
 def check_least(owner: str, name: str, value: Any, least: float = 0.0, strict: bool = False) -> None:
-    """A real number at or (``strict``) above ``least``."""
+    """A real number at or (``strict``) above ``least``; traced values pass."""
+    if isinstance(value, jax.Array):
+        return
     ok = _real(value) and (value > least if strict else value >= least)
     check(ok, f"{owner}: {name} is {value!r}; pass a number {'above' if strict else 'of at least'} "
           f"{least:g}.")

@@ -73,6 +73,393 @@ def lre(
     )
 
 
+def ggt(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 100,
+    *,
+    b1: float = 0.9,
+    eps: float = 1e-3,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""GGT: the full-matrix adaptive method on a window of the last gradients.
+
+    ``Covariance() × GGT(rank) × (EMA(b1), LInvSqrt())``, with ``1/eps`` on the complement:
+
+    .. math:: x \leftarrow x - \eta\,(G G^T + \epsilon^2 I)^{-1/2}\,\hat m,\quad
+              G = [g_t, \dots, g_{t-r+1}]
+
+    The paper adds ``eps`` to the root where this adds ``eps²`` under it; both are ``1/eps`` outside
+    the window, where (the newest gradient being inside) only what `GGT` drops is left.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> tx = lro.ggt(0.3, rank=10)
+      >>> loss = lambda x: jnp.sum((x - jnp.arange(3.0)) ** 2)
+      >>> x = jnp.zeros(3); state = tx.init(x)
+      >>> for _ in range(100):
+      ...     updates, state = tx.update(jax.grad(loss)(x), state, x)
+      ...     x = optax.apply_updates(x, updates)
+      >>> bool(loss(x) < 1e-2)
+      True
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank: the window's length.
+      b1: decay of the momentum.
+      eps: in units of the gradient's norm; well below it, or the step becomes ``g/eps``.
+      **options: the keywords of `lre` and `scale_by_lre`.
+
+    Raises:
+      ValueError: for a rank, decay or ``eps`` out of range.
+
+    Cost: that of `GGT`.
+
+    Source: Agarwal et al., "Efficient Full-Matrix Adaptive Regularization", ICML 2019.
+    """
+    check_least("ggt", "eps", eps, strict=True)
+    return lre(
+        learning_rate,
+        curvatures.Covariance(),
+        bases.GGT(rank, update_damping=eps**2),
+        (inners.EMA(b1, debias=True), inners.LInvSqrt()),
+        **{"complement": 1 / eps, **options},
+    )
+
+
+def full_matrix_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 100,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    eps: float = 1e-8,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with the full matrix of second moments, in the span of the last gradients.
+
+    ``Covariance() × GGT(rank) × FullMatrixAdam()``:
+
+    .. math:: x \leftarrow x - \eta\, Q\,(\hat M + \epsilon I)^{-1/2}\, \hat m
+
+    with ``M`` the average of ``u u^T`` and ``m`` that of ``u = Q^T g``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> tx = lro.full_matrix_adam(0.1, rank=10)
+      >>> loss = lambda x: jnp.sum((x - jnp.arange(3.0)) ** 2)
+      >>> x = jnp.zeros(3); state = tx.init(x)
+      >>> for _ in range(300):
+      ...     updates, state = tx.update(jax.grad(loss)(x), state, x)
+      ...     x = optax.apply_updates(x, updates)
+      >>> bool(loss(x) < 1e-2)
+      True
+
+    Args:
+      learning_rate: a number or a schedule; updates have the size of Adam's.
+      rank: the window's length.
+      b1: decay of the mean.
+      b2: decay of the covariance.
+      eps: added to the covariance's eigenvalues.
+      **options: the keywords of `lre` and `scale_by_lre`.
+
+    Raises:
+      ValueError: for a rank, decay or ``eps`` out of range.
+
+    Cost: that of `GGT` and a second ``eigh`` of size ``rank`` a step.
+
+    Source: full-matrix AdaGrad, Duchi et al., JMLR 2011, with the averages of Adam.
+    """
+    return lre(
+        learning_rate,
+        curvatures.Covariance(),
+        bases.GGT(rank),
+        inners.FullMatrixAdam(b1, b2, eps),
+        **options,
+    )
+
+
+def lowrank_newton(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    rank: int = 20,
+    *,
+    curvature: curvatures.Curvature = curvatures.BFGS(),
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Newton's method with a low-rank quasi-Newton matrix and a scaled identity around it.
+
+    ``BFGS() × Eigen(rank, beta=None) × LInv()``, with ``LInv()`` on the complement:
+
+    .. math:: x \leftarrow x - \eta\, B^{-1} g,\quad
+              B = Q\,\mathrm{diag}(\lambda)\,Q^T + \gamma\,(I - Q Q^T)
+
+    Eigenvalues count with their size, so that `SR1`'s negative ones are no ways up. There is no line
+    search: pass a smaller ``learning_rate``, or chain `optax.scale_by_zoom_linesearch` in place of
+    it, where a full step is too long. Needs ``value_fn`` in ``update``, and the parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> tx = lro.lowrank_newton(rank=3)
+      >>> loss = lambda x: jnp.sum((x - 1) ** 2 * jnp.array([1., 10., 100.]))
+      >>> x = jnp.zeros(3); state = tx.init(x)
+      >>> for _ in range(30):
+      ...     updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
+      ...     x = optax.apply_updates(x, updates)
+      >>> bool(loss(x) < 1e-6)
+      True
+
+    Args:
+      learning_rate: 1 for Newton's step.
+      rank: how many eigenpairs of the quasi-Newton matrix are kept.
+      curvature: `BFGS` or `SR1`.
+      **options: the keywords of `lre` and `scale_by_lre`.
+
+    Raises:
+      ValueError: for a rank out of range; by ``update`` without ``value_fn``.
+
+    Cost: that of `Eigen`, two more passes over the rows and one Hessian product an update.
+
+    Source: Broyden, Fletcher, Goldfarb and Shanno, 1970, and Brand's truncation, 2006, in place of
+    the memory of L-BFGS.
+    """
+    return lre(
+        learning_rate,
+        curvature,
+        bases.Eigen(rank, None, eig_tol=1e-8, update_damping=0.0, update_abs=True),
+        inners.LInv(),
+        **{"complement": inners.LInv(), **options},
+    )
+
+
+def adahessian(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 20,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    curvature: curvatures.Curvature = curvatures.HutchinsonHessian(),
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaHessian on the Hessian's diagonal in its own leading eigenbasis.
+
+    ``HutchinsonHessian() × Eigen(rank) × HutchinsonAdam()``:
+
+    .. math:: x \leftarrow x - \eta\, Q\, \frac{\hat m}{\sqrt{\hat D} + \epsilon},\quad
+              D \leftarrow b_2 D + (1-b_2)\,\bigl(Q^T z \circ Q^T H z\bigr)^2
+
+    In the eigenbasis the diagonal is most of the Hessian, which along the parameters' axes it is
+    not. Needs ``value_fn`` in ``update``, and the parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> tx = lro.adahessian(0.1, rank=3)
+      >>> loss = lambda x: jnp.sum((x - 1) ** 2 * jnp.array([1., 10., 100.]))
+      >>> x = jnp.zeros(3); state = tx.init(x)
+      >>> for _ in range(200):
+      ...     updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
+      ...     x = optax.apply_updates(x, updates)
+      >>> bool(loss(x) < 1e-3)
+      True
+
+    Args:
+      learning_rate: relative to Newton's step along the basis, which is about 1.
+      rank: how many eigenpairs are kept.
+      b1: decay of the mean.
+      b2: decay of the squared estimates, an update of the basis.
+      eps: added to the root, in units of the curvature.
+      curvature: what gives the products.
+      **options: the keywords of `lre` and `scale_by_lre`; ``update_every`` for rarer products.
+
+    Raises:
+      ValueError: for a rank, decay or ``eps`` out of range; by ``update`` without ``value_fn``.
+
+    Cost: that of `Eigen`, and a Hessian product and one more pass over the rows on every update of
+    the basis.
+
+    Source: Yao et al., "ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning", AAAI
+    2021.
+    """
+    return lre(
+        learning_rate,
+        curvature,
+        bases.Eigen(rank),
+        inners.HutchinsonAdam(b1, b2, eps),
+        **options,
+    )
+
+
+def sophia_h(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 20,
+    *,
+    b1: float = 0.965,
+    b2: float = 0.99,
+    eps: float = 1e-12,
+    gamma: float = 0.01,
+    update_every: int | Callable[[jax.Array], jax.Array] = 10,
+    curvature: curvatures.Curvature = curvatures.HutchinsonHessian(),
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Sophia-H on the Hessian's diagonal in its own leading eigenbasis.
+
+    ``HutchinsonHessian() × Eigen(rank) × (HutchinsonAdam(gamma=gamma, debias=False),
+    ClipValue(1))``:
+
+    .. math:: x \leftarrow x - \eta\, Q\, \mathrm{clip}\!\left(
+              \frac{m}{\max(\gamma h, \epsilon)}, 1\right),\quad
+              h \leftarrow b_2 h + (1-b_2)\; Q^T z \circ Q^T H z
+
+    Needs ``value_fn`` in ``update``, and the parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> tx = lro.sophia_h(0.01, rank=3)
+      >>> loss = lambda x: jnp.sum((x - 1) ** 2 * jnp.array([1., 10., 100.]))
+      >>> x = jnp.zeros(3); state = tx.init(x)
+      >>> for _ in range(300):
+      ...     updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
+      ...     x = optax.apply_updates(x, updates)
+      >>> bool(loss(x) < 0.1)
+      True
+
+    Args:
+      learning_rate: the largest step along any direction of the basis.
+      rank: how many eigenpairs are kept.
+      b1: decay of the mean.
+      b2: decay of the diagonal, an update of the basis.
+      eps: the least denominator, in units of the curvature.
+      gamma: share of the curvature in the denominator: the larger, the fewer steps are clipped.
+      update_every: steps between two Hessian products.
+      curvature: what gives the products.
+      **options: the keywords of `lre` and `scale_by_lre`.
+
+    Raises:
+      ValueError: for a rank, decay, ``eps`` or ``gamma`` out of range; by ``update`` without
+        ``value_fn``.
+
+    Cost: that of `Eigen`, and a Hessian product and one more pass over the rows on every update of
+    the basis.
+
+    Source: Liu et al., "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
+    Pre-training", 2023.
+    """
+    return lre(
+        learning_rate,
+        curvature,
+        bases.Eigen(rank),
+        (inners.HutchinsonAdam(b1, b2, eps, gamma, debias=False), inners.ClipValue(1.0)),
+        update_every=update_every,
+        **options,
+    )
+
+
+def natural_gradient(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 20,
+    *,
+    beta: float = 0.9,
+    damping: float = 1e-3,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Online natural gradient: the running average of the empirical Fisher matrix, inverted.
+
+    ``EmpiricalFisher() × Eigen(rank, beta) × LInv()``:
+
+    .. math:: x \leftarrow x - \eta\, Q\,(\mathrm{diag}(\lambda) + \mu I)^{-1} Q^T g,\quad
+              F \leftarrow \beta F + (1-\beta) \sum_i g_i g_i^T
+
+    The first step only fills the basis, whose first eigenvalues are not damped. Outside the basis
+    nothing moves; ``complement=1/damping`` is the damped inverse there too. Needs ``losses_fn`` and
+    the parameters, or ``per_example_grads``, in ``update``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> tx = lro.natural_gradient(1.0, rank=3, damping=1.0)
+      >>> a = jax.random.normal(jax.random.key(0), (16, 3))
+      >>> losses = lambda x: (a @ (x - 1)) ** 2 / 2
+      >>> loss = lambda x: jnp.mean(losses(x))
+      >>> x = jnp.zeros(3); state = tx.init(x)
+      >>> for _ in range(50):
+      ...     updates, state = tx.update(jax.grad(loss)(x), state, x, losses_fn=losses)
+      ...     x = optax.apply_updates(x, updates)
+      >>> bool(loss(x) < 1e-2)
+      True
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank: how many eigenpairs are kept.
+      beta: decay of the average.
+      damping: added to the eigenvalues, in units of the summed squared gradients.
+      **options: the keywords of `lre` and `scale_by_lre`.
+
+    Raises:
+      ValueError: for a rank, decay or damping out of range; by ``update`` without per-example
+        losses or gradients.
+
+    Cost: that of `Eigen`, and the gradients of all examples on every update of the basis.
+
+    Source: Roux, Manzagol and Bengio, "Topmoumoute online natural gradient algorithm", NIPS 2007.
+    """
+    return lre(
+        learning_rate,
+        curvatures.EmpiricalFisher(),
+        bases.Eigen(rank, beta, update_damping=damping),
+        inners.LInv(),
+        **{"warmup_steps": 1, **options},
+    )
+
+
+def gauss_newton(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    batch: int = 100,
+    *,
+    damping: float = 1e-3,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Damped Gauss-Newton in the dual: exact on the current batch, at any number of parameters.
+
+    ``GaussNewton() × GGT(rank=batch) × LInv()``: the window holds the Jacobian's rows,
+
+    .. math:: x \leftarrow x - \eta\,(J^T J + \mu I)^{-1} J^T r
+              = x - \eta\, J^T (J J^T + \mu I)^{-1} r
+
+    The gradient has to be ``J^T r``, that of ``‖r‖²/2``. Needs ``residuals_fn`` and the parameters
+    in ``update``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> a = jax.random.normal(jax.random.key(0), (4, 9))
+      >>> residuals = lambda x: a @ x - 1
+      >>> loss = lambda x: jnp.sum(residuals(x) ** 2) / 2
+      >>> tx = lro.gauss_newton(batch=4, damping=1e-6)
+      >>> x = jnp.zeros(9); state = tx.init(x)
+      >>> updates, state = tx.update(jax.grad(loss)(x), state, x, residuals_fn=residuals)
+      >>> bool(loss(x + updates) < 1e-6)                  # linear: one step
+      True
+
+    Args:
+      learning_rate: 1 for the Gauss-Newton step.
+      batch: the number of residuals, ``k``; the oldest of more are dropped.
+      damping: Levenberg's ``mu``, in units of the squared gradients of the residuals.
+      **options: the keywords of `lre` and `scale_by_lre`.
+
+    Raises:
+      ValueError: for a batch or damping out of range; by ``update`` without ``residuals_fn``.
+
+    Cost: memory ``k d``; a step ``k`` gradients, ``2 k² d`` flops and one ``eigh`` of size ``k``.
+
+    Source: Levenberg, 1944; Ren and Goldfarb, "Efficient subsampled Gauss-Newton and natural
+    gradient methods for training neural networks", 2019, for the dual form.
+    """
+    return lre(
+        learning_rate,
+        curvatures.GaussNewton(),
+        bases.GGT(batch, eig_tol=0.0, update_damping=damping),
+        inners.LInv(),
+        **options,
+    )
+
+
 def _decay_weights(strength, mask) -> optax.GradientTransformation:
     """optax's decoupled weight decay, which asks for params only if there is any to apply."""
     inner = optax.add_decayed_weights(strength, mask)

@@ -5,6 +5,8 @@ basis, the inner state moves with it by ``C = Q_new^T Q_old``, the inner parts t
 ``u``, and the update is ``Q u`` plus whatever is to become of ``g - Q Q^T g``.
 """
 
+import dataclasses
+import numbers
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -175,90 +177,12 @@ def scale_by_lre(
           f"scale_by_lre: dtype is {dtype!r}; pass a floating-point dtype such as jnp.bfloat16.")
     if isinstance(complement, int | float):
         check_least("scale_by_lre", "complement", complement)
-    apart = None
     if isinstance(complement, optax.GradientTransformation):
-        complement = apart = optax.with_extra_args_support(complement)
+        complement = optax.with_extra_args_support(complement)
     _check_product(curvature, basis, inner, complement)
-    fixed = update_every if isinstance(update_every, int) else None
-
-    def init(params: Any) -> ScaleByLREState:
-        layout = Layout.of(params, groups, dtype)
-        n, rank = layout.n, basis.coordinates(layout)
-        start = inner.init(rank, layout.dtype)
-        key, first = jax.random.split(jax.random.key(seed))
-        ints = lambda: jnp.zeros(n, jnp.int32)
-        floats = lambda: jnp.zeros(n, layout.dtype)
-        return ScaleByLREState(
-            count=jnp.zeros((), jnp.int32),
-            steps=ints(),
-            since=ints(),
-            curvature=curvature.init(layout, max(1, min(fixed or rank, rank))),
-            basis=basis.init(layout, first),
-            inner=jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), start),
-            complement=apart.init(params) if apart else (),
-            key=jax.random.key_data(key),
-            events=Events(ints(), ints(), ints(), ints()),
-            metrics=Metrics(floats(), floats(), floats()))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any):
-        layout = Layout.of(updates, groups, dtype)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        if not layout.names:
-            return updates, state._replace(count=count)
-        basis.check_state(layout, state.basis)
-        g = layout.flatten(updates)
-        square = layout.inner(g, g)
-        accept = jnp.isfinite(square) & (square > 0)
-        period = update_every(state.steps) if callable(update_every) else update_every
-        due = accept & ((state.since + 1 >= period) | (state.steps == 0))
-        observed = curvature.observe(layout, state.curvature, Observation(g, accept, params, extra))
-
-        refresh = partial(_refresh, curvature, basis, inner, symmetrize, layout, g, due,
-                          params, extra, _step_key(state, count))
-        if fixed == 1:
-            new, u0 = refresh(state.basis, observed)
-        else:
-            shapes = jax.eval_shape(lambda: refresh(state.basis, observed)[0])
-            still = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(
-                basis=None, curvature=None))._replace(basis=state.basis, curvature=observed,
-                                                      c=_eyes(layout, basis))
-            new = repeat(jnp.any(due), lambda _, x: refresh(x.basis, x.curvature)[0], still)
-            u0 = None
-        u0 = basis.project(layout, new.basis, g) if u0 is None else u0
-
-        accept, moved = accept & ~new.failed, due & ~new.failed
-        u0 = jnp.where(accept[:, None], u0, 0)
-        warm = state.steps >= warmup_steps
-        context = Context(u0, basis.eigenbasis(new.basis), moved, new.columns, new.weights,
-                          new.probe, new.product)
-        u, inside, fine = jax.vmap(partial(_step_inside, inner))(
-            u0, state.inner, new.c, context, accept, warm)
-        taken = accept & fine
-        gamma = curvature.outside(new.curvature) if isinstance(complement, LPower) else None
-        direction, rest = _add_complement(
-            complement, gamma, layout, partial(basis.unproject, layout, new.basis), g, u, u0,
-            taken & warm, state.complement, params, extra)
-        tally = lambda counter, hit: jnp.where(hit, optax.safe_increment(counter), counter)
-        events = state.events
-        return layout.unflatten(direction), ScaleByLREState(
-            count=count,
-            steps=tally(state.steps, taken),
-            since=jnp.where(moved, 0, tally(state.since, taken)),
-            curvature=new.curvature,
-            basis=new.basis,
-            inner=inside,
-            complement=rest,
-            key=state.key,
-            events=Events(
-                nonfinite=tally(events.nonfinite, ~jnp.isfinite(square)),
-                zero=tally(events.zero, square == 0),
-                eigh=tally(events.eigh, new.failed),
-                inner=tally(events.inner, accept & ~fine)),
-            metrics=jax.tree.map(lambda new, old: jnp.where(taken, new, old),
-                                 _measure(u, u0, square, new.c, moved,
-                                          basis.eigenbasis(state.basis).live), state.metrics))
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    engine = _Engine(curvature, basis, inner, update_every, warmup_steps, symmetrize, complement,
+                     groups, dtype, seed)
+    return optax.GradientTransformationExtraArgs(engine.init, engine.update)
 
 
 class _Refreshed(NamedTuple):
@@ -274,69 +198,206 @@ class _Refreshed(NamedTuple):
     product: jax.Array | None
 
 
-def _refresh(curvature, basis, inner, symmetrize, layout, g, due, params, extra, key, old, state):
-    """One update of the basis; also the gradient in it where that is known without a pass."""
-    def apply(v: Vector, gamma: jax.Array) -> Vector:
-        u = basis.project(layout, old, v)
-        rest = basis.unproject(layout, old, (basis.measured(old) - gamma[:, None]) * u)
-        return [a + c * x.astype(layout.dtype)
-                for a, c, x in zip(rest, layout.spread(gamma), v, strict=True)]
+@dataclasses.dataclass(frozen=True)
+class _Engine:
+    """The parts of one optimizer, and the step they make together."""
 
-    project = lambda v: basis.unproject(layout, old, basis.project(layout, old, v))
-    measure, turn = jax.random.split(key)
-    correction, state = curvature.correct(
-        layout, state, Evidence(g, due, params, extra, measure, apply, project))
-    columns, weights = _columns(layout, correction, g, symmetrize)
-    known = correction._replace(columns=columns, right=None, weights=weights)
-    # A correction without weight, such as a skipped quasi-Newton pair, leaves the basis alone.
-    done = basis.absorb(layout, old, known, due & jnp.any(weights != 0, axis=1), turn)
-    probe = product = None
-    if "probe" in _needs(inner):
-        z, hz = correction.probe
-        both = basis.project(layout, done.state, [
-            jnp.stack([a, b.astype(a.dtype)]) for a, b in zip(z, hz, strict=True)])
-        probe, product = both[..., 0], both[..., 1]
-    new = _Refreshed(done.state, state, done.c, done.failed, done.u,
-                     weights[:, -done.u.shape[-1]:], probe, product)
-    return new, done.u[..., 0] if correction.columns is None else None
+    curvature: Curvature
+    basis: Basis
+    inner: Inner
+    update_every: Any
+    warmup_steps: Any
+    symmetrize: bool
+    complement: Any
+    groups: Any
+    dtype: Any
+    seed: Any
+
+    @property
+    def every_step(self) -> bool:
+        """Whether it is known before tracing that each step updates the basis."""
+        return isinstance(self.update_every, numbers.Integral) and self.update_every == 1
+
+    def init(self, params: Any) -> ScaleByLREState:
+        layout = Layout.of(params, self.groups, self.dtype)
+        n, rank = layout.n, self.basis.coordinates(layout)
+        period = self.update_every if isinstance(self.update_every, numbers.Integral) else rank
+        start = self.inner.init(rank, layout.dtype)
+        key, first = jax.random.split(jax.random.key(self.seed))
+        rest = self.complement if isinstance(self.complement, optax.GradientTransformation) else None
+        ints = lambda: jnp.zeros(n, jnp.int32)
+        floats = lambda: jnp.zeros(n, layout.dtype)
+        return ScaleByLREState(
+            count=jnp.zeros((), jnp.int32),
+            steps=ints(),
+            since=ints(),
+            curvature=self.curvature.init(layout, max(1, min(int(period), rank))),
+            basis=self.basis.init(layout, first),
+            inner=jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), start),
+            complement=rest.init(params) if rest else (),
+            key=jax.random.key_data(key),
+            events=Events(ints(), ints(), ints(), ints()),
+            metrics=Metrics(floats(), floats(), floats()))
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any):
+        layout = Layout.of(updates, self.groups, self.dtype)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        if not layout.names:
+            return updates, state._replace(count=count)
+        self.basis.check_state(layout, state.basis)
+        g = layout.flatten(updates)
+        square = layout.inner(g, g)
+        accept = jnp.isfinite(square) & (square > 0)
+        due = accept & self._due(state)
+        observed = self.curvature.observe(
+            layout, state.curvature, Observation(g, accept, params, extra))
+
+        # The basis absorbs the correction and projects the gradient.
+        new, u0 = self._refreshed(layout, state, observed, g, due, params, extra)
+        followed = self.curvature.gradient(layout, new.curvature, g)
+        if u0 is None or followed is not g:
+            u0, g = self.basis.project(layout, new.basis, followed), followed
+        accept, moved = accept & ~new.failed, due & ~new.failed
+        u0 = jnp.where(accept[:, None], u0, 0)
+
+        # The inner state moves to the new basis and the inner parts run there.
+        warm = state.steps >= self.warmup_steps
+        context = Context(u0, self.basis.eigenbasis(new.basis), moved, new.columns, new.weights,
+                          new.probe, new.product)
+        u, inside, fine = jax.vmap(partial(_step_inside, self.inner))(
+            u0, state.inner, new.c, context, accept, warm)
+        taken = accept & fine
+
+        # Back to the parameters, with what becomes of the part of the gradient outside the basis.
+        step, rest = self._unproject(layout, new, state.complement, g, u, u0, taken & warm, params,
+                                     extra)
+        metrics = _measure(u, u0, square, new.c, moved, self.basis.eigenbasis(state.basis).live)
+        failures = Events(~jnp.isfinite(square), square == 0, new.failed, accept & ~fine)
+        return layout.unflatten(step), ScaleByLREState(
+            count=count,
+            steps=_tally(state.steps, taken),
+            since=jnp.where(moved, 0, _tally(state.since, taken)),
+            curvature=new.curvature,
+            basis=new.basis,
+            inner=inside,
+            complement=rest,
+            key=state.key,
+            events=jax.tree.map(_tally, state.events, failures),
+            metrics=jax.tree.map(partial(jnp.where, taken), metrics, state.metrics))
+
+    def _due(self, state: ScaleByLREState) -> jax.Array:
+        """The groups whose basis this step updates, ``(n,)``."""
+        every = self.update_every
+        period: Any = every(state.steps) if callable(every) else every
+        return (state.since + 1 >= period) | (state.steps == 0)
+
+    def _refreshed(self, layout, state, observed, g, due, params, extra):
+        """The basis after this step's update, if any; also the gradient in it where that is known."""
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), jnp.max(state.steps))
+
+        def refresh(basis, curvature):
+            return self._refresh(layout, basis, curvature, g, due, params, extra, key)
+
+        if self.every_step:
+            return refresh(state.basis, observed)
+        shapes = jax.eval_shape(lambda: refresh(state.basis, observed)[0])
+        still = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                             shapes._replace(basis=None, curvature=None))
+        eyes = jnp.broadcast_to(jnp.eye(still.c.shape[-1], dtype=still.c.dtype), still.c.shape)
+        still = still._replace(basis=state.basis, curvature=observed, c=eyes)
+        return repeat(jnp.any(due), lambda _, x: refresh(x.basis, x.curvature)[0], still), None
+
+    def _refresh(self, layout, old, curvature, g, due, params, extra, key):
+        """One update of the basis; also the gradient in it where that is known without a pass."""
+        basis = self.basis
+
+        def apply(v: Vector, gamma: jax.Array) -> Vector:
+            u = basis.project(layout, old, v)
+            rest = basis.unproject(layout, old, (basis.measured(old) - gamma[:, None]) * u)
+            return [a + c * x.astype(layout.dtype)
+                    for a, c, x in zip(rest, layout.spread(gamma), v, strict=True)]
+
+        def project(v: Vector) -> Vector:
+            return basis.unproject(layout, old, basis.project(layout, old, v))
+
+        measure, turn = jax.random.split(key)
+        correction, curvature = self.curvature.correct(
+            layout, curvature, Evidence(g, due, params, extra, measure, apply, project))
+        known = _columns(layout, correction, g, self.symmetrize)._replace(params=params)
+        weights = jnp.asarray(known.weights)
+        # A correction without weight, such as a skipped quasi-Newton pair, leaves the basis alone.
+        done = basis.absorb(layout, old, known, due & jnp.any(weights != 0, axis=1), turn)
+        probe = product = None
+        if correction.probe is not None and "probe" in _needs(self.inner):
+            pair = [jnp.stack([z, hz.astype(z.dtype)])
+                    for z, hz in zip(*correction.probe, strict=True)]
+            both = basis.project(layout, done.state, pair)
+            probe, product = both[..., 0], both[..., 1]
+        new = _Refreshed(done.state, curvature, done.c, done.failed, done.u,
+                         weights[:, -done.u.shape[-1]:], probe, product)
+        return new, done.u[..., 0] if correction.columns is None else None
+
+    def _unproject(self, layout, new, state, g, u, u0, active, params, extra):
+        """``Q u`` plus what becomes of ``g - Q Q^T g``; a scale costs no pass of its own."""
+        complement, unproject = self.complement, partial(self.basis.unproject, layout, new.basis)
+        if complement is None:
+            return unproject(u), state
+        on = layout.spread(active)
+        g = [jnp.where(a, x.astype(layout.dtype), 0) for a, x in zip(on, g, strict=True)]
+        u0 = jnp.where(active[:, None], u0, 0)
+        if not isinstance(complement, optax.GradientTransformation):
+            if isinstance(complement, LPower):
+                complement = self.curvature.outside(new.curvature) ** complement.p
+            scale = jnp.broadcast_to(jnp.asarray(complement, layout.dtype), active.shape)
+            part = unproject(u - scale[:, None] * u0)
+            return [p + s * x for p, s, x in zip(part, layout.spread(scale), g, strict=True)], state
+        both = unproject(jnp.stack([u, u0], axis=1))
+        apart = [x - b[1] for x, b in zip(g, both, strict=True)]
+        apart, rest = complement.update(layout.unflatten(apart), state, params, **extra)
+        step = [b[0] + jnp.where(a, jnp.reshape(x, -1), 0)
+                for a, b, x in zip(on, both, layout.leaves(apart), strict=True)]
+        return step, jax.tree.map(partial(jnp.where, jnp.any(active)), rest, state)
 
 
 def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement: Any) -> None:
     """Refuses combinations in which a part's needs are met by no other."""
     outside = frozenset({"outside"} if isinstance(complement, LPower) else ())
     offers = curvature.provides | basis.provides
+    if complement is not None:
+        offers = offers | {"complement"}
     for owner, needs in ((inner, _needs(inner)), (curvature, curvature.needs), (basis, basis.needs),
                          (complement, outside)):
         for name in sorted(needs - offers):
-            raise ValueError(f"scale_by_lre: {owner} needs {NEEDS[name]}. Neither "
-                             f"{type(curvature).__name__} nor {type(basis).__name__} has it.")
+            raise ValueError(f"scale_by_lre: {owner} needs {NEEDS[name]}. It was combined with "
+                             f"{curvature} and {basis}.")
 
 
 def _needs(inner: Inner) -> frozenset[str]:
     return getattr(inner, "needs", frozenset())
 
 
-def _step_key(state: ScaleByLREState, count: jax.Array) -> jax.Array:
-    """A key of this step: the same after a resume, another in every call."""
-    return jax.random.fold_in(jax.random.wrap_key_data(state.key), count)
+def _tally(counter: jax.Array, hit: jax.Array) -> jax.Array:
+    """A counter that goes up where ``hit``, and stays at its largest value."""
+    return jnp.where(hit, optax.safe_increment(counter), counter)
 
 
-def _columns(layout: Layout, correction: Correction, g: Vector, symmetrize: bool):
-    """A correction as columns with signed weights ``(n, k)``."""
+def _columns(layout: Layout, correction: Correction, g: Vector, symmetrize: bool) -> Correction:
+    """A correction in its symmetric form, as columns with weights ``(n, k)``."""
     left, right, weights = correction.columns, correction.right, correction.weights
     if left is None:
         left = stack(g)
     if weights is None:
         weights = jnp.ones((layout.n, left[0].shape[0]), layout.dtype)
-    if right is not None:
-        plus = [(y + z) / 2 for y, z in zip(left, right, strict=True)]
-        if symmetrize:
-            return plus, weights
-        # (y z^T + z y^T)/2 = p p^T - q q^T with p = (y+z)/2 and q = (y-z)/2
-        minus = [(y - z) / 2 for y, z in zip(left, right, strict=True)]
-        left = [jnp.concatenate(pair) for pair in zip(plus, minus, strict=True)]
-        weights = jnp.concatenate([weights, -weights], axis=1)
-    return left, weights
+    if right is None:
+        return correction._replace(columns=left, weights=weights)
+    plus = [(y + z) / 2 for y, z in zip(left, right, strict=True)]
+    if symmetrize:
+        return correction._replace(columns=plus, right=None, weights=weights)
+    # (y z^T + z y^T)/2 = p p^T - q q^T with p = (y+z)/2 and q = (y-z)/2
+    minus = [(y - z) / 2 for y, z in zip(left, right, strict=True)]
+    return correction._replace(
+        columns=[jnp.concatenate(pair) for pair in zip(plus, minus, strict=True)],
+        right=None, weights=jnp.concatenate([weights, -weights], axis=1), signed=True)
 
 
 def _step_inside(inner: Inner, u0, state, c, context: Context, accept, active):
@@ -360,26 +421,6 @@ def _move(c: jax.Array, moved: jax.Array, law: Law, state: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(moved, a, b), new, state)
 
 
-def _add_complement(complement, gamma, layout, unproject, g, u, u0, active, state, params, extra):
-    """``Q u`` plus what becomes of ``g - Q Q^T g``; a scale costs no pass of its own."""
-    if complement is None:
-        return unproject(u), state
-    on = layout.spread(active)
-    g = [jnp.where(a, x.astype(layout.dtype), 0) for a, x in zip(on, g, strict=True)]
-    u0 = jnp.where(active[:, None], u0, 0)
-    if not isinstance(complement, optax.GradientTransformation):
-        scale = gamma**complement.p if isinstance(complement, LPower) else complement
-        scale = jnp.broadcast_to(jnp.asarray(scale, layout.dtype), active.shape)
-        part = unproject(u - scale[:, None] * u0)
-        return [p + s * x for p, s, x in zip(part, layout.spread(scale), g, strict=True)], state
-    both = unproject(jnp.stack([u, u0], axis=1))
-    apart = [x - b[1] for x, b in zip(g, both, strict=True)]
-    apart, new = complement.update(layout.unflatten(apart), state, params, **extra)
-    updates = [b[0] + jnp.where(a, jnp.reshape(x, -1), 0)
-               for a, b, x in zip(on, both, layout.leaves(apart), strict=True)]
-    return updates, jax.tree.map(lambda a, b: jnp.where(jnp.any(active), a, b), new, state)
-
-
 def _measure(u, u0, square, c, moved, live) -> Metrics:
     """`Metrics` of a step."""
     shared = jnp.sum(u * u0, axis=1)
@@ -388,9 +429,3 @@ def _measure(u, u0, square, c, moved, live) -> Metrics:
         captured=_linalg.safe_divide(jnp.sum(u0**2, axis=1), square),
         drift=jnp.where(moved, 1 - stayed, 0),
         cosine=_linalg.safe_divide(shared, jnp.linalg.norm(u, axis=1) * jnp.sqrt(square)))
-
-
-def _eyes(layout: Layout, basis: Basis) -> jax.Array:
-    """The identity as a change of basis in every group."""
-    rank = basis.coordinates(layout)
-    return jnp.broadcast_to(jnp.eye(rank, dtype=layout.dtype), (layout.n, rank, rank))

@@ -11,7 +11,14 @@ from jax import lax
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, cast_like, repeat, write
-from lowrank_optax._types import Absorbed, Columns, Correction, Eigenbasis, check_count
+from lowrank_optax._types import (
+    Absorbed,
+    Columns,
+    Correction,
+    Eigenbasis,
+    Vector,
+    check_count,
+)
 from lowrank_optax.basis._basis import Basis, Spectrum
 
 
@@ -110,6 +117,11 @@ class Frame(Basis, Spectrum):
         return ()
 
     @property
+    def slots(self) -> int:
+        """Directions that are kept: the basis, then those that a method keeps for itself."""
+        return self.rank
+
+    @property
     def capacity(self) -> int:
         """Columns that fit between two rotations: by default about a third of the rank, which
         balances longer rows against more rotations."""
@@ -119,7 +131,7 @@ class Frame(Basis, Spectrum):
         return self.rank
 
     def init(self, layout: Layout, key: jax.Array) -> FrameState:
-        n, r, m = layout.n, self.rank, self.rank + self.capacity
+        n, r, m = layout.n, self.slots, self.slots + self.capacity
         zeros = lambda *shape: jnp.zeros((n, *shape), layout.dtype)
         count = lambda: jnp.zeros(n, jnp.int32)
         memory = jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))),
@@ -130,7 +142,7 @@ class Frame(Basis, Spectrum):
     def absorb(self, layout: Layout, state: FrameState, correction: Correction, accept: jax.Array,
                key: jax.Array) -> Absorbed:
         """In chunks of what fits between two rotations."""
-        whole = None
+        rank, whole = self.rank, None
         columns, weights = correction.columns, correction.weights
         for start in range(0, weights.shape[1], self.capacity):
             chunk = slice(start, start + self.capacity)
@@ -142,11 +154,20 @@ class Frame(Basis, Spectrum):
                 u = jnp.concatenate([new.c @ whole.u, new.u], axis=-1)
                 new = Absorbed(new.state, new.c @ whole.c, u, whole.failed | new.failed)
             whole, state = new, new.state
-        return whole._replace(
-            state=state._replace(updates=state.updates + (accept & ~whole.failed)))
+        return Absorbed(state._replace(updates=state.updates + (accept & ~whole.failed)),
+                        whole.c[:, :rank, :rank], whole.u[:, :rank], whole.failed)
 
     def eigenbasis(self, state: FrameState) -> Eigenbasis:
-        return Eigenbasis(*jax.vmap(self.used)(state.lam))
+        return Eigenbasis(*jax.vmap(self.used)(self.measured(state)))
+
+    def measured(self, state: FrameState) -> jax.Array:
+        return state.lam[:, :self.rank]
+
+    def project(self, layout: Layout, state: FrameState, vector: Vector | Columns) -> jax.Array:
+        return super().project(layout, state._replace(t=state.t[:, :self.rank]), vector)
+
+    def unproject(self, layout: Layout, state: FrameState, u: jax.Array) -> Vector | Columns:
+        return super().unproject(layout, state._replace(t=state.t[:, :self.rank]), u)
 
     def _chunk(self, layout: Layout, state: FrameState, correction: Correction, accept: jax.Array,
                key: jax.Array, start: bool) -> Absorbed:
@@ -176,7 +197,7 @@ class Frame(Basis, Spectrum):
 
     def _rotate(self, layout: Layout, state: FrameState, when: jax.Array) -> FrameState:
         """``W <- T W`` in place, block by block, for the groups that need it; ``K`` measured."""
-        r, m = self.rank, self.rank + self.capacity
+        r, m = self.slots, self.slots + self.capacity
         rows, grams = [], []
         for w, t, go in zip(layout.leaves(state.rows), layout.spread(state.t), layout.spread(when),
                             strict=True):
@@ -197,7 +218,7 @@ class Frame(Basis, Spectrum):
 
         Subtracts twice and measures, which is enough; four passes over the rows, rarely.
         """
-        m = self.rank + self.capacity
+        m = self.slots + self.capacity
         slots = jnp.where(step.refine[:, None], step.slots, m)
         eye = jnp.eye(slots.shape[1], dtype=layout.dtype)
         used = (jnp.diagonal(old.gram, axis1=1, axis2=2) > 0)[..., None]
@@ -218,15 +239,17 @@ class Frame(Basis, Spectrum):
             s = jnp.where(used, layout.dot(rows, rest), 0)
             rest = unit(less(rest, jnp.einsum("nrm,nrl,nlk->nmk", old.t, old.t, s), rows))
             s = jnp.where(used, layout.dot(rows, rest), 0)
-            gram, t = jax.vmap(_remeasure)(gram, t, slots, s, layout.gram(rest))
-            return write(rows, layout, slots, rest), gram, t
+            # Slots that depend on the last read let XLA write in place.
+            at = jnp.where(jnp.all(jnp.isfinite(s), axis=(1, 2))[:, None], slots, m)
+            gram, t = jax.vmap(_remeasure)(gram, t, at, s, layout.gram(rest))
+            return write(rows, layout, at, rest), gram, t
 
         return repeat(jnp.any(step.refine), body, carry)
 
     def _absorb(self, old: FrameState, s, gram, scale, weights, accept, initial, key, *, signed,
                 start):
         """One group: ``s = W Y`` is ``(m, k)``, of columns scaled by ``scale``."""
-        r, m, k = self.rank, self.rank + self.capacity, weights.shape[0]
+        r, m, k = self.slots, self.slots + self.capacity, weights.shape[0]
         used, on = jnp.diagonal(old.gram) > 0, weights != 0
         s = jnp.where(used[:, None] & on, s, 0)
         gram = jnp.where(on[:, None] & on, gram, 0)

@@ -1,7 +1,7 @@
 """Eigen: the leading eigenpairs of a running average or sum."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,8 @@ class Eigen(Frame):
     Source: Brand, "Fast low-rank modifications of the thin singular value decomposition", 2006.
     """
 
+    provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues", "initial"})
+
     beta: float | None = 0.9
     eig_tol: float = dataclasses.field(default=1e-4, kw_only=True)
     update_damping: float = dataclasses.field(default=1e-4, kw_only=True)
@@ -65,12 +67,16 @@ class Eigen(Frame):
         old = (decay if seen.start else 1.0) * jnp.concatenate(
             [lam, jnp.where(seen.fresh, seen.initial, 0)])
         b = jnp.diag(old) + gain * (seen.y * seen.weights) @ seen.y.T
-        lam, z = (_linalg.eigh_by_size if signed else _linalg.eigh)(_linalg.symmetrize(b))
+        lam, z = self.decompose(_linalg.symmetrize(b), signed, seen.key)
         lam, z = lam[: self.rank], z[: self.rank]
         some = lam != 0 if signed else lam > 0
         whole, kept = _linalg.regularize(lam, some), self.stored(lam, some)
         lam = jnp.where(seen.first, whole[0], kept[0])
         return Turn(jnp.where(jnp.where(seen.first, whole[1], kept[1])[:, None], z, 0), lam, memory)
+
+    def decompose(self, b: jax.Array, signed: bool, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """At least ``rank`` leading eigenvalues of ``b`` and eigenvectors as rows."""
+        return (_linalg.eigh_by_size if signed else _linalg.eigh)(b)
 
     def measured(self, state: FrameState) -> jax.Array:
         return jax.vmap(self._debias)(state.lam, state.columns)

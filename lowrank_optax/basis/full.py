@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,8 @@ class FullMatrix(Basis, Spectrum):
 
     Source: full-matrix AdaGrad, Duchi et al., JMLR 2011, with the average of Adam.
     """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues", "initial"})
 
     beta: float | None = 0.9
     eig_tol: float = dataclasses.field(default=1e-12, kw_only=True)

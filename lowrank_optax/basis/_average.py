@@ -1,0 +1,48 @@
+"""Average: what bases over a running average or a sum of corrections share."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import _linalg
+from lowrank_optax._types import check, check_decay
+from lowrank_optax.basis._frame import Frame, FrameState, Seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Average(Frame):
+    """A `Frame` over ``B <- beta B + (1 - beta) sum_j w_j y_j y_j^T``, or the sum for ``None``.
+
+    Averages are corrected for their start by ``1 - beta^n`` after ``n`` corrections.
+    """
+
+    beta: float | None = 0.99
+    provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues"})
+
+    def __post_init__(self):
+        Frame.__post_init__(self)
+        if self.beta is not None:
+            check_decay(type(self).__name__, "beta", self.beta)
+
+    def blend(self, seen: Seen, signed: bool) -> tuple[float, jax.Array]:
+        """The decay of the old, and the new columns scaled by the roots of their shares."""
+        check(not signed, f"{type(self).__name__} keeps a positive semidefinite curvature, but the "
+              "corrections have weights of both signs; combine them with Eigen, RandomizedEigen, GGT "
+              "or FullMatrix.")
+        decay, gain = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
+        return decay if seen.start else 1.0, seen.y * jnp.sqrt(gain * seen.weights)
+
+    def eigenvalues(self, lam: jax.Array, memory: Any) -> jax.Array:
+        """Those of one group's basis before the correction for the start."""
+        return lam
+
+    def measured(self, state: FrameState) -> jax.Array:
+        def debiased(lam, memory, updates):
+            lam = self.eigenvalues(lam, memory)
+            if self.beta is None:
+                return lam
+            return _linalg.safe_divide(lam, 1 - jnp.asarray(self.beta, lam.dtype) ** updates)
+
+        return jax.vmap(debiased)(super().measured(state), state.memory, state.updates)

@@ -1,0 +1,130 @@
+"""Ring: a window of columns with its Gram matrix, the form of every basis that keeps columns."""
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout, cast_like, write
+from lowrank_optax._types import Absorbed, Correction, check_count
+from lowrank_optax.basis._basis import Basis, Spectrum
+
+
+class RingState(NamedTuple):
+    """State of a `Ring` for ``n`` groups.
+
+    Attributes:
+      rows: the window ``W``, ``(m, leaf.size)`` a leaf.
+      gram: ``K = W W^T``, ``(n, m, m)``.
+      weights: ``(n, m)`` weight of every row, 0 while it is empty.
+      head: ``(n,)`` the row to be replaced next, where rows are replaced in turn.
+      t: ``(n, m, m)``, with ``Q^T = T W``.
+      lam: ``(n, m)`` eigenvalues, 0 in dead slots.
+      memory: what else the method remembers.
+    """
+
+    rows: Any
+    gram: jax.Array
+    weights: jax.Array
+    head: jax.Array
+    t: jax.Array
+    lam: jax.Array
+    memory: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring(Basis):
+    """Columns kept as rows of ``W`` beside ``K = W W^T``, and ``Q^T = T W`` from ``K`` alone.
+
+    A new column changes one row and column of ``K``, which is the one product ``W y`` that the
+    projection needs anyway; nothing large is ever factored.
+    """
+
+    rank: int
+
+    def __post_init__(self):
+        check_count(type(self).__name__, "rank", self.rank)
+
+    @abc.abstractmethod
+    def factor(self, state: RingState, signed: bool) -> tuple[jax.Array, jax.Array]:
+        """Eigenvalues ``(m,)`` and ``T`` of one group's window, from its Gram matrix."""
+
+    def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
+        """Rows ``(k,)`` of one group in which columns go, ``m`` for none: here the oldest ones.
+
+        ``gram``, ``(k, k)``, is that of the columns; ``weights``, ``(k,)``, are 0 where one is off.
+        """
+        return oldest(old, weights)
+
+    def coordinates(self, layout: Layout) -> int:
+        return self.rank
+
+    def init(self, layout: Layout, key: jax.Array) -> RingState:
+        n, m = layout.n, self.rank
+        square = lambda: jnp.zeros((n, m, m), layout.dtype)
+        line = lambda: jnp.zeros((n, m), layout.dtype)
+        return RingState(layout.tree(layout.zeros(m)), square(), line(),
+                         jnp.zeros(n, jnp.int32), square(), line())
+
+    def absorb(self, layout: Layout, state: RingState, correction: Correction, accept: jax.Array,
+               key: jax.Array) -> Absorbed:
+        rows = layout.leaves(state.rows)
+        columns = cast_like(correction.columns, rows)
+        absorb = lambda *each: self._absorb(*each, signed=correction.signed)
+        small, slots, c, u, failed = jax.vmap(absorb)(
+            state._replace(rows=(), memory=()), layout.dot(rows, columns), layout.gram(columns),
+            correction.weights, accept)
+        rows = write(rows, layout, slots, columns)
+        return Absorbed(small._replace(rows=layout.tree(rows), memory=state.memory), c, u, failed)
+
+    def _absorb(self, old: RingState, s, gram, weights, accept, *, signed):
+        """One group: ``s = W Y`` is ``(m, k)``, ``gram = Y^T Y`` is ``(k, k)``."""
+        m = self.rank
+        slots = self.place(old, gram, weights)
+        taken = slots < m
+        place = jax.nn.one_hot(slots, m, dtype=s.dtype)
+        keep = 1 - jnp.sum(place, axis=0)
+        # Columns that are switched off may hold anything, but not here.
+        incoming = place.T @ jnp.where(taken[:, None], s.T, 0)
+        cross = keep[:, None] * old.gram + incoming                 # W_new W_old^T
+        after = keep[:, None] * s + place.T @ jnp.where(taken[:, None], gram, 0)   # W_new Y
+        k = cross * keep + jnp.where(taken, after, 0) @ place
+        new = old._replace(
+            gram=k,
+            weights=keep * old.weights + place.T @ weights,
+            head=(old.head + jnp.sum(taken, dtype=jnp.int32)) % m)
+        lam, t = self.factor(new, signed)
+        new = new._replace(lam=lam, t=t)
+        fine = _linalg.finite(k, lam, t)
+        ok = accept & fine
+        new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+        c = jnp.where(ok, t @ cross @ old.t.T, jnp.eye(m, dtype=s.dtype))
+        u = jnp.where(ok, t @ after, old.t @ s)
+        return new, jnp.where(ok, slots, m), c, u, accept & ~fine
+
+
+def oldest(old: RingState, weights: jax.Array) -> jax.Array:
+    """The rows of one group that came first, for the columns ``(k,)`` that are not off."""
+    m, valid = old.weights.shape[0], weights != 0
+    order = jnp.cumsum(valid)
+    return jnp.where(valid & (order > order[-1] - m), (old.head + order - 1) % m, m)
+
+
+def spectral_factor(spectrum: Spectrum, gram: jax.Array, weights: jax.Array, signed: bool):
+    """Eigenvalues and ``T`` of ``W^T diag(weights) W`` in descending order of size, from ``K``."""
+    scale = jnp.sqrt(jnp.abs(weights))
+    lam, v = _linalg.eigh(scale[:, None] * gram * scale)
+    if signed:
+        # W^T S W with S = diag(sign w): S in the window's own orthonormal coordinates.
+        live = spectrum.stored(lam, lam > 0)[1]
+        half = jnp.where(live, jnp.sqrt(jnp.where(live, lam, 1)), 0)[:, None] * v
+        t = jnp.where(live, jax.lax.rsqrt(jnp.where(live, lam, 1)), 0)[:, None] * v * scale
+        lam, z = _linalg.eigh_by_size((half * jnp.sign(weights)) @ half.T)
+        lam, live = spectrum.stored(lam, lam != 0)
+        return lam, jnp.where(live[:, None], z @ t, 0)
+    kept, live = spectrum.stored(lam, lam > 0)
+    inverse = jnp.where(live, jax.lax.rsqrt(jnp.where(live, lam, 1)), 0)
+    return kept, inverse[:, None] * v * scale

@@ -1,0 +1,110 @@
+"""Random: an orthonormal basis that knows nothing."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout, cast_like, cholesky_qr, rewrite
+from lowrank_optax._types import Absorbed, Correction, Eigenbasis, check_count
+from lowrank_optax.basis._basis import Basis
+
+
+class RandomState(NamedTuple):
+    """State of `Random` for ``n`` groups.
+
+    Attributes:
+      rows: ``W``, nearly orthonormal, ``(r, leaf.size)`` a leaf.
+      gram: ``K = W W^T``, ``(n, r, r)``, measured.
+      t: ``(n, r, r)``, nearly the identity, with ``Q^T = T W``.
+      lam: ``(n, r)``, 1 in live slots: there are no eigenvalues.
+      updates: ``(n,)`` corrections seen so far.
+    """
+
+    rows: Any
+    gram: jax.Array
+    t: jax.Array
+    lam: jax.Array
+    updates: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Random(Basis):
+    r"""A uniformly random subspace: ``Q`` is a Gaussian matrix orthonormalised.
+
+    When it is drawn anew the inner state moves by the true ``C = Q_new^T Q_old``, which keeps a
+    share of about ``r / d``; a fixed one is training in a random subspace. It looks at
+    no correction and has no eigenvalues.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> tx = lro.lre(1e-2, basis=lro.basis.Random(50, redraw=None))      # intrinsic dimension 50
+
+    Args:
+      rank: its dimension, ``r``; of a smaller group all of it.
+      redraw: updates of the basis between two draws; ``None`` keeps the first.
+
+    Raises:
+      ValueError: for a rank or ``redraw`` below 1.
+
+    Cost: memory ``r d``; a step two passes over the rows (``4 r d`` flops), a draw ``12 d r²`` flops
+    and ``r d`` normal numbers, in place.
+
+    Source: Li et al., "Measuring the intrinsic dimension of objective landscapes", ICLR 2018;
+    Gower et al., "RSN: randomized subspace Newton", NeurIPS 2019.
+    """
+
+    rank: int
+    redraw: int | None = 1
+    provides: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self):
+        check_count("Random", "rank", self.rank)
+        if self.redraw is not None:
+            check_count("Random", "redraw", self.redraw)
+
+    def coordinates(self, layout: Layout) -> int:
+        return self.rank
+
+    def init(self, layout: Layout, key: jax.Array) -> RandomState:
+        n, r = layout.n, self.rank
+        square = lambda: jnp.zeros((n, r, r), layout.dtype)
+        return RandomState(layout.tree(layout.zeros(r)), square(), square(),
+                           jnp.zeros((n, r), layout.dtype), jnp.zeros(n, jnp.int32))
+
+    def absorb(self, layout: Layout, state: RandomState, correction: Correction, accept: jax.Array,
+               key: jax.Array) -> Absorbed:
+        due = is_due(state.updates, self.redraw)
+        drawn = accept & due
+        live = jnp.arange(self.rank) < jnp.asarray(layout.dims)[:, None]
+        each = layout.spread(live)
+
+        def draw(leaf: int, start: jax.Array, block: jax.Array) -> jax.Array:
+            mine = jax.random.fold_in(jax.random.fold_in(key, leaf), start)
+            return jax.random.normal(mine, block.shape, layout.dtype) * each[leaf][:, None]
+
+        rows, gram, cross = rewrite(layout.leaves(state.rows), layout, drawn, self.rank, draw,
+                                    cross=True)
+        rows, gram, t, total = cholesky_qr(rows, layout, gram, drawn)
+        # A factorisation that failed leaves an empty basis, to be drawn again at the next update.
+        fine = jax.vmap(_linalg.finite)(t, total)
+        failed = drawn & ~fine
+        pick = lambda new, old: jnp.where(drawn[:, None, None], jnp.where(
+            fine[:, None, None], new, 0), old)
+        t = pick(t, state.t)
+        c = pick(total @ cross @ jnp.swapaxes(state.t, 1, 2), jnp.eye(self.rank, dtype=t.dtype))
+        lam = jnp.where(drawn[:, None], (live & fine[:, None]).astype(t.dtype), state.lam)
+        u = t @ layout.dot(rows, cast_like(correction.columns, rows))
+        new = RandomState(layout.tree(rows), pick(gram, state.gram), t, lam,
+                          state.updates + (accept & ~failed))
+        return Absorbed(new, c, u, failed)
+
+    def eigenbasis(self, state: RandomState) -> Eigenbasis:
+        return Eigenbasis(state.lam, state.lam != 0)
+
+
+def is_due(updates: jax.Array, redraw: int | None) -> jax.Array:
+    """Whether the update after so many draws anew."""
+    return updates == 0 if redraw is None else updates % redraw == 0

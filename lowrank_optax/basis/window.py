@@ -1,0 +1,294 @@
+"""Bases that keep columns as they came: common directions, and a factor that can overflow."""
+
+import abc
+import dataclasses
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout, cast_like, combine, rewrite, write
+from lowrank_optax._types import (
+    Absorbed,
+    Columns,
+    Correction,
+    Eigenbasis,
+    check,
+    check_count,
+    check_decay,
+)
+from lowrank_optax.basis._basis import Spectrum
+from lowrank_optax.basis._ring import Ring, RingState, oldest, spectral_factor
+
+
+@dataclasses.dataclass(frozen=True)
+class CommonDirections(Ring):
+    r"""Orthonormal basis of the last gradients and the last steps.
+
+    With ``s_t = x_t - x_{t-1}`` and the gradients (or other columns of the curvature) ``g_t``:
+
+    .. math:: \mathrm{span}\, Q = \mathrm{span}\{s_t, g_t, s_{t-1}, g_{t-1}, \dots\}
+
+    over the last ``rank`` of them, through the eigenvectors of their correlation matrix. It has no
+    eigenvalues. ``update`` needs ``params``, from which the steps are known.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.lre(0.1, basis=lro.basis.CommonDirections(10), inner=lro.inner.Adam())
+      >>> x = jnp.ones(3); state = tx.init(x)
+      >>> updates, state = tx.update(jnp.array([0., 2., 0.]), state, x)
+      >>> print(updates.round(3))                      # one direction so far: the gradient's
+      [ 0.  -0.1  0. ]
+
+    Args:
+      rank: vectors kept, ``m = r``, at least 2: half of them steps where a correction has one
+        column.
+      eig_tol: eigenvalues of the correlation matrix below ``eig_tol * max`` are dropped: what
+        depends on the rest.
+
+    Raises:
+      ValueError: for a rank below 2 or a tolerance out of range; by ``update``, without ``params``.
+
+    Cost: memory ``(m + 1) d + 3 m²``; a step two passes over the rows (``6 m d`` flops), one ``eigh``
+    of size ``m`` and ``6 m³`` flops.
+
+    Source: Wang, Lee and Lin, "The common-directions method for regularized empirical risk
+    minimization", JMLR 2019; with steps Lee, Wang, Chen and Lin, "Limited-memory common-directions
+    method for distributed optimization", SDM 2017.
+    """
+
+    eig_tol: float = dataclasses.field(default=1e-5, kw_only=True)
+    provides: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self):
+        check_count("CommonDirections", "rank", self.rank, 2)
+        check_decay("CommonDirections", "eig_tol", self.eig_tol)
+
+    def init(self, layout: Layout, key: jax.Array) -> RingState:
+        # The parameters as they were, in their own dtype: differences of rounded ones are noise.
+        last = [jnp.zeros((1, size), dtype)
+                for size, dtype in zip(layout.sizes, layout.dtypes, strict=True)]
+        return super().init(layout, key)._replace(memory=layout.tree(last))
+
+    def absorb(self, layout: Layout, state: RingState, correction: Correction, accept: jax.Array,
+               key: jax.Array) -> Absorbed:
+        check(correction.params is not None, "CommonDirections needs the parameters, which were not "
+              "passed: call tx.update(grads, state, params).")
+        last = layout.leaves(state.memory)
+        here = [jnp.reshape(x, (1, -1)).astype(y.dtype)
+                for x, y in zip(layout.leaves(correction.params), last, strict=True)]
+        step = [x.astype(layout.dtype) - y.astype(layout.dtype)
+                for x, y in zip(here, last, strict=True)]
+        # Of unit length, so that no dtype of the rows is too narrow for a short step.
+        size = jnp.sqrt(layout.gram(step)[:, 0])
+        step = [_linalg.safe_divide(x, c) for x, c in zip(step, layout.spread(size), strict=True)]
+        recent = slice(1 - self.rank, None)
+        columns = [jnp.concatenate([s.astype(y.dtype), y[recent]])
+                   for s, y in zip(step, correction.columns, strict=True)]
+        begun = jnp.any(state.weights != 0, axis=1, keepdims=True)
+        on = jnp.concatenate([begun & (size != 0), correction.weights[:, recent] != 0], axis=1)
+        done = super().absorb(layout, state, correction._replace(
+            columns=columns, weights=on.astype(layout.dtype), signed=False), accept, key)
+        kept = [jnp.where(ok, x, y) for ok, x, y in
+                zip(layout.spread(accept & ~done.failed), here, last, strict=True)]
+        return done._replace(state=done.state._replace(memory=layout.tree(kept)),
+                             u=done.u[..., 1:])
+
+    def eigenbasis(self, state: RingState) -> Eigenbasis:
+        return Eigenbasis(state.lam, state.lam != 0)
+
+    def factor(self, state: RingState, signed: bool) -> tuple[jax.Array, jax.Array]:
+        scale = _linalg.safe_divide(state.weights, jnp.sqrt(jnp.diagonal(state.gram)))
+        lam, v = _linalg.eigh(scale[:, None] * state.gram * scale)
+        lam, live = _linalg.regularize(lam, lam > 0, eig_tol=self.eig_tol)
+        t = jnp.where(live, lax.rsqrt(jnp.where(live, lam, 1)), 0)[:, None] * v * scale
+        return live.astype(lam.dtype), t
+
+
+class Overflow(abc.ABC):
+    """Rule of a `LowRankFactor` for columns that find no room."""
+
+    @abc.abstractmethod
+    def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
+        """Rows in which columns go, see `Ring.place`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DropOldest(Overflow):
+    """The oldest columns make room, which leaves the window of `GGT`."""
+
+    def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
+        return oldest(old, weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class DropSmallest(Overflow):
+    """The columns of the largest norms ``|w_j| ‖y_j‖²`` stay, be they old or new.
+
+    What was large once stays for good: for streams whose norms do not fade.
+    """
+
+    def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
+        m = old.weights.shape[0]
+        held = jnp.where(old.weights != 0, jnp.abs(old.weights) * jnp.diagonal(old.gram), -1)
+        come = jnp.where(weights != 0, jnp.abs(weights) * jnp.diagonal(gram), -2)
+        rank = jnp.argsort(jnp.argsort(-jnp.concatenate([held, come])))
+        return _seat(rank[:m] >= m, rank[m:] < m)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruct(Overflow):
+    r"""``B`` with the new columns is cut to its leading eigenpairs, ``y_i = sqrt(|lam_i|) q_i``.
+
+    Args:
+      keep: how many eigenpairs stay; ``None`` for half of the rank, which makes an overflow as rare
+        as it then gets and costs ``3 d r`` flops a column. ``keep=rank`` cuts as little as
+        possible, and costs ``4 d r²`` flops for every correction once the factor is full.
+
+    Raises:
+      ValueError: for less than one.
+    """
+
+    keep: int | None = None
+
+    def __post_init__(self):
+        if self.keep is not None:
+            check_count("Reconstruct", "keep", self.keep)
+
+    def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
+        free, new = old.weights == 0, weights != 0
+        return jnp.where(jnp.sum(new) > jnp.sum(free), free.shape[0], _seat(free, new))
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankFactor(Ring, Spectrum):
+    r"""Eigenbasis of ``B = sum_j w_j y_j y_j^T``, kept as a factor of at most ``rank`` columns.
+
+    With ``W`` the columns as rows, ``S`` their weights and ``K = W W^T``, as in `GGT`:
+    ``S^{1/2} K S^{1/2} = V diag(lam) V^T`` and ``Q^T = diag(lam)^{-1/2} V^T S^{1/2} W``. What happens
+    when the factor is full is a part of its own.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> basis = lro.basis.LowRankFactor(20, lro.basis.DropSmallest())
+
+    Args:
+      rank: columns of the factor, ``m = r``.
+      overflow: `Reconstruct`, `DropOldest` or `DropSmallest`.
+      eig_tol: eigenvalues below ``eig_tol * max`` are dropped; for the others see `GGT`.
+
+    Raises:
+      ValueError: for a rank below 1, a tolerance out of range, an overflow that is not a rule or
+        keeps more than ``rank``.
+
+    Cost: memory ``m d + 3 m²``; a step two passes over the rows (``4 m d`` flops), one ``eigh`` of
+    size ``m`` (``m + k`` for `Reconstruct`, whose own cost comes on top) and ``6 m³`` flops.
+
+    Source: the original LRE's low-rank factor; `Reconstruct` is incremental principal components,
+    Levy and Lindenbaum, "Sequential Karhunen-Loeve basis extraction", 2000.
+    """
+
+    overflow: Overflow = Reconstruct()
+
+    def __post_init__(self):
+        Spectrum.__post_init__(self)
+        Ring.__post_init__(self)
+        check(isinstance(self.overflow, Overflow), f"LowRankFactor: overflow is {self.overflow!r}; "
+              "pass Reconstruct(), DropOldest() or DropSmallest() from lowrank_optax.basis.")
+        keep = getattr(self.overflow, "keep", None)
+        check(keep is None or keep <= self.rank, f"LowRankFactor: {self.overflow!r} keeps more than "
+              f"the rank of {self.rank}; pass a keep of at most that.")
+
+    def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
+        return self.overflow.place(old, gram, weights)
+
+    def factor(self, state: RingState, signed: bool) -> tuple[jax.Array, jax.Array]:
+        return spectral_factor(self, state.gram, state.weights, signed)
+
+    def eigenbasis(self, state: RingState) -> Eigenbasis:
+        return Eigenbasis(*jax.vmap(self.used)(state.lam))
+
+    def absorb(self, layout: Layout, state: RingState, correction: Correction, accept: jax.Array,
+               key: jax.Array) -> Absorbed:
+        if not isinstance(self.overflow, Reconstruct):
+            return super().absorb(layout, state, correction, accept, key)
+        rows = layout.leaves(state.rows)
+        columns = cast_like(correction.columns, rows)
+        small, cut = jax.vmap(partial(self._cut, signed=correction.signed))(
+            state._replace(rows=()), layout.dot(rows, columns), layout.gram(columns),
+            correction.weights, accept)
+        rows = write(rows, layout, cut.slots, columns)
+        rows, small = self._rebuild(layout, rows, columns, small, cut)
+        return Absorbed(small._replace(rows=layout.tree(rows)), cut.c, cut.u, cut.failed)
+
+    @property
+    def kept(self) -> int:
+        """Columns that an overflow leaves."""
+        return self.overflow.keep or max(1, self.rank // 2)
+
+    def _cut(self, old: RingState, s, gram, weights, accept, *, signed):
+        """One group's eigenpairs with the new columns, all of them or those that are kept."""
+        m, on = self.rank, weights != 0
+        corner = jnp.where(on[:, None] & on, gram, 0)
+        beside = jnp.where(on, s, 0)
+        whole = jnp.block([[old.gram, beside], [beside.T, corner]])
+        lam, t = spectral_factor(self, whole, jnp.concatenate([old.weights, weights]), signed)
+        full = jnp.sum(on) > jnp.sum(old.weights == 0)
+        live = jnp.arange(m) < jnp.where(full, self.kept, m)
+        lam, t = jnp.where(live, lam[:m], 0), jnp.where(live[:, None], t[:m], 0)
+        fine = _linalg.finite(whole, lam, t)
+        ok = accept & fine
+        slots = jnp.where(ok, self.place(old, gram, weights), m)
+        place = jax.nn.one_hot(slots, m, dtype=s.dtype)
+        stay = 1 - jnp.sum(place, axis=0)
+        seated = place.T @ beside.T * stay
+        root = jnp.sqrt(jnp.abs(lam))
+        added = old._replace(
+            gram=stay[:, None] * old.gram * stay + seated + seated.T + place.T @ corner @ place,
+            weights=stay * old.weights + place.T @ weights, lam=lam, t=t[:, :m] + t[:, m:] @ place)
+        rebuilt = old._replace(gram=jnp.diag(jnp.abs(lam)), weights=jnp.sign(lam), lam=lam,
+                               t=jnp.diag(_linalg.safe_divide(1.0, root)))
+        pick = lambda a, b, o: jnp.where(ok, jnp.where(full, a, b), o)
+        c = jnp.where(ok, t @ jnp.concatenate([old.gram, beside.T]) @ old.t.T,
+                      jnp.eye(m, dtype=s.dtype))
+        u = jnp.where(ok, t @ jnp.concatenate([s, jnp.where(on[:, None], gram, 0)]), old.t @ s)
+        return (jax.tree.map(pick, rebuilt, added, old),
+                _Cut(slots, ok & full, root[:, None] * t, c, u, accept & ~fine))
+
+    def _rebuild(self, layout: Layout, rows: Columns, columns: Columns, small: RingState, cut):
+        """``W <- sqrt(|lam|) Q^T`` in place, for the groups that overflow; ``K`` measured."""
+        m, keep = self.rank, self.kept
+        mixes = layout.spread(cut.mix[:, :keep])
+
+        def mix(leaf: int, start: jax.Array, block: jax.Array) -> jax.Array:
+            new = lax.dynamic_slice_in_dim(columns[leaf], start, block.shape[1], 1)
+            return (combine(mixes[leaf][:, :m], block, layout.dtype)
+                    + combine(mixes[leaf][:, m:], new, layout.dtype))
+
+        rows, gram, _ = rewrite(rows, layout, cut.full, keep, mix)
+        rest = [(0, 0), (0, m - keep), (0, m - keep)]
+        gram = jnp.where(cut.full[:, None, None], jnp.pad(gram, rest), small.gram)
+        t = jnp.where(cut.full[:, None, None],
+                      jax.vmap(_linalg.orthonormalize)(small.t, gram), small.t)
+        return rows, small._replace(gram=gram, t=t)
+
+
+class _Cut(NamedTuple):
+    """What the rows still have to do after the small algebra, and what the engine is told."""
+
+    slots: jax.Array
+    full: jax.Array
+    mix: jax.Array
+    c: jax.Array
+    u: jax.Array
+    failed: jax.Array
+
+
+def _seat(free: jax.Array, coming: jax.Array) -> jax.Array:
+    """Free rows ``(m,)`` for the columns ``(k,)`` that come, in order; ``m`` for the others."""
+    order = jnp.argsort(~free)
+    return jnp.where(coming, order[jnp.clip(jnp.cumsum(coming) - 1, 0, free.shape[0] - 1)],
+                     free.shape[0])

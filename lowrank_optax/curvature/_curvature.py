@@ -1,0 +1,128 @@
+"""What every curvature offers the engine, and what it may look at."""
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._tree import Layout
+from lowrank_optax._types import Columns, Correction, Vector, check
+
+
+class Observation(NamedTuple):
+    """What a curvature may look at on every step.
+
+    Attributes:
+      g: the gradient.
+      accept: ``(n,)`` the groups whose gradient is finite and not zero.
+      params: the parameters, or ``None`` where none were passed.
+      extra: the extra arguments of ``update``.
+    """
+
+    g: Vector
+    accept: jax.Array
+    params: Any
+    extra: Mapping[str, Any]
+
+
+class Evidence(NamedTuple):
+    """What a curvature may look at on a step that updates the basis.
+
+    Attributes:
+      g: the gradient.
+      due: ``(n,)`` the groups whose basis is to be updated.
+      params: the parameters, or ``None`` where none were passed.
+      extra: the extra arguments of ``update``.
+      key: a random key of this step.
+      apply: ``(vector, gamma) -> B v``, with the basis as it is, its eigenvalues unregularised, and
+        ``gamma``, ``(n,)``, as the curvature outside it. Two passes over the rows.
+      project: ``vector -> Q Q^T v``, likewise two passes.
+    """
+
+    g: Vector
+    due: jax.Array
+    params: Any
+    extra: Mapping[str, Any]
+    key: jax.Array
+    apply: Callable[[Vector, jax.Array], Vector]
+    project: Callable[[Vector], Vector]
+
+
+class Curvature(abc.ABC):
+    """Observes every step; gives a correction on the steps that update the basis.
+
+    ``provides`` and ``needs`` hold names from `NEEDS`.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def init(self, layout: Layout, window: int) -> Any:
+        """A fresh state; at most ``window`` observations are collected between two updates."""
+        return ()
+
+    def observe(self, layout: Layout, state: Any, seen: Observation) -> Any:
+        """The state after seeing a step."""
+        return state
+
+    def gradient(self, layout: Layout, state: Any, g: Vector) -> Vector:
+        """The gradient that the step is to follow: ``g`` itself, but for unrolled residuals."""
+        return g
+
+    def outside(self, state: Any) -> jax.Array:
+        """The curvature assumed outside the basis, ``(n,)``; for those that provide ``outside``."""
+        raise AttributeError(f"{type(self).__name__} assumes no curvature outside the basis.")
+
+    @abc.abstractmethod
+    def correct(self, layout: Layout, state: Any, evidence: Evidence) -> tuple[Correction, Any]:
+        """The correction of a step that updates the basis, after `observe`."""
+
+
+def need_params(owner: str, params: Any) -> Any:
+    """The parameters, or an error that says how to pass them."""
+    check(params is not None, f"{owner} needs the parameters, which were not passed: call "
+          "tx.update(grads, state, params).")
+    return params
+
+
+def flat(layout: Layout, tree: Any) -> Vector:
+    """A tree as a vector in the dtype of the small algebra: differences must not be rounded."""
+    return [jnp.reshape(x, -1).astype(layout.dtype) for x in layout.leaves(tree)]
+
+
+def scale(layout: Layout, factors: jax.Array, vector: Vector) -> Vector:
+    """A vector times the factor ``(n,)`` of each group; 0 wherever that is 0."""
+    return [jnp.where(c == 0, 0, c * x)
+            for c, x in zip(layout.spread(factors), vector, strict=True)]
+
+
+def select(layout: Layout, which: jax.Array, one: Vector, other: Vector) -> Vector:
+    """The groups of ``one`` where ``which``, ``(n,)``, and of ``other`` elsewhere."""
+    return [jnp.where(c, x, y.astype(x.dtype))
+            for c, x, y in zip(layout.spread(which), one, other, strict=True)]
+
+
+def remember(layout: Layout, when: jax.Array, row: Any, vector: Vector) -> Any:
+    """A stored row ``(1, leaf.size)`` a leaf, replaced in the groups ``when``, ``(n,)``."""
+    old = layout.leaves(row)
+    new = [jnp.reshape(x, (1, -1)).astype(y.dtype) for x, y in zip(vector, old, strict=True)]
+    return layout.tree(select(layout, when, new, old))
+
+
+def recall(layout: Layout, row: Any) -> Vector:
+    """A stored row as a vector."""
+    return [x[0].astype(layout.dtype) for x in layout.leaves(row)]
+
+
+def params_row(layout: Layout) -> Any:
+    """An empty row for parameters, in their own dtypes whatever those of the rows."""
+    return layout.tree([jnp.zeros((1, size), dtype)
+                        for size, dtype in zip(layout.sizes, layout.dtypes, strict=True)])
+
+
+def rows_of(layout: Layout, tree: Any) -> Columns:
+    """A tree whose leaves have a leading axis of columns, as columns."""
+    return [jnp.reshape(x, (x.shape[0], -1)).astype(t)
+            for x, t in zip(layout.leaves(tree), layout.rows, strict=True)]

@@ -1,0 +1,203 @@
+"""Curvatures with one column for every example or residual."""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_optax._tree import Layout, cast_like, stack, write
+from lowrank_optax._types import Correction, Vector, check, check_count, require
+from lowrank_optax.curvature._curvature import (
+    Curvature,
+    Evidence,
+    Observation,
+    need_params,
+    rows_of,
+)
+from lowrank_optax.curvature.covariance import Collecting
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples(Curvature):
+    """``sum_i j_i j_i^T`` over the gradients ``j_i`` of the entries of a vector."""
+
+    chunk: int | None = None
+
+    provides: ClassVar[frozenset[str]] = frozenset({"examples"})
+
+    def __post_init__(self):
+        if self.chunk is not None:
+            check_count(type(self).__name__, "chunk", self.chunk)
+
+    @abc.abstractmethod
+    def vector_fn(self, evidence: Evidence) -> Callable[[Any], jax.Array]:
+        """The function of the parameters whose Jacobian it is."""
+
+    def correct(self, layout: Layout, state: Any, evidence: Evidence) -> tuple[Correction, Any]:
+        given = evidence.extra.get("per_example_grads")
+        if given is None:
+            fn = self.vector_fn(evidence)
+            params = need_params(type(self).__name__, evidence.params)
+            return Correction(rows_of(layout, _jacobian(fn, params, self.chunk))), state
+        columns = rows_of(layout, given)
+        for name, column, size in zip(layout.names, columns, layout.sizes, strict=True):
+            check(column.shape == (columns[0].shape[0], size),
+                  f"{type(self).__name__}: per_example_grads has the shape {column.shape} (flat) "
+                  f"at the leaf {name} of {size} entries; pass a tree of (k, *leaf.shape), such as "
+                  "jax.vmap(jax.grad(loss), (None, 0))(params, batch).")
+        return Correction(columns), state
+
+
+@dataclasses.dataclass(frozen=True)
+class EmpiricalFisher(Examples):
+    r"""Empirical Fisher matrix: the correction is ``sum_i g_i g_i^T`` over the examples.
+
+    It is a sum, as is the gradient that goes with it, the sum of the ``g_i``. ``update`` takes
+    either ``losses_fn`` (params -> losses ``(k,)``) with ``params``, or ``per_example_grads``, a
+    tree whose leaves have a leading axis of ``k`` examples. The second is cheaper where examples do
+    not interact, as ``losses_fn`` is pulled back whole for each of them.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.scale_by_lre(lro.curvature.EmpiricalFisher(), lro.basis.GGT(4),
+      ...                       lro.inner.LInvSqrt())
+      >>> losses = lambda x: (x - jnp.arange(4.))**2
+      >>> x = jnp.ones(4); state = tx.init(x)
+      >>> grads = jax.grad(lambda x: jnp.sum(losses(x)))(x)
+      >>> updates, state = tx.update(grads, state, x, losses_fn=losses)
+
+    Args:
+      chunk: examples that are pulled back at a time, which bounds the memory; ``None`` for all.
+
+    Raises:
+      ValueError: for a chunk below 1, and by ``update`` without either argument.
+
+    Cost: ``k d`` numbers for the columns, on the steps that update the basis only; ``k`` backward
+    passes of ``losses_fn``.
+
+    Source: Kunstner, Hennig and Balles, "Limitations of the empirical Fisher approximation for
+    natural gradient descent", NeurIPS 2019.
+    """
+
+    def vector_fn(self, evidence: Evidence) -> Callable[[Any], jax.Array]:
+        return require("EmpiricalFisher", evidence.extra, "losses_fn",
+                       "params -> losses (k,); or per_example_grads, a tree of (k, ...)")
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton(Examples):
+    r"""Gauss-Newton matrix: the correction is ``J^T J`` with ``J`` the residuals' Jacobian.
+
+    The gradient that goes with it is ``J^T r``, that of ``½ ‖r‖²``. ``update`` takes either
+    ``residuals_fn`` (params -> residuals ``(k,)``) with ``params``, or their gradients as
+    ``per_example_grads``, a tree whose leaves have a leading axis of ``k``.
+
+    With ``GGT(rank=k)``, whose window then holds just the last Jacobian, and ``LInv`` the step is
+    ``J^T (J J^T)^{-1} r``, Gauss-Newton in the dual: an ``eigh`` of size ``k``, whatever ``d``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.scale_by_lre(lro.curvature.GaussNewton(), lro.basis.GGT(2), lro.inner.LInv())
+      >>> a, b = jnp.array([[1., 2., 0.], [0., 1., 3.]]), jnp.array([1., 2.])
+      >>> residuals = lambda x: a @ x - b
+      >>> x = jnp.zeros(3); state = tx.init(x)
+      >>> updates, state = tx.update(a.T @ residuals(x), state, x, residuals_fn=residuals)
+      >>> bool(jnp.max(jnp.abs(residuals(x - updates))) < 1e-5)
+      True
+
+    Args:
+      chunk: residuals that are pulled back at a time, which bounds the memory; ``None`` for all.
+
+    Raises:
+      ValueError: for a chunk below 1, and by ``update`` without either argument.
+
+    Cost: ``k d`` numbers for the columns, on the steps that update the basis only; ``k`` backward
+    passes of ``residuals_fn``.
+
+    Source: Nocedal and Wright, "Numerical Optimization", 2006, section 10.3.
+    """
+
+    def vector_fn(self, evidence: Evidence) -> Callable[[Any], jax.Array]:
+        return require("GaussNewton", evidence.extra, "residuals_fn",
+                       "params -> residuals (k,); or per_example_grads, a tree of (k, ...)")
+
+
+class History(NamedTuple):
+    """The last gradients and losses.
+
+    Attributes:
+      columns: the gradients, ``(history, leaf.size)`` a leaf.
+      losses: ``(n, history)``, 0 where a slot is empty.
+      fill: ``(n,)`` how many came.
+      lowest: ``(n,)`` lowest loss so far, infinite before the first.
+    """
+
+    columns: Any
+    losses: jax.Array
+    fill: jax.Array
+    lowest: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class UnrolledGaussNewton(Collecting):
+    r"""Gauss-Newton whose residuals are the losses of the last steps: ``J^T J`` grows by ``g g^T``.
+
+    The step follows ``J^T r`` instead of ``g``: ``J`` holds the last ``history`` gradients, ``r``
+    their losses. ``update`` needs ``value``, the loss. Experimental.
+
+    Args:
+      history: steps that are remembered, ``h``.
+      adaptive: subtract from every loss the lowest one before it.
+
+    Raises:
+      ValueError: for a history below 1, and by ``update`` without ``value``.
+
+    Cost: ``h d`` numbers, one pass over them a step, and one more over the rows than `Covariance`.
+
+    Source: the original LRE's curvature of that name.
+    """
+
+    history: int = 10
+    adaptive: bool = False
+
+    def __post_init__(self):
+        check_count("UnrolledGaussNewton", "history", self.history)
+
+    def start(self, layout: Layout) -> History:
+        n, dtype = layout.n, layout.dtype
+        return History(layout.tree(layout.zeros(self.history)), jnp.zeros((n, self.history), dtype),
+                       jnp.zeros(n, jnp.int32), jnp.full(n, jnp.inf, dtype))
+
+    def remember(self, layout: Layout, memory: History, seen: Observation) -> History:
+        value = jnp.asarray(require("UnrolledGaussNewton", seen.extra, "value", "the loss"),
+                            layout.dtype)
+        good = seen.accept & jnp.isfinite(value)
+        base = jnp.where(jnp.isfinite(memory.lowest) & self.adaptive, memory.lowest, 0)
+        slots = jnp.where(good, memory.fill % self.history, self.history)[:, None]
+        columns = layout.leaves(memory.columns)
+        columns = write(columns, layout, slots, cast_like(stack(seen.g), columns))
+        here = slots == jnp.arange(self.history)
+        losses = jnp.where(here, (value - base)[:, None], memory.losses)
+        return History(layout.tree(columns), losses, memory.fill + good,
+                       jnp.where(good, jnp.minimum(memory.lowest, value), memory.lowest))
+
+    def column(self, layout: Layout, memory: History, seen: Observation | Evidence):
+        return seen.g, None
+
+    def gradient(self, layout: Layout, state: Any, g: Vector) -> Vector:
+        memory = getattr(state, "memory", state)
+        return layout.combine(memory.losses, layout.leaves(memory.columns))
+
+
+def _jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> Any:
+    """The gradient of every entry of ``fn(params)``, a tree with a leading axis; in chunks."""
+    values, pull = jax.vjp(lambda x: jnp.ravel(fn(x)), params)
+    basis = jnp.eye(values.shape[0], dtype=values.dtype)
+    back = lambda e: pull(e)[0]
+    if chunk is None or chunk >= values.shape[0]:
+        return jax.vmap(back)(basis)
+    return lax.map(back, basis, batch_size=chunk)
