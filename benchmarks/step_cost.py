@@ -4,10 +4,15 @@ Two passes over ``rank`` rows, ``W g`` and ``c W``, are the floor of any step. E
 step and the floor one after the other, whole cycles of a basis's rotations at a time; the ratio is
 the median over the samples. Nothing else should run on the machine.
 
-    python benchmarks/step_cost.py [--quick] [--out DIR] [--bases ggt,eigen] [--ranks 20,100]
+Beside it stands what the flop count predicts: passes over the rows that are really stored, the
+products of a rotation at the rate of a matrix product measured here, and the small eigenproblem as
+measured here alone.
+
+    python benchmarks/step_cost.py [--quick] [--out DIR] [--bases GGT,Eigen] [--ranks 20,100]
 """
 
 import argparse
+import functools
 import gc
 import time
 
@@ -19,9 +24,23 @@ import report
 
 import lowrank_optax as lro
 
+B = lro.basis
 BASES = {
-    "GGT": lambda rank: lro.basis.GGT(rank),
-    "Eigen": lambda rank: lro.basis.Eigen(rank),
+    "GGT": B.GGT,
+    "Eigen": B.Eigen,
+    "RandomizedEigen": B.RandomizedEigen,
+    "Nystrom": B.Nystrom,
+    "FrequentDirections": B.FrequentDirections,
+    "OPAST": B.OPAST,
+    "GROUSE": B.GROUSE,
+    "Hebbian": B.Hebbian,
+    "LowRankFactor": B.LowRankFactor,
+    "CommonDirections": B.CommonDirections,
+    "Random": B.Random,
+    "RandomPermutation": B.RandomPermutation,
+    "TopK": B.TopK,
+    "WeightedPermutation": B.WeightedPermutation,
+    "Histogram": B.Histogram,
 }
 
 
@@ -42,7 +61,7 @@ def main() -> None:
     report.show("Step over two passes through the rows", rows, {
         "basis": "basis", "dtype": "rows", "d": "d", "rank": "rank", "step_ms": "step ms",
         "passes_ms": "two passes ms", "ratio": "ratio", "spread": "quartiles",
-        "compile_s": "compile s", "state_mb": "state MB"})
+        "predicted": "predicted", "compile_s": "compile s", "state_mb": "state MB"})
     report.save(f"{args.out}/step_cost.json", rows=rows)
 
 
@@ -84,8 +103,45 @@ def measure(name: str, d: int, rank: int, dtype, samples: int) -> dict:
         "basis": name, "dtype": jnp.dtype(kind).name, "d": d, "rank": rank,
         "step_ms": float(np.median(steps) * 1e3), "passes_ms": float(np.median(floors) * 1e3),
         "ratio": float(np.median(ratios)), "spread": f"{low:.2f}–{high:.2f}",
+        "predicted": predicted(basis, d, rank, float(np.median(floors))),
         "compile_s": compile_s, "state_mb": size / 1e6,
     }
+
+
+def predicted(basis: lro.basis.Basis, d: int, rank: int, floor: float) -> float | None:
+    """The ratio that the flop count predicts, from rates measured here."""
+    if isinstance(basis, lro.basis.Frame):
+        r, m = basis.slots, basis.slots + basis.capacity
+        rotation = (2 * m + 2 * r) * r * d / basis.capacity / product_rate(r, m)
+        return m / rank + (rotation + eigh_seconds(r + 1)) / floor
+    if hasattr(basis, "place"):                                      # the rings
+        return 1 + eigh_seconds(rank) / floor
+    return None
+
+
+@functools.cache
+def product_rate(r: int, m: int) -> float:
+    """Flops a second of ``T W`` on a block that fits the cache."""
+    t, w = jnp.ones((r, m)), jnp.ones((m, 8192))
+    return 2 * r * m * 8192 / best_seconds(jax.jit(jnp.matmul), t, w)
+
+
+@functools.cache
+def eigh_seconds(n: int) -> float:
+    """Seconds of one small eigenproblem."""
+    a = jax.random.normal(jax.random.key(0), (n, n))
+    return best_seconds(jax.jit(jnp.linalg.eigh), a @ a.T)
+
+
+def best_seconds(f, *args) -> float:
+    """The median of ten calls after a first."""
+    jax.block_until_ready(f(*args))
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(f(*args))
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
 
 
 def two_passes(w, g, c):
@@ -143,6 +199,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.sizes, args.ranks, args.samples, args.bf16 = [10**4], [10], 3, False
+        args.bases = ["GGT", "Eigen"]
     return args
 
 

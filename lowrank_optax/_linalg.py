@@ -131,7 +131,7 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def orthonormalize_rows(a: jax.Array) -> jax.Array:
-    """Rows ``(r, m)`` orthonormalised from the first on, for condition numbers up to 1e3 in float32.
+    """Rows ``(r, m)`` orthonormalised from the first on, for conditions up to 1e3 in float32.
 
     CholeskyQR2: ``A <- L^{-1} A`` with ``A A^T = L L^T``, twice, because once leaves an error that
     grows with the square of the condition number. Zero rows stay; other dependent ones give NaN.

@@ -19,6 +19,7 @@ from jax import lax
 from lowrank_optax import _linalg
 from lowrank_optax._types import Columns, Vector, check
 
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Leaves of a tree by group.
@@ -205,8 +206,8 @@ def rewrite(
 ) -> tuple[Columns, jax.Array, jax.Array | None]:
     """Replaces the first ``height`` rows of the groups in ``when``, ``(n,)``, in place.
 
-    ``make(leaf, start, block)`` turns the columns ``start ..`` of a leaf's rows, ``(m, width)``, into
-    the new ``(height, width)``. Besides the rows it returns the Gram matrix of the new ones,
+    ``make(leaf, start, block)`` turns the columns ``start ..`` of a leaf's rows, ``(m, width)``,
+    into the new ``(height, width)``. Besides the rows it returns the Gram matrix of the new ones,
     ``(n, height, height)``, and with ``cross`` their products with the old, ``(n, height, m)``,
     measured on what is stored; both are 0 for the other groups.
     """
@@ -227,10 +228,10 @@ def cholesky_qr(
 ) -> tuple[Columns, jax.Array, jax.Array, jax.Array]:
     """Orthonormalises the rows of the groups in ``when``, whose Gram matrix is given.
 
-    Shifted CholeskyQR3: two rounds ``W <- L^{-1} W`` with ``W W^T = L L^T``, in place, the first one
-    shifted so that it cannot fail up to a condition of about ``1/sqrt(eps)`` squared; the third
-    factor stays small. Returns ``W``, its Gram matrix, ``T`` with orthonormal ``T W``, and the product
-    of all factors, which is ``T W`` in terms of the rows given. Zero rows stay zero.
+    Shifted CholeskyQR3: two rounds ``W <- L^{-1} W`` with ``W W^T = L L^T``, in place; the third
+    factor stays small. A shift of the order of rounding keeps the first rounds from failing.
+    Returns ``W``, its Gram matrix, ``T`` with orthonormal ``T W``, and ``T`` for the rows as they
+    were given. Zero rows stay zero.
 
     Cost: ``8 d r²`` flops.
 
@@ -239,11 +240,13 @@ def cholesky_qr(
     """
     r = gram.shape[-1]
     total = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
+
+    def turn(each: list[jax.Array], leaf: int, start: jax.Array, block: jax.Array) -> jax.Array:
+        return combine(each[leaf], block, layout.dtype)
+
     for shift in (10.0, 1.0):
         t = jax.vmap(partial(_linalg.cholesky_inverse, shift=shift))(gram)
-        each = layout.spread(t)
-        rows, gram, _ = rewrite(rows, layout, when, r,
-                                lambda leaf, _, block: combine(each[leaf], block, layout.dtype))
+        rows, gram, _ = rewrite(rows, layout, when, r, partial(turn, layout.spread(t)))
         total = t @ total
     t = jax.vmap(_linalg.cholesky_inverse)(gram)
     return rows, gram, t, t @ total
@@ -251,8 +254,8 @@ def cholesky_qr(
 
 def combine(weights: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
     """``c W`` with the accumulation in ``dtype``."""
-    return lax.dot_general(weights.astype(rows.dtype), rows, (((weights.ndim - 1,), (0,)), ((), ())),
-                           preferred_element_type=dtype)
+    over = (((weights.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(weights.astype(rows.dtype), rows, over, preferred_element_type=dtype)
 
 
 def _rewrite_leaf(w, go, height, make, cross, width, dtype):
@@ -271,8 +274,10 @@ def _rewrite_leaf(w, go, height, make, cross, width, dtype):
         new = make(start, block).astype(w.dtype)
         mine = start + jnp.arange(width) >= j * width      # the last block overlaps the one before
         counted = jnp.where(mine, new, 0)
-        sums = [a + _contract(counted, b, dtype) for a, b in zip(sums, (new, block))]
-        new = jnp.where(mine, new, block[:height])
+        sums = [a + _contract(counted, b, dtype) for a, b in zip(sums, (new, block), strict=False)]
+        # What is written depends on all that was read before, or XLA copies the rows.
+        fine = jnp.all(jnp.isfinite(sums[-1]))
+        new = jnp.where(mine & fine, new, block[:height])
         return lax.dynamic_update_slice(w, new, (jnp.zeros_like(start), start)), *sums
 
     return repeat(jnp.where(go, -(-size // width), 0), body, (w, *sums))

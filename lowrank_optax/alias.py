@@ -78,7 +78,7 @@ def ggt(
     rank: int = 100,
     *,
     b1: float = 0.9,
-    eps: float = 1e-3,
+    eps: float = 1e-2,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GGT: the full-matrix adaptive method on a window of the last gradients.
@@ -89,24 +89,26 @@ def ggt(
               G = [g_t, \dots, g_{t-r+1}]
 
     The paper adds ``eps`` to the root where this adds ``eps²`` under it; both are ``1/eps`` outside
-    the window, where (the newest gradient being inside) only what `GGT` drops is left.
+    the window, where the newest gradient has only what rounding cannot tell from zero.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
-      >>> tx = lro.ggt(0.3, rank=10)
+      >>> tx = lro.ggt(0.3, rank=20)
       >>> loss = lambda x: jnp.sum((x - jnp.arange(3.0)) ** 2)
       >>> x = jnp.zeros(3); state = tx.init(x)
       >>> for _ in range(100):
-      ...     updates, state = tx.update(jax.grad(loss)(x), state, x)
+      ...     updates, state = jax.jit(tx.update)(jax.grad(loss)(x), state, x)
       ...     x = optax.apply_updates(x, updates)
       >>> bool(loss(x) < 1e-2)
       True
 
     Args:
       learning_rate: a number or a schedule.
-      rank: the window's length.
+      rank: the window's length. Keep it above ``1/(1-b1)``: where gradients shrink, a momentum that
+        remembers larger ones than the window does is not scaled down with them.
       b1: decay of the momentum.
-      eps: in units of the gradient's norm; well below it, or the step becomes ``g/eps``.
+      eps: in units of the gradient's norm: well below it, or the step becomes ``g/eps``, but not
+        below rounding, ``1e-3`` of it in float32.
       **options: the keywords of `lre` and `scale_by_lre`.
 
     Raises:
@@ -120,7 +122,7 @@ def ggt(
     return lre(
         learning_rate,
         curvatures.Covariance(),
-        bases.GGT(rank, update_damping=eps**2),
+        bases.GGT(rank, eig_tol=0.0, update_damping=eps**2),
         (inners.EMA(b1, debias=True), inners.LInvSqrt()),
         **{"complement": 1 / eps, **options},
     )
@@ -149,7 +151,7 @@ def full_matrix_adam(
       >>> loss = lambda x: jnp.sum((x - jnp.arange(3.0)) ** 2)
       >>> x = jnp.zeros(3); state = tx.init(x)
       >>> for _ in range(300):
-      ...     updates, state = tx.update(jax.grad(loss)(x), state, x)
+      ...     updates, state = jax.jit(tx.update)(jax.grad(loss)(x), state, x)
       ...     x = optax.apply_updates(x, updates)
       >>> bool(loss(x) < 1e-2)
       True
@@ -192,17 +194,19 @@ def lowrank_newton(
     .. math:: x \leftarrow x - \eta\, B^{-1} g,\quad
               B = Q\,\mathrm{diag}(\lambda)\,Q^T + \gamma\,(I - Q Q^T)
 
-    Eigenvalues count with their size, so that `SR1`'s negative ones are no ways up. There is no line
-    search: pass a smaller ``learning_rate``, or chain `optax.scale_by_zoom_linesearch` in place of
-    it, where a full step is too long. Needs ``value_fn`` in ``update``, and the parameters.
+    Eigenvalues count with their size, so that `SR1`'s negative ones are no ways up. There is no
+    line search: where a full step is too long pass a smaller ``learning_rate``, or chain the result
+    with `optax.scale_by_zoom_linesearch`. Needs ``value_fn`` in ``update``, and the parameters;
+    ``curvature=BFGS(product=GradientDifference())`` needs the parameters only.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
       >>> tx = lro.lowrank_newton(rank=3)
       >>> loss = lambda x: jnp.sum((x - 1) ** 2 * jnp.array([1., 10., 100.]))
+      >>> update = jax.jit(lambda g, state, x: tx.update(g, state, x, value_fn=loss))
       >>> x = jnp.zeros(3); state = tx.init(x)
       >>> for _ in range(30):
-      ...     updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
+      ...     updates, state = update(jax.grad(loss)(x), state, x)
       ...     x = optax.apply_updates(x, updates)
       >>> bool(loss(x) < 1e-6)
       True
@@ -254,9 +258,10 @@ def adahessian(
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
       >>> tx = lro.adahessian(0.1, rank=3)
       >>> loss = lambda x: jnp.sum((x - 1) ** 2 * jnp.array([1., 10., 100.]))
+      >>> update = jax.jit(lambda g, state, x: tx.update(g, state, x, value_fn=loss))
       >>> x = jnp.zeros(3); state = tx.init(x)
       >>> for _ in range(200):
-      ...     updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
+      ...     updates, state = update(jax.grad(loss)(x), state, x)
       ...     x = optax.apply_updates(x, updates)
       >>> bool(loss(x) < 1e-3)
       True
@@ -314,10 +319,11 @@ def sophia_h(
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
       >>> tx = lro.sophia_h(0.01, rank=3)
-      >>> loss = lambda x: jnp.sum((x - 1) ** 2 * jnp.array([1., 10., 100.]))
+      >>> loss = lambda x: jnp.sum((x - 1) ** 2 * jnp.array([1., 3., 9.]))
+      >>> update = jax.jit(lambda g, state, x: tx.update(g, state, x, value_fn=loss))
       >>> x = jnp.zeros(3); state = tx.init(x)
       >>> for _ in range(300):
-      ...     updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
+      ...     updates, state = update(jax.grad(loss)(x), state, x)
       ...     x = optax.apply_updates(x, updates)
       >>> bool(loss(x) < 0.1)
       True
@@ -374,13 +380,14 @@ def natural_gradient(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
-      >>> tx = lro.natural_gradient(1.0, rank=3, damping=1.0)
+      >>> tx = lro.natural_gradient(0.3, rank=3, damping=10.0)
       >>> a = jax.random.normal(jax.random.key(0), (16, 3))
       >>> losses = lambda x: (a @ (x - 1)) ** 2 / 2
-      >>> loss = lambda x: jnp.mean(losses(x))
+      >>> loss = lambda x: jnp.sum(losses(x))
+      >>> update = jax.jit(lambda g, state, x: tx.update(g, state, x, losses_fn=losses))
       >>> x = jnp.zeros(3); state = tx.init(x)
       >>> for _ in range(50):
-      ...     updates, state = tx.update(jax.grad(loss)(x), state, x, losses_fn=losses)
+      ...     updates, state = update(jax.grad(loss)(x), state, x)
       ...     x = optax.apply_updates(x, updates)
       >>> bool(loss(x) < 1e-2)
       True

@@ -89,8 +89,13 @@ def effective_rank(lam: jax.Array) -> jax.Array:
 
 
 def orthogonality_error(state: Any) -> jax.Array:
-    """``max|T K T^T - I|`` over live slots, ``(n,)``: from the small matrices, ``O(r m²)``."""
+    """``max|T K T^T - I|`` over live slots, ``(n,)``: from the small matrices, ``O(r m²)``.
+
+    Bases that select coordinates are orthonormal by construction: 0.
+    """
     basis = find(state).basis
+    if not hasattr(basis, "t"):
+        return jnp.zeros(basis.lam.shape[0], basis.lam.dtype)
     gram = basis.gram if hasattr(basis, "gram") else None
     t = basis.t
     product = (jnp.einsum("nrm,nsm->nrs", t, t) if gram is None

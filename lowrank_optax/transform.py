@@ -254,7 +254,9 @@ class _Engine:
 
         # The basis absorbs the correction and projects the gradient.
         new, u0 = self._refreshed(layout, state, observed, g, due, params, extra)
-        followed = self.curvature.gradient(layout, new.curvature, g)
+        followed, length = self.curvature.gradient(layout, new.curvature, g), square
+        if followed is not g:
+            length = layout.inner(followed, followed)
         if u0 is None or followed is not g:
             u0, g = self.basis.project(layout, new.basis, followed), followed
         accept, moved = accept & ~new.failed, due & ~new.failed
@@ -271,7 +273,7 @@ class _Engine:
         # Back to the parameters, with what becomes of the part of the gradient outside the basis.
         step, rest = self._unproject(layout, new, state.complement, g, u, u0, taken & warm, params,
                                      extra)
-        metrics = _measure(u, u0, square, new.c, moved, self.basis.eigenbasis(state.basis).live)
+        metrics = _measure(u, u0, length, new.c, moved, self.basis.eigenbasis(state.basis).live)
         failures = Events(~jnp.isfinite(square), square == 0, new.failed, accept & ~fine)
         return layout.unflatten(step), ScaleByLREState(
             count=count,
@@ -335,7 +337,9 @@ class _Engine:
             probe, product = both[..., 0], both[..., 1]
         new = _Refreshed(done.state, curvature, done.c, done.failed, done.u,
                          weights[:, -done.u.shape[-1]:], probe, product)
-        return new, done.u[..., 0] if correction.columns is None else None
+        # Of a column that is switched off a basis need not know the coordinates.
+        plain = correction.columns is None and correction.weights is None
+        return new, done.u[..., 0] if plain else None
 
     def _unproject(self, layout, new, state, g, u, u0, active, params, extra):
         """``Q u`` plus what becomes of ``g - Q Q^T g``; a scale costs no pass of its own."""
@@ -424,7 +428,7 @@ def _move(c: jax.Array, moved: jax.Array, law: Law, state: Any) -> Any:
 def _measure(u, u0, square, c, moved, live) -> Metrics:
     """`Metrics` of a step."""
     shared = jnp.sum(u * u0, axis=1)
-    stayed = _linalg.safe_divide(jnp.sum(c**2, axis=(1, 2)), jnp.sum(live, axis=1))
+    stayed = _linalg.safe_divide(jnp.sum(c**2 * live[:, None], axis=(1, 2)), jnp.sum(live, axis=1))
     return Metrics(
         captured=_linalg.safe_divide(jnp.sum(u0**2, axis=1), square),
         drift=jnp.where(moved, 1 - stayed, 0),

@@ -1,7 +1,10 @@
 """Bases: how the curvature is kept as ``Q diag(lam) Q^T`` and updated by corrections.
 
-`GGT`, `CommonDirections` and `LowRankFactor` keep columns themselves, `Eigen` the leading eigenpairs of their running average or
-sum, `FullMatrix` the whole matrix.
+`GGT`, `CommonDirections` and `LowRankFactor` keep columns themselves; `Eigen` and `RandomizedEigen`
+the leading eigenpairs of their running average or sum, `FullMatrix` the whole matrix. `OPAST`,
+`GROUSE` and `Hebbian` turn a subspace towards every column; `FrequentDirections` and `Nystrom` are
+sketches with a guarantee. `TopK`, `WeightedPermutation`, `RandomPermutation` and `Histogram` select
+coordinates, `Random` knows nothing.
 """
 
 from lowrank_optax.basis._basis import Basis
@@ -9,8 +12,11 @@ from lowrank_optax.basis._frame import Frame
 from lowrank_optax.basis.eigen import Eigen
 from lowrank_optax.basis.full import FullMatrix
 from lowrank_optax.basis.ggt import GGT
+from lowrank_optax.basis.hebbian import CayleyAdamG, GradientRule, Hebbian, Rule, StiefelRule
 from lowrank_optax.basis.random import Random
 from lowrank_optax.basis.selection import Histogram, RandomPermutation, TopK, WeightedPermutation
+from lowrank_optax.basis.sketches import FrequentDirections, Nystrom, RandomizedEigen
+from lowrank_optax.basis.trackers import GROUSE, OPAST
 from lowrank_optax.basis.window import (
     CommonDirections,
     DropOldest,
@@ -21,7 +27,8 @@ from lowrank_optax.basis.window import (
 )
 
 __all__ = [
-    "Basis", "CommonDirections", "DropOldest", "DropSmallest", "Eigen", "Frame", "FullMatrix",
-    "GGT", "Histogram", "LowRankFactor", "Overflow", "Random", "RandomPermutation", "Reconstruct",
-    "TopK", "WeightedPermutation",
+    "Basis", "CayleyAdamG", "CommonDirections", "DropOldest", "DropSmallest", "Eigen", "Frame",
+    "FrequentDirections", "FullMatrix", "GGT", "GradientRule", "GROUSE", "Hebbian", "Histogram",
+    "LowRankFactor", "Nystrom", "OPAST", "Overflow", "Random", "RandomizedEigen",
+    "RandomPermutation", "Reconstruct", "Rule", "StiefelRule", "TopK", "WeightedPermutation",
 ]

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, cast_like, repeat, write
+from lowrank_optax._tree import Layout, cast_like, combine, repeat, rewrite, write
 from lowrank_optax._types import (
     Absorbed,
     Columns,
@@ -48,6 +47,8 @@ class FrameState(NamedTuple):
 
 class Seen(NamedTuple):
     """A correction in the coordinates ``[Q, fresh]``, for one group; see `Frame.turn`.
+
+    ``r`` is `Frame.slots`, here and in `Turn`: the rank and what a method keeps besides.
 
     Attributes:
       y: ``(r + k, k)`` the columns. The first ``r`` coordinates are ``Q^T y``.
@@ -198,14 +199,11 @@ class Frame(Basis, Spectrum):
     def _rotate(self, layout: Layout, state: FrameState, when: jax.Array) -> FrameState:
         """``W <- T W`` in place, block by block, for the groups that need it; ``K`` measured."""
         r, m = self.slots, self.slots + self.capacity
-        rows, grams = [], []
-        for w, t, go in zip(layout.leaves(state.rows), layout.spread(state.t), layout.spread(when),
-                            strict=True):
-            w, gram = _rotate_leaf(w, t, go, layout.block(m), layout.dtype)
-            rows.append(w)
-            grams.append(gram)
-        gram = jnp.zeros((layout.n, m, m), layout.dtype)
-        gram = gram.at[:, :r, :r].set(layout.gather(grams, (r, r)))
+        each = layout.spread(state.t)
+        rows, measured, _ = rewrite(
+            layout.leaves(state.rows), layout, when, r,
+            lambda leaf, _, block: combine(each[leaf], block, layout.dtype))
+        gram = jnp.zeros((layout.n, m, m), layout.dtype).at[:, :r, :r].set(measured)
         live = (state.lam != 0).astype(layout.dtype)
         t = jnp.zeros((layout.n, r, m), layout.dtype).at[:, :, :r].set(jax.vmap(jnp.diag)(live))
         t = jax.vmap(_linalg.orthonormalize)(t, gram)
@@ -308,29 +306,6 @@ def _remeasure(gram, t, slots, s, corner):
     place = jax.nn.one_hot(slots, gram.shape[0], dtype=gram.dtype)
     keep = 1 - jnp.sum(place, axis=0)
     cross = keep[:, None] * (s @ place)
-    gram = keep[:, None] * gram * keep + cross + cross.T + place.T @ corner @ place
-    return gram, _linalg.orthonormalize(t, gram)
-
-
-def _rotate_leaf(w: jax.Array, t: jax.Array, go: jax.Array, width: int, dtype: Any):
-    """``W[:r] <- T W`` for one leaf, zero or one times; returns it and its Gram matrix."""
-    r, (m, size) = t.shape[0], w.shape
-    gram = jnp.zeros((r, r), dtype)
-    if size == 0:
-        return w, gram
-    width = min(size, width)
-    blocks = -(-size // width)
-
-    def body(j, carry):
-        w, gram = carry
-        start = jnp.minimum(j * width, size - width)
-        block = lax.dynamic_slice_in_dim(w, start, width, 1)
-        new = lax.dot_general(t.astype(w.dtype), block, (((1,), (0,)), ((), ())),
-                              preferred_element_type=dtype).astype(w.dtype)
-        mine = start + jnp.arange(width) >= j * width      # the last block overlaps the one before
-        gram = gram + lax.dot_general(jnp.where(mine, new, 0), new, (((1,), (1,)), ((), ())),
-                                      preferred_element_type=dtype)
-        new = jnp.where(mine, new, block[:r])
-        return lax.dynamic_update_slice(w, new, (jnp.zeros_like(start), start)), gram
-
-    return repeat(jnp.where(go, blocks, 0), body, (w, gram))
+    new = keep[:, None] * gram * keep + cross + cross.T + place.T @ corner @ place
+    hit = jnp.any(slots < gram.shape[0])     # a group without refined rows may hold NaN here
+    return jnp.where(hit, new, gram), jnp.where(hit, _linalg.orthonormalize(t, new), t)

@@ -30,7 +30,7 @@ class Eigen(Frame):
       >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), lro.basis.Eigen(4), lro.inner.LInv())
       >>> state = tx.init(jnp.zeros(3))
       >>> updates, state = tx.update(jnp.array([3., 4., 0.]), state)
-      >>> print((updates * 25).round(3))       # g / ‖g‖²: the average is corrected for its start
+      >>> print((updates * 25).round())        # g / ‖g‖²: the average is corrected for its start
       [3. 4. 0.]
 
     Args:

@@ -14,8 +14,10 @@ from lowrank_optax.basis.trackers import Tracker
 
 
 class Rule(abc.ABC):
-    """One step of ascent on ``1/2 ‖A x‖²`` over orthonormal rows ``A``, whose gradient is Hebb's
-    ``(A x) x^T``."""
+    """One step of ascent on ``1/2 ‖A x‖²`` over orthonormal rows ``A``.
+
+    Its gradient is Hebb's ``(A x) x^T``: what goes out times what comes in.
+    """
 
     def spare(self, rank: int) -> int:
         """Directions that the rule keeps besides the basis."""
@@ -33,7 +35,7 @@ class Rule(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class GradientRule(Rule):
-    r"""Oja's rule: ``A <- orth(A + eta x-share (A x) x^T / lam_max)``.
+    r"""Oja's rule: ``A <- orth(A + eta (A x) x^T)``, with ``eta`` relative to ``lam_max``.
 
     With ``a = A x`` and ``rho = x - A^T a`` the rows of ``A + eta a x^T = (I + eta a a^T) A + eta a
     rho^T`` span the same as those of ``A + g rho^T``, ``g = (I + eta a a^T)^{-1} eta a``, which is
@@ -68,8 +70,8 @@ class GradientRule(Rule):
 class StiefelRule(Rule):
     r"""Riemannian ascent: the gradient's tangent ``(A x) rho^T`` and the polar retraction.
 
-    ``A <- polar(A + eta (A x) rho^T)`` with ``rho = x - A^T A x``, which is also the gradient of the
-    reconstruction error ``1/2 ‖x - A^T A x‖²``.
+    ``A <- polar(A + eta (A x) rho^T)`` with ``rho = x - A^T A x``: also the steepest descent on
+    the reconstruction error ``1/2 ‖x - A^T A x‖²``.
 
     Args:
       learning_rate: ``eta``, as in `GradientRule`.
@@ -120,7 +122,8 @@ class CayleyAdamG(Rule):
     .. math:: Y \leftarrow X - \alpha W X, \quad\text{then ``iterations`` times}\quad
               Y \leftarrow X - \tfrac{\alpha}{2} W (X + Y)
 
-    and ``X <- orth(Y)``. The momentum has directions of its own: the basis keeps ``r`` further rows.
+    and ``X <- orth(Y)``. The momentum has directions of its own, for which the basis keeps ``r``
+    further rows.
 
     Args:
       learning_rate: ``eta``, the length of a step on the manifold once ``‖M‖`` is like ``‖G‖``; or
@@ -237,6 +240,7 @@ def _outside(momentum: jax.Array, rows: jax.Array, count: int) -> jax.Array:
     """Orthonormal rows for what of the momentum is outside ``rows``, as far as it is resolved."""
     rest = momentum - momentum @ rows.T @ rows
     size, z = _linalg.eigh(_linalg.symmetrize(rest.T @ rest))
-    some = size > jnp.maximum(1e-4 * jnp.max(size), jnp.finfo(rest.dtype).tiny)
+    kind = jnp.finfo(rest.dtype)
+    some = size > jnp.maximum(kind.eps**0.5 * jnp.max(size), kind.tiny)
     z = jnp.where(some[:, None], z, 0)[:count]
     return z - z @ rows.T @ rows

@@ -49,8 +49,8 @@ class Random(Basis):
     Raises:
       ValueError: for a rank or ``redraw`` below 1.
 
-    Cost: memory ``r d``; a step two passes over the rows (``4 r d`` flops), a draw ``12 d r²`` flops
-    and ``r d`` normal numbers, in place.
+    Cost: memory ``r d``; a step two passes over the rows (``4 r d`` flops), a draw ``r d`` normal
+    numbers and ``12 d r²`` flops, in place.
 
     Source: Li et al., "Measuring the intrinsic dimension of objective landscapes", ICLR 2018;
     Gower et al., "RSN: randomized subspace Newton", NeurIPS 2019.
@@ -94,7 +94,7 @@ class Random(Basis):
         pick = lambda new, old: jnp.where(drawn[:, None, None], jnp.where(
             fine[:, None, None], new, 0), old)
         t = pick(t, state.t)
-        c = pick(total @ cross @ jnp.swapaxes(state.t, 1, 2), jnp.eye(self.rank, dtype=t.dtype))
+        c = pick(total @ cross @ jnp.swapaxes(state.t, 1, 2), jax.vmap(jnp.diag)(state.lam))
         lam = jnp.where(drawn[:, None], (live & fine[:, None]).astype(t.dtype), state.lam)
         u = t @ layout.dot(rows, cast_like(correction.columns, rows))
         new = RandomState(layout.tree(rows), pick(gram, state.gram), t, lam,

@@ -32,13 +32,13 @@ class SelectionState(NamedTuple):
     Attributes:
       rows: the running diagonal of the curvature, ``(1, leaf.size)`` a leaf; ``(0, leaf.size)``
         where none is kept.
-      index: ``(n, r)`` the coordinates, counted through the leaves of the group; -1 in dead slots.
+      indices: ``(n, r)`` the coordinates, counted through the leaves of the group; -1 in dead slots.
       lam: ``(n, r)`` the diagonal at the coordinates, 0 in dead slots; 1 where none is kept.
       updates: ``(n,)`` corrections absorbed so far.
     """
 
     rows: Any
-    index: jax.Array
+    indices: jax.Array
     lam: jax.Array
     updates: jax.Array
 
@@ -74,24 +74,23 @@ class Selection(Basis):
         ok = accept & fine
         rows = [jnp.where(yes, a, b) for yes, a, b in
                 zip(layout.spread(ok), rows, layout.leaves(state.rows), strict=True)]
-        index = jnp.where(ok[:, None], index, state.index)
+        index = jnp.where(ok[:, None], index, state.indices)
         new = SelectionState(layout.tree(rows), index, jnp.where(ok[:, None], lam, state.lam),
                              state.updates + ok)
-        same = (index[:, :, None] == state.index[:, None, :]) & (index >= 0)[:, :, None]
-        c = jnp.where(ok[:, None, None], same, jnp.eye(self.rank)).astype(layout.dtype)
+        same = (index[:, :, None] == state.indices[:, None, :]) & (index >= 0)[:, :, None]
+        c = same.astype(layout.dtype)
         return Absorbed(new, c, self.project(layout, new, correction.columns), accept & ~fine)
 
     def eigenbasis(self, state: SelectionState) -> Eigenbasis:
-        return Eigenbasis(state.lam, state.index >= 0)
+        return Eigenbasis(state.lam, state.indices >= 0)
 
     def project(self, layout: Layout, state: SelectionState, vector: Vector | Columns) -> jax.Array:
-        parts = [jnp.moveaxis(x.at[..., at].get(mode="fill", fill_value=0), -1, 0)
-                 for x, at in zip(vector, _local(layout, state.index), strict=True)]
+        parts = [_take(x, at) for x, at in zip(vector, _local(layout, state.indices), strict=True)]
         return layout.gather(parts, parts[0].shape)
 
     def unproject(self, layout: Layout, state: SelectionState, u: jax.Array) -> Vector | Columns:
         return [jnp.zeros((*v.shape[:-1], size), layout.dtype).at[..., at].set(v, mode="drop")
-                for v, at, size in zip(layout.spread(u), _local(layout, state.index), layout.sizes,
+                for v, at, size in zip(layout.spread(u), _local(layout, state.indices), layout.sizes,
                                        strict=True)]
 
 
@@ -127,7 +126,7 @@ class RandomPermutation(Selection):
     def choose(self, layout: Layout, state: SelectionState, correction: Correction, key: jax.Array):
         drawn = jax.vmap(partial(_sample, rank=self.rank))(
             jax.random.split(key, layout.n), jnp.asarray(layout.dims))
-        index = jnp.where(is_due(state.updates, self.redraw)[:, None], drawn, state.index)
+        index = jnp.where(is_due(state.updates, self.redraw)[:, None], drawn, state.indices)
         return (layout.leaves(state.rows), index, (index >= 0).astype(layout.dtype),
                 jnp.ones(layout.n, bool))
 
@@ -139,8 +138,8 @@ class TopK(Selection):
     .. math:: v \leftarrow \beta v + (1 - \beta) \sum_j w_j\, y_j \circ y_j, \qquad
               i_1, \dots, i_r = \mathrm{top}_r\, |v|, \qquad \lambda_k = v_{i_k}
 
-    With `Covariance` this is the mean square of every gradient entry, and ``LInvSqrt`` is RMSprop on
-    the ``r`` largest. Coordinates that never moved stay out.
+    With `Covariance` this is the mean square of every gradient entry, and ``LInvSqrt`` is RMSprop
+    on the ``r`` largest. Coordinates that never moved stay out.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -184,7 +183,7 @@ class TopK(Selection):
         index = _largest(layout, self.rank, [
             jnp.where(v[0] != 0, s, -jnp.inf) for v, s in
             zip(rows, self.scores(layout, [jnp.abs(v[0]) for v in rows], key), strict=True)])
-        lam = self.project(layout, state._replace(index=index), [v[0] for v in rows])
+        lam = self.project(layout, state._replace(indices=index), [v[0] for v in rows])
         order = jnp.argsort(-jnp.abs(lam), axis=1)
         index, lam = jnp.take_along_axis(index, order, 1), jnp.take_along_axis(lam, order, 1)
         if self.beta is not None:
@@ -196,8 +195,8 @@ class TopK(Selection):
 class WeightedPermutation(TopK):
     r"""Coordinates drawn without replacement, with probabilities in proportion to ``|v|^power``.
 
-    ``v`` is the running diagonal of `TopK`. By the Gumbel trick the ``r`` largest of ``power log|v| +
-    gumbel`` are such a draw, a new one at every update.
+    ``v`` is the running diagonal of `TopK`. The ``r`` largest of ``power log|v| + gumbel`` are such
+    a draw, a new one at every update.
 
     Example:
       >>> import lowrank_optax as lro
@@ -214,8 +213,8 @@ class WeightedPermutation(TopK):
 
     Cost: that of `TopK`, and ``d`` random numbers.
 
-    Source: the original LRE's basis of that name; Efraimidis and Spirakis, "Weighted random sampling
-    with a reservoir", 2006.
+    Source: the original LRE's importance sampling; Efraimidis and Spirakis, "Weighted random
+    sampling with a reservoir", 2006.
     """
 
     power: float = 0.5
@@ -264,10 +263,11 @@ class Histogram(Basis):
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), lro.basis.Histogram(2), lro.inner.EMA(0.))
+      >>> bins = lro.basis.Histogram(2)
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), bins, lro.inner.EMA(0.))
       >>> state = tx.init(jnp.zeros(4))
       >>> updates, state = tx.update(jnp.array([1., 2., 9., 11.]), state)
-      >>> print(updates)                                        # the means of two bins
+      >>> print(updates.round(3))                               # the means of two bins
       [ 1.5  1.5 10.  10. ]
 
     Args:
@@ -324,7 +324,7 @@ class Histogram(Basis):
                              (counts > 0).astype(layout.dtype), state.updates + ok)
         c = _scale(counts)[:, :, None] * shared * _scale(state.counts)[:, None, :]
         u = self.project(layout, new, correction.columns)
-        return Absorbed(new, pick(c, jnp.eye(r, dtype=c.dtype)), u, accept & ~ok)
+        return Absorbed(new, c, u, accept & ~ok)
 
     def eigenbasis(self, state: HistogramState) -> Eigenbasis:
         return Eigenbasis(state.lam, state.lam != 0)
@@ -362,6 +362,13 @@ def _local(layout: Layout, index: jax.Array) -> list[jax.Array]:
             for at, of, size in zip(local, layout.spread(index), layout.sizes, strict=True)]
 
 
+def _take(x: jax.Array, at: jax.Array) -> jax.Array:
+    """Entries ``(r,)`` of a leaf's vector, or ``(r, k)`` of its columns; 0 beyond its end."""
+    if x.shape[-1] == 0:                                 # which XLA does not gather from
+        return jnp.zeros((at.shape[0], *x.shape[:-1]), x.dtype)
+    return x.at[..., at].get(mode="fill", fill_value=0).T
+
+
 def _largest(layout: Layout, rank: int, scores: Vector) -> jax.Array:
     """The ``rank`` coordinates of each group with the largest scores above ``-inf``, or -1."""
     values = [[jnp.full(rank, -jnp.inf, layout.dtype)] for _ in range(layout.n)]
@@ -385,7 +392,7 @@ def _sample(key: jax.Array, size: jax.Array, *, rank: int) -> jax.Array:
         last = size - count + i
         drawn = jax.random.randint(jax.random.fold_in(key, i), (), 0, jnp.maximum(last, 0) + 1)
         drawn = jnp.where(jnp.any(chosen == drawn), last, drawn)
-        return chosen.at[i].set(jnp.where(i < count, drawn, -1))
+        return chosen.at[i].set(jnp.where(i < count, drawn, -1).astype(jnp.int32))
 
     return lax.fori_loop(0, rank, body, jnp.full(rank, -1, jnp.int32))
 

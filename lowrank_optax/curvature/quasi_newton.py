@@ -206,7 +206,7 @@ class SR1(QuasiNewton):
         rest = [a - b for a, b in zip(y, evidence.apply(s, gamma), strict=True)]
         norm = lambda v: jnp.sqrt(layout.inner(v, v))
         size, fit = norm(rest), layout.inner(rest, s)
-        rounding = 100 * jnp.finfo(layout.dtype).eps * norm(y)
+        rounding = jnp.finfo(layout.dtype).eps ** (2 / 3) * norm(y)     # it adds up in B
         skip = (jnp.abs(fit) <= self.tol * size * norm(s)) | (size <= rounding)
         signs = jnp.where(skip, 0, jnp.where(fit < 0, -1, 1).astype(layout.dtype))
         return [scale(layout, _root_inverse(jnp.abs(fit)), rest)], signs[:, None]

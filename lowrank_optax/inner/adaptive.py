@@ -190,7 +190,7 @@ class CubicAdam:
 
     @property
     def laws(self) -> CubicAdamState:
-        return CubicAdamState(SCALAR, VECTOR, SECOND_MOMENT, THIRD_MOMENT)
+        return CubicAdamState._make((SCALAR, VECTOR, SECOND_MOMENT, THIRD_MOMENT))
 
     def update(self, u: jax.Array, state: CubicAdamState, context: Context):
         count = state.count + 1
@@ -296,6 +296,7 @@ def identity_at_first(matrix: jax.Array, count: jax.Array, context: Context) -> 
 
 
 def check_moments(part: Any) -> None:
+    """Checks ``b1``, ``b2`` and ``eps``."""
     owner = type(part).__name__
     check_decay(owner, "b1", part.b1)
     check_decay(owner, "b2", part.b2)

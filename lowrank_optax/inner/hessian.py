@@ -4,6 +4,7 @@ They read ``z = Q^T z`` and ``Q^T H z`` of the step's `Context`; on a step that 
 the averages stay as they are.
 """
 
+import abc
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
@@ -90,11 +91,12 @@ class HutchinsonAdam:
 
     @property
     def laws(self) -> HutchinsonAdamState:
-        return HutchinsonAdamState(SCALAR, SCALAR, VECTOR, SECOND_MOMENT)
+        return HutchinsonAdamState._make((SCALAR, SCALAR, VECTOR, SECOND_MOMENT))
 
     def update(self, u: jax.Array, state: HutchinsonAdamState, context: Context):
         count, estimates = state.count + 1, state.estimates + context.moved
-        v = context.probe * context.product
+        z, hz = _pair(context)
+        v = z * hz
         v = v * v if self.gamma is None else v
         diagonal = jnp.where(context.moved, ema(state.diagonal, v, self.b2), state.diagonal)
         mean = ema(state.mean, u, self.b1)
@@ -124,7 +126,7 @@ class FullMatrixHessianState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _FullMatrixHessian:
+class _FullMatrixHessian(abc.ABC):
     """What the two below share: Adam's momentum, an average matrix from the identity, its law."""
 
     b1: float = 0.9
@@ -142,19 +144,27 @@ class _FullMatrixHessian:
 
     @property
     def laws(self) -> FullMatrixHessianState:
-        return FullMatrixHessianState(SCALAR, SCALAR, VECTOR, MATRIX)
+        return FullMatrixHessianState._make((SCALAR, SCALAR, VECTOR, MATRIX))
 
     def update(self, u: jax.Array, state: FullMatrixHessianState, context: Context):
         count, estimates = state.count + 1, state.estimates + context.moved
         mean = ema(state.mean, u, self.b1)
         old = identity_at_first(state.hessian, state.count, context)
-        new = ema(old, self._estimate(old, context.probe, context.product), self.b2)
+        new = ema(old, self._estimate(old, *_pair(context)), self.b2)
         hessian = jnp.where(context.moved, new, old)
         m = debias(hessian, self.b2, jnp.maximum(estimates, 1))
         u = self._inverse(m + self.eps * jnp.eye(u.shape[0], dtype=u.dtype)) @ debias(
             mean, self.b1, count)
         return (jnp.where(context.basis.live, u, 0),
                 FullMatrixHessianState(count, estimates, mean, hessian))
+
+    @abc.abstractmethod
+    def _estimate(self, old: jax.Array, z: jax.Array, hz: jax.Array) -> jax.Array:
+        """What the average takes in, ``(r, r)``."""
+
+    @abc.abstractmethod
+    def _inverse(self, matrix: jax.Array) -> jax.Array:
+        """The inverse of a symmetric ``(r, r)``."""
 
 
 class FullMatrixHutchinsonAdam(_FullMatrixHessian):
@@ -210,11 +220,17 @@ class FullMatrixBFGSAdam(_FullMatrixHessian):
     Source: the original LRE; Fletcher, "Practical Methods of Optimization", 1987, for the update.
     """
 
-    def _estimate(self, old: jax.Array, s: jax.Array, y: jax.Array) -> jax.Array:
-        bs, sy = old @ s, s @ y
-        new = (old + _linalg.safe_divide(jnp.outer(y, y), sy)
-               - _linalg.safe_divide(jnp.outer(bs, bs), s @ bs))
+    def _estimate(self, old: jax.Array, z: jax.Array, hz: jax.Array) -> jax.Array:
+        bz, sy = old @ z, z @ hz
+        new = (old + _linalg.safe_divide(jnp.outer(hz, hz), sy)
+               - _linalg.safe_divide(jnp.outer(bz, bz), z @ bz))
         return jnp.where(sy >= 1e-16, new, old)
 
     def _inverse(self, matrix: jax.Array) -> jax.Array:
         return _linalg.matrix_power(matrix, -1.0, eig_tol=0.0, damping=0.0, rdamping=0.0)
+
+
+def _pair(context: Context) -> tuple[jax.Array, jax.Array]:
+    """The probe and its product in the basis, which the engine has made sure are there."""
+    assert context.probe is not None and context.product is not None
+    return context.probe, context.product

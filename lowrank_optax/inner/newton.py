@@ -81,7 +81,7 @@ class CubicNewton:
 
     @property
     def laws(self) -> CubicNewtonState:
-        return CubicNewtonState(SCALAR, SCALAR, VECTOR)
+        return CubicNewtonState._make((SCALAR, SCALAR, VECTOR))
 
     def update(self, u: jax.Array, state: CubicNewtonState, context: Context):
         sigma = state.sigma
@@ -116,12 +116,12 @@ class ThirdOrder:
     .. math:: \min_y\ g \cdot y + \tfrac12 y^T \mathrm{diag}(\lambda)\, y + \tfrac16 T[y,y,y]
               + \tfrac{\sigma}{4} \|y\|^4,\qquad u = -y
 
-    When the basis moves, ``B = diag(lam)`` has changed by ``T[s]`` over the way ``s`` that was gone:
-    ``T`` becomes the closest symmetric tensor for which that holds, with ``s`` of unit length and
-    ``E = (B - C B_old C^T)/‖s‖ - T[s]``
+    When the basis moves, ``B = diag(lam)`` has changed by ``T[s]`` over the way ``s`` that was
+    gone: ``T`` becomes the closest symmetric tensor for which that holds, with ``s`` of unit length
+    and ``E = (B - C B_old C^T)/‖s‖ - T[s]``
 
-    .. math:: T \leftarrow T + 3\,\mathrm{sym}(E \otimes s) - 3\,\mathrm{sym}(Es \otimes s \otimes s)
-              + (s^T E s)\, s \otimes s \otimes s
+    .. math:: T \leftarrow T + 3\,\mathrm{sym}(E \otimes s)
+              - 3\,\mathrm{sym}(Es \otimes s \otimes s) + (s^T E s)\, s \otimes s \otimes s
 
     An option for deterministic problems of few directions: it needs eigenvalues that are those of
     the Hessian here and now (``GaussNewton`` on ``GGT(rank=batch)``, a ``FullMatrix(beta=None)`` of
@@ -159,7 +159,7 @@ class ThirdOrder:
 
     @property
     def laws(self) -> ThirdOrderState:
-        return ThirdOrderState(VECTOR, MATRIX, TENSOR)
+        return ThirdOrderState._make((VECTOR, MATRIX, TENSOR))
 
     def update(self, u: jax.Array, state: ThirdOrderState, context: Context):
         hessian = jnp.diag(context.basis.lam)
@@ -178,8 +178,8 @@ class NaturalGradient:
     .. math:: F = \frac{\sum_i w_i\, a_i a_i^T}{\sum_i w_i},\quad a_i = Q^T g_i,\quad
               \mu = \mathrm{damping} + \mathrm{rdamping} \cdot \mathrm{tr} F
 
-    ``g_i`` is the gradient of example ``i``. Between two updates of the basis the last ``F`` is
-    used; it moves as ``C F C^T``.
+    ``g_i`` is the gradient of example ``i``, and the gradient that goes with it is their mean.
+    Between two updates of the basis the last ``F`` is used; it moves as ``C F C^T``.
 
     Args:
       damping: in units of the squared gradient.
@@ -211,8 +211,8 @@ class NaturalGradient:
         return MATRIX
 
     def update(self, u: jax.Array, state: jax.Array, context: Context):
-        mean = _linalg.safe_divide(_outer_sum(context), jnp.sum(context.weights))
-        fisher = jnp.where(context.moved, mean, state)
+        total, weight = _outer_sum(context)
+        fisher = jnp.where(context.moved, _linalg.safe_divide(total, weight), state)
         return _damped_solve(fisher, u, self.damping, self.rdamping), fisher
 
 
@@ -223,8 +223,8 @@ class GaussNewton:
     .. math:: J^T J = \sum_i w_i\, a_i a_i^T,\quad a_i = Q^T \nabla r_i,\quad
               \mu = \mathrm{damping} + \mathrm{rdamping} \cdot \mathrm{tr}\, J^T J
 
-    where the gradient is ``J^T r``. In a `GGT` basis that holds all ``k`` of the residuals' gradients
-    this is the dual form ``J^T (J J^T + mu I)^{-1} r``. Between two updates of the basis the last
+    where the gradient is ``J^T r``. In a `GGT` basis that holds all ``k`` residuals' gradients this
+    is the dual form ``J^T (J J^T + mu I)^{-1} r``. Between two updates of the basis the last
     matrix is used; it moves as ``C J^T J C^T``. Eigenvalues that rounding cannot tell from zero are
     dropped, so that without damping the step is the shortest one that solves the problem.
 
@@ -235,8 +235,8 @@ class GaussNewton:
     Raises:
       ValueError: for negative damping; when built into a product whose curvature has no examples.
 
-    Cost: ``r²`` numbers; ``2 r² k`` flops for ``k`` residuals and one ``eigh`` of size ``r`` a step,
-    about ``9 r³``.
+    Cost: ``r²`` numbers; ``2 r² k`` flops for ``k`` residuals and one ``eigh`` of size ``r`` a
+    step, about ``9 r³``.
 
     Source: Levenberg, 1944; Marquardt, 1963; Ren and Goldfarb, "Efficient subsampled Gauss-Newton
     and natural gradient methods for training neural networks", 2019, for the dual form.
@@ -257,7 +257,7 @@ class GaussNewton:
         return MATRIX
 
     def update(self, u: jax.Array, state: jax.Array, context: Context):
-        matrix = jnp.where(context.moved, _outer_sum(context), state)
+        matrix = jnp.where(context.moved, _outer_sum(context)[0], state)
         return _damped_solve(matrix, u, self.damping, self.rdamping), matrix
 
 
@@ -266,9 +266,11 @@ def _check_damping(part: Any) -> None:
     check_least(type(part).__name__, "rdamping", part.rdamping)
 
 
-def _outer_sum(context: Context) -> jax.Array:
-    """``sum_i w_i a_i a_i^T`` of the correction's columns in the basis, ``(r, r)``."""
-    return (context.columns * context.weights) @ context.columns.T
+def _outer_sum(context: Context) -> tuple[jax.Array, jax.Array]:
+    """``sum_i w_i a_i a_i^T`` of the correction's columns in the basis, and ``sum_i w_i``."""
+    columns, weights = context.columns, context.weights
+    assert columns is not None and weights is not None
+    return (columns * weights) @ columns.T, jnp.sum(weights)
 
 
 def _damped_solve(matrix: jax.Array, u: jax.Array, damping, rdamping) -> jax.Array:
@@ -333,7 +335,7 @@ def _spread(matrix: jax.Array, s: jax.Array) -> jax.Array:
 
 
 def _third_order_step(g, hessian, tensor, sigma, iterations: int) -> jax.Array:
-    """A minimum of the third-order model by Newton's method on ``|H|``, the best of some lengths."""
+    """A minimum of the third-order model by Newton's method on ``|H|``, best of some lengths."""
     n = g.shape[0]
 
     def model(y):

@@ -1,0 +1,170 @@
+"""Pictures of a run, with matplotlib: `pip install 'lowrank_optax[plot]'`.
+
+Every function draws into ``ax``, or into a figure of its own, and returns the axes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Told apart with any kind of colour vision, and by their grey values in print (Okabe and Ito).
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+
+
+def spectrum(history: Any, ax: Any = None, *, steps: Sequence[int] | None = None, group: int = 0):
+    """Eigenvalues over time on a logarithmic scale, one line for every rank index.
+
+    Dead slots and eigenvalues that are not positive leave a gap.
+
+    Args:
+      history: a `diagnose.Summary` whose fields lead with a time axis, as `jax.lax.scan` stacks
+        them; ``history.spectrum`` is ``(t, groups, r)``.
+      ax: matplotlib axes to draw into.
+      steps: ``(t,)`` step numbers of the records; their count from 0 if not given.
+      group: which group of parameters to draw.
+
+    Returns:
+      The axes.
+    """
+    ax = _axes(ax)
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    lam = _records("spectrum", history.spectrum, 3)
+    if not -lam.shape[1] <= group < lam.shape[1]:
+        raise ValueError(f"group is {group}; the history has {lam.shape[1]} group(s), from 0.")
+    lam = np.where(lam[:, group] > 0, lam[:, group], np.nan)
+    times, rank = _steps(steps, len(lam)), lam.shape[1]
+    color = ScalarMappable(Normalize(1, max(rank, 2)), "viridis")
+    lines = [np.column_stack([times, lam[:, i]]) for i in range(rank)]
+    # The leading directions last, so that they lie on top.
+    ax.add_collection(
+        LineCollection(lines[::-1], colors=color.to_rgba(np.arange(rank, 0, -1)), linewidths=0.9)
+    )
+    ax.set_yscale("log")
+    ax.autoscale_view()
+    bar = ax.figure.colorbar(color, ax=ax, pad=0.02, ticks=MaxNLocator(6, integer=True))
+    bar.set_label("rank index")
+    bar.outline.set_visible(False)
+    bar.ax.invert_yaxis()
+    return _finish(ax, "step", "eigenvalue")
+
+
+def captured_energy(history: Any, ax: Any = None, *, steps: Sequence[int] | None = None):
+    """Share of the gradient's squared norm that the basis captures, ``|Q^T g|² / |g|²``, over time.
+
+    Args:
+      history: a `diagnose.Summary` whose fields lead with a time axis, as `jax.lax.scan` stacks
+        them; ``history.captured_energy`` is ``(t, groups)``. Up to seven groups get a line each;
+        of more, the median and the band between the quartiles are drawn.
+      ax: matplotlib axes to draw into.
+      steps: ``(t,)`` step numbers of the records; their count from 0 if not given.
+
+    Returns:
+      The axes.
+    """
+    ax = _axes(ax)
+    energy = _records("captured_energy", history.captured_energy, 2)
+    times, groups = _steps(steps, len(energy)), energy.shape[1]
+    if groups <= len(_COLORS):
+        for i, color in zip(range(groups), _COLORS, strict=False):
+            ax.plot(times, energy[:, i], color=color, lw=1.2, label=f"group {i}")
+    else:
+        low, median, high = np.nanquantile(energy, (0.25, 0.5, 0.75), axis=1)
+        ax.fill_between(times, low, high, color=_COLORS[0], alpha=0.2, lw=0, label="quartiles")
+        ax.plot(times, median, color=_COLORS[0], lw=1.5, label=f"median of {groups} groups")
+    if groups > 1:
+        ax.legend(frameon=False)
+    ax.set_ylim(-0.02, 1.02)
+    return _finish(ax, "step", "gradient in the basis")
+
+
+def loss(curves: Mapping[str, Mapping[str, Any]], x: str = "steps", ax: Any = None):
+    """Loss on a logarithmic scale: for every name the median over seeds and the band they span.
+
+    Args:
+      curves: for every name, the arrays ``loss``, ``(t,)`` or ``(seeds, t)``, and that named by
+        ``x``, of the same shape or ``(t,)``.
+      x: what to draw the loss against, ``"steps"`` or ``"seconds"``.
+      ax: matplotlib axes to draw into.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: if ``x`` is neither of the two, or the shapes do not agree.
+    """
+    ax = _curves(curves, x, "loss", ax)
+    ax.set_yscale("log")
+    return ax
+
+
+def accuracy(curves: Mapping[str, Mapping[str, Any]], x: str = "steps", ax: Any = None):
+    """Accuracy, drawn as `loss` is; ``curves`` hold the array ``accuracy`` in its stead."""
+    return _curves(curves, x, "accuracy", ax)
+
+
+def _curves(curves: Mapping[str, Mapping[str, Any]], x: str, y: str, ax: Any):
+    if x not in ("steps", "seconds"):
+        raise ValueError(f"x is {x!r}; pass 'steps' or 'seconds'.")
+    ax = _axes(ax)
+    for i, (name, curve) in enumerate(curves.items()):
+        across, values = (np.atleast_2d(np.asarray(curve[axis], float)) for axis in (x, y))
+        if across.shape not in (values.shape, (1, values.shape[1])):
+            raise ValueError(
+                f"{name}: {x} has shape {across.shape} and {y} {values.shape}; pass (seeds, t) "
+                "arrays, or (t,) where all seeds agree."
+            )
+        # Seeds differ in seconds by noise alone: one clock for all of them, and a finite loss of
+        # some seeds is drawn where others have diverged.
+        clock = np.median(across, 0)
+        values = np.ma.masked_invalid(values)
+        color = _COLORS[i % len(_COLORS)]
+        if len(values) > 1:
+            ax.fill_between(clock, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
+        ax.plot(clock, np.ma.median(values, 0), color=color, lw=1.6, label=name)
+    if curves:
+        ax.legend(frameon=False)
+    return _finish(ax, x, y)
+
+
+def _axes(ax: Any):
+    if ax is not None:
+        return ax
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            "lowrank_optax.plot draws with matplotlib: pip install 'lowrank_optax[plot]'"
+        ) from error
+    return plt.subplots(figsize=(6, 3.6), layout="constrained")[1]
+
+
+def _finish(ax: Any, x: str, y: str):
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.margins(x=0.01)
+    ax.grid(color="0.92", lw=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _records(name: str, values: Any, axes: int) -> np.ndarray:
+    values = np.asarray(values, float)
+    if values.ndim != axes:
+        raise ValueError(
+            f"history.{name} has shape {values.shape}; pass summaries stacked along a leading "
+            "time axis, as jax.lax.scan returns them."
+        )
+    return values
+
+
+def _steps(steps: Sequence[int] | None, count: int) -> np.ndarray:
+    numbers = np.arange(count) if steps is None else np.asarray(steps)
+    if numbers.shape != (count,):
+        raise ValueError(f"steps has shape {numbers.shape}; the history has {count} records.")
+    return numbers

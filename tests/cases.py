@@ -1,0 +1,112 @@
+"""Registries of parts, from which the contract suite is generated: a new part is one line here."""
+
+import functools
+
+import jax
+import optax
+
+from lowrank_optax import SCALAR, SECOND_MOMENT, VECTOR, basis, curvature, inner
+
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""`jax.jit` for what is compiled once and hardly run: compiling is most of what tests cost."""
+
+CURVATURES = {
+    "covariance": curvature.Covariance(),
+    "covariance_times_loss": curvature.CovarianceTimesLoss(),
+    "gradient_ema": curvature.GradientEMA(),
+    "updates": curvature.Updates(),
+    "parameters": curvature.Parameters(),
+    "unrolled_gauss_newton": curvature.UnrolledGaussNewton(history=3),
+    "hutchinson": curvature.HutchinsonHessian(),
+    "bfgs": curvature.BFGS(),
+    "bfgs_of_gradients": curvature.BFGS(product=curvature.GradientDifference()),
+    "sr1": curvature.SR1(),
+    "shor": curvature.ShorR(),
+    "fisher": curvature.EmpiricalFisher(),
+    "gauss_newton": curvature.GaussNewton(),
+}
+
+# The everyday bases: every inner part is tried in each of them.
+BASES = {
+    "ggt": basis.GGT(4),
+    "eigen": basis.Eigen(4, buffer=3),
+    "full": basis.FullMatrix(),
+}
+
+MORE_BASES = {
+    "common_directions": basis.CommonDirections(4),
+    "frequent_directions": basis.FrequentDirections(4),
+    "grouse": basis.GROUSE(4),
+    "hebbian": basis.Hebbian(4),
+    "histogram": basis.Histogram(4),
+    "low_rank_factor": basis.LowRankFactor(4),
+    "nystrom": basis.Nystrom(4),
+    "opast": basis.OPAST(4),
+    "random": basis.Random(4),
+    "permutation": basis.RandomPermutation(4),
+    "randomized": basis.RandomizedEigen(4),
+    "topk": basis.TopK(4),
+    "weighted_permutation": basis.WeightedPermutation(4),
+}
+
+DEFAULT = (inner.Adam(), inner.Cautious(), inner.ClipNormByEMA(normalize=True))
+
+INNERS = {
+    "default": DEFAULT,
+    "adam": inner.Adam(),
+    "amsgrad": inner.Adam(amsgrad=True),
+    "adam_centred": inner.Adam(centred=True),
+    "fulladam": inner.FullMatrixAdam(),
+    "cubic_adam": inner.CubicAdam(),
+    "hutchinson_adam": inner.HutchinsonAdam(),
+    "full_hutchinson_adam": inner.FullMatrixHutchinsonAdam(),
+    "bfgs_adam": inner.FullMatrixBFGSAdam(),
+    "lion": inner.Lion(),
+    "ema": inner.EMA(debias=True),
+    "linvsqrt": inner.LInvSqrt(),
+    "linv": inner.LInv(),
+    "natural_gradient": inner.NaturalGradient(),
+    "gauss_newton": inner.GaussNewton(),
+    "cubic_newton": inner.CubicNewton(),
+    "third_order": inner.ThirdOrder(),
+    "cautious": inner.Cautious(normalize=True),
+    "clip_norm": inner.ClipNorm(0.5),
+    "clip_value": inner.ClipValue(0.5),
+    "clip_norm_by_ema": inner.ClipNormByEMA(),
+    "copy_grad_sign": inner.CopyGradSign(),
+    "normalize": inner.Normalize(),
+    "sign": inner.Sign(),
+    "nan_to_zero": inner.NanToZero(),
+    "optax": inner.Optax(
+        optax.chain(optax.scale_by_adam(), optax.scale(0.5)),
+        laws=(optax.ScaleByAdamState(SCALAR, VECTOR, SECOND_MOMENT), optax.EmptyState()),
+    ),
+}
+
+# Those whose rule commutes with rotations of the coordinates, and so cannot tell one eigenvector of
+# a repeated eigenvalue from another.
+ROTATION_FREE = (
+    *("fulladam", "ema", "linvsqrt", "linv"),
+    *("clip_norm", "clip_norm_by_ema", "normalize", "nan_to_zero"),
+)
+
+
+def combinations():
+    """Names of curvature, basis, inner parts: all that the contract suite tries."""
+    for inside in INNERS:
+        for kept in BASES:
+            yield provider(kept, inside), kept, inside
+    for kept in MORE_BASES:
+        yield provider(kept, "default"), kept, "default"
+    for measured in CURVATURES:
+        if measured != "covariance":
+            yield measured, "eigen", "default"
+
+
+def provider(kept, inside):
+    """The first curvature that has what basis and inner parts need."""
+    part = (BASES | MORE_BASES)[kept]
+    needs = (part.needs | getattr(inner.as_inner(INNERS[inside]), "needs", frozenset())) - (
+        part.provides
+    )
+    return next(name for name, c in CURVATURES.items() if needs <= c.provides)

@@ -1,0 +1,39 @@
+"""What every test shares: a compilation cache, hypothesis profiles, 64-bit mode on request."""
+
+import os
+
+import hypothesis
+import jax
+import pytest
+
+try:
+    from jax import enable_x64
+except ImportError:  # before jax 0.8
+    from jax.experimental import enable_x64
+
+common = {
+    "deadline": None,
+    "max_examples": 10,
+    "suppress_health_check": [
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+    ],
+}
+hypothesis.settings.register_profile("dev", **common)
+hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True, **common)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled functions are kept between runs, beside pytest's own cache."""
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture
+def x64():
+    """The test runs in float64."""
+    with enable_x64(True):
+        yield

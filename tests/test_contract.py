@@ -1,0 +1,102 @@
+"""What every combination of parts must do: keep dtypes, compile once, survive a NaN."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import BASES, CURVATURES, INNERS, MORE_BASES, combinations, quick_jit
+
+import lowrank_optax as lro
+
+PARAMS = {
+    "scalar": jnp.asarray(0.5, jnp.float16),
+    "vector": jnp.linspace(-1, 1, 5, dtype=jnp.bfloat16),
+    "matrix": jnp.linspace(1, 2, 12, dtype=jnp.float32).reshape(3, 4),
+    "empty": jnp.zeros((0, 2)),
+    "none": None,
+}
+
+
+def noise(seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
+
+
+def residuals(params):
+    leaves = [x.astype(jnp.float32).reshape(-1) for x in jax.tree.leaves(params)]
+    x = jnp.concatenate(leaves)
+    return jnp.concatenate([x[:-1] * x[1:] - 1, x - 0.3])[:6]
+
+
+def loss(params):
+    return jnp.sum(residuals(params) ** 2) / 2
+
+
+EXTRA = {
+    "value_fn": loss,
+    "losses_fn": lambda params: residuals(params) ** 2 / 2,
+    "residuals_fn": residuals,
+    "nobody_asked_for_this": None,
+}
+
+
+@pytest.mark.parametrize("names", list(combinations()), ids="-".join)
+def test_every_combination(names):
+    curvature, basis, inner = names
+    parts = CURVATURES[curvature], (BASES | MORE_BASES)[basis], INNERS[inner]
+    tx = lro.scale_by_lre(*parts, complement=0.1 if "complement" in parts[0].needs else None)
+    traces = []
+
+    @quick_jit
+    def step(params, state, noise):
+        traces.append(None)
+        value, grads = jax.value_and_grad(loss)(params)
+        grads = optax.tree.add(grads, noise)
+        updates, state = tx.update(grads, state, params, value=value, **EXTRA)
+        moved = optax.apply_updates(params, jax.tree.map(lambda u: -0.1 * u, updates))
+        return updates, moved, state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    moved = False
+    for seed in range(3):
+        if seed == 2:
+            bad = noise(seed) | {"vector": jnp.full(5, jnp.nan, jnp.bfloat16)}
+            updates, same, after = step(params, state, bad)
+            assert not any(np.any(u) for u in jax.tree.leaves(updates))
+            assert int(after.events.nonfinite[0]) == 1
+            assert int(after.count) == int(state.count) + 1
+            after = after._replace(count=state.count, events=state.events)
+            jax.tree.map(np.testing.assert_array_equal, after, state)
+        updates, params, state = step(params, state, noise(seed))
+        assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
+        for u, p in zip(jax.tree.leaves(updates), jax.tree.leaves(PARAMS), strict=True):
+            assert u.dtype == p.dtype and u.shape == p.shape
+            assert np.all(np.isfinite(u))
+            moved |= bool(np.any(u))
+    assert moved
+    assert len(traces) == 1
+    assert sum(int(n[0]) for n in state.events) == 0
+
+
+@pytest.mark.parametrize(
+    "module, registry, base",
+    [
+        (lro.curvature, CURVATURES, lro.curvature.Curvature),
+        (lro.basis, BASES | MORE_BASES, lro.basis.Basis),
+        (lro.inner, INNERS, None),
+    ],
+    ids=["curvature", "basis", "inner"],
+)
+def test_no_part_is_left_out(module, registry, base):
+    tried = {type(p) for part in registry.values()
+             for p in (part if isinstance(part, tuple) else (part,))}
+    parts = (getattr(module, name) for name in module.__all__)
+    public = {
+        x for x in parts
+        if inspect.isclass(x) and not inspect.isabstract(x)
+        and (issubclass(x, base) if base else hasattr(x, "laws"))
+    }
+    assert public - {lro.inner.Chain} == tried

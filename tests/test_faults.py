@@ -1,0 +1,313 @@
+"""What goes wrong: bad gradients, failing eigenproblems, wrong arguments, odd trees."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import BASES, INNERS
+
+import lowrank_optax as lro
+from lowrank_optax import _linalg, inner
+
+COVARIANCE = lro.curvature.Covariance()
+PARAMS = {"a": jnp.zeros(5), "b": jnp.zeros((2, 3))}
+HUGE = 1e6
+"""A gradient of this size is what the doctored parts below fail on."""
+
+
+def good(seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
+
+
+def scaled(tree, factor):
+    return jax.tree.map(lambda x: x * factor, tree)
+
+
+def failing_eigh(a):
+    lam, vectors = EIGH(a)
+    return lam, jnp.where(jnp.max(jnp.abs(a)) > HUGE, jnp.nan, vectors)
+
+
+EIGH = _linalg.eigh
+
+FAULTS = {
+    "nan": ("nonfinite", lambda g: g | {"a": g["a"].at[2].set(jnp.nan)}),
+    "inf": ("nonfinite", lambda g: g | {"b": g["b"].at[1, 1].set(-jnp.inf)}),
+    "overflow": ("nonfinite", lambda g: scaled(g, 1e30)),
+    "zero": ("zero", lambda g: scaled(g, 0)),
+    "eigh": ("eigh", lambda g: scaled(g, HUGE)),
+}
+
+OPTIONS = {
+    "default": {},
+    "every3": {"update_every": 3},
+    "warmup": {"warmup_steps": 4},
+    "scale": {"complement": 0.1},
+    "optax": {"complement": optax.trace(0.9)},
+}
+
+
+def history(update, state, grads):
+    """Updates and states after every step."""
+    result = []
+    for g in grads:
+        updates, state = update(g, state)
+        result.append((updates, state))
+    return result
+
+
+def same(state, other):
+    """Equal to the last bit, but for the count of calls and the events."""
+    ours = state._replace(count=other.count, events=other.events)
+    jax.tree.map(np.testing.assert_array_equal, ours, other)
+
+
+def still(updates):
+    return not any(np.any(u) for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("basis", BASES)
+def test_a_bad_step_leaves_no_trace(basis, options, monkeypatch):
+    """Every fault, at every point of a run, the first step and all of Eigen's rhythm included."""
+    monkeypatch.setattr(_linalg, "eigh", failing_eigh)
+    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], INNERS["default"], **OPTIONS[options])
+    update, fresh = jax.jit(tx.update), tx.init(PARAMS)
+    clean = history(update, fresh, [good(i) for i in range(7)])
+    for name, (event, spoil) in FAULTS.items():
+        for at in range(7):
+            before = clean[at - 1][1] if at else fresh
+            updates, state = update(spoil(good(10)), before)
+            if name == "eigh" and int(state.events.eigh[0]) == 0:
+                assert options == "every3" and at % 3  # no eigenproblem was due
+                continue
+            assert still(updates)
+            assert sum(state.events) == getattr(state.events, event) == 1
+            assert int(state.count) == at + 1
+            same(state, before)
+            for i in range(at, 7):
+                updates, state = update(good(i), state)
+                jax.tree.map(np.testing.assert_array_equal, updates, clean[i][0])
+                same(state, clean[i][1])
+    assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("options", ["default", "every3", "warmup", "optax"])
+@pytest.mark.parametrize("basis", BASES)
+def test_only_the_bad_group_skips(basis, options, monkeypatch):
+    monkeypatch.setattr(_linalg, "eigh", failing_eigh)
+    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], INNERS["default"], groups=lro.per_leaf,
+                          **OPTIONS[options])
+    alone = lro.scale_by_lre(COVARIANCE, BASES[basis], INNERS["default"], **OPTIONS[options])
+    update, separate = jax.jit(tx.update), jax.jit(alone.update)
+    for name in ("nan", "zero", "eigh"):
+        event, spoil = FAULTS[name]
+        grads = [good(i) for i in range(7)]
+        bad = 3  # with every3, a step at which the basis is due
+        grads[bad] = {"a": spoil(grads[bad])["a"], "b": grads[bad]["b"]}
+        steps = history(update, tx.init(PARAMS), grads)
+        last = steps[-1][1]
+        assert getattr(last.events, event).tolist() == [1, 0]
+        assert still(steps[bad][0]["a"]) and (options == "warmup" or not still(steps[bad][0]["b"]))
+        for leaf in PARAMS:
+            mine = [{leaf: g[leaf]} for i, g in enumerate(grads) if leaf == "b" or i != bad]
+            theirs = history(separate, alone.init({leaf: PARAMS[leaf]}), mine)
+            ours = [u for i, (u, _) in enumerate(steps) if leaf == "b" or i != bad]
+            for x, (y, _) in zip(ours, theirs, strict=True):
+                np.testing.assert_allclose(x[leaf], y[leaf], rtol=1e-4, atol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Touchy(inner.compose.Stateless):
+    """Gives NaN where its input is huge."""
+
+    def update(self, u, state, context):
+        return jnp.where(jnp.max(jnp.abs(u)) > HUGE, jnp.nan, u), state
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_inner_part_that_gives_nan(basis):
+    """The basis keeps what it learned, the inner state moves with it but takes no step."""
+    parts = (inner.EMA(), Touchy())
+    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], parts)
+    # The same run where the inner part sees nothing of the step: a basis of the same gradients.
+    update = jax.jit(tx.update)
+    (_, before), (updates, after) = history(update, tx.init(PARAMS),
+                                            [good(0), scaled(good(1), 1e2 * HUGE)])
+    assert still(updates)
+    assert [int(n[0]) for n in after.events] == [0, 0, 0, 1]
+    assert after.steps == before.steps
+    plain = lro.scale_by_lre(COVARIANCE, BASES[basis], inner.NanToZero())
+    learned = history(jax.jit(plain.update), plain.init(PARAMS),
+                      [good(0), scaled(good(1), 1e2 * HUGE)])[-1][1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after.basis,
+                 learned.basis)
+    # An orthonormal basis that gained a direction keeps the old momentum whole.
+    assert int(after.inner[0].count[0]) == 1
+    q = lambda s: np.concatenate(
+        [np.asarray(s.basis.t[0]) @ np.asarray(w).reshape(len(w), -1)
+         for w in jax.tree.leaves(s.basis.rows)], axis=1) if hasattr(s.basis, "rows") else (
+        np.asarray(s.basis.t[0]))
+    carried = q(after) @ q(before).T @ np.asarray(before.inner[0].mean[0])
+    np.testing.assert_allclose(after.inner[0].mean[0], carried, atol=1e-5)
+    updates, after = update(good(2), after)
+    assert not still(updates) and all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+def test_failure_of_an_inner_eigenproblem(monkeypatch):
+    monkeypatch.setattr(_linalg, "eigh", failing_eigh)
+    tx = lro.scale_by_lre(COVARIANCE, BASES["eigen"], inner.FullMatrixAdam(), update_every=2)
+    update = jax.jit(tx.update)
+    steps = history(update, tx.init(PARAMS), [good(0), scaled(good(0), HUGE), good(2)])
+    assert still(steps[1][0]) and not still(steps[2][0])
+    assert [int(n[0]) for n in steps[1][1].events] == [0, 0, 0, 1]
+    jax.tree.map(np.testing.assert_array_equal, steps[1][1].inner, steps[0][1].inner)
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
+def test_half_precision_survives_any_size(basis, dtype):
+    """From the smallest to the largest number of the dtype, updates stay finite."""
+    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], INNERS["default"])
+    params = jnp.zeros(6, dtype)
+    update, state = jax.jit(tx.update), tx.init(params)
+    info = jnp.finfo(dtype)
+    for i, size in enumerate([1.0, float(info.tiny), 1e-3, float(info.max), 1.0]):
+        g = np.random.default_rng(i).uniform(0.5, 1, size=6) * size
+        updates, state = update(jnp.asarray(g, dtype), state)
+        assert updates.dtype == dtype and np.isfinite(updates).all()
+    assert np.any(updates)
+
+
+# Arguments --------------------------------------------------------------------------------------
+
+
+def build(*args, **kwargs):
+    return lambda: lro.scale_by_lre(*args, **kwargs)
+
+
+def first(tx, params=PARAMS, grads=None, **kwargs):
+    """One step of ``tx`` on gradients that may not be those of ``params``."""
+    return tx.update(good(0) if grads is None else grads, tx.init(params), **kwargs)
+
+
+GGT, ADAM = lro.basis.GGT(4), inner.Adam()
+TX = lro.lre(1e-2, basis=GGT)
+WITHOUT_LAWS = optax.scale_by_adam()
+
+WRONG = {
+    "rank 0": (lambda: lro.basis.GGT(0), "0", "rank"),
+    "rank negative": (lambda: lro.basis.Eigen(-3), "-3", "rank"),
+    "rank no number": (lambda: lro.basis.GGT(2.5), "2.5", "rank"),
+    "buffer 0": (lambda: lro.basis.Eigen(3, buffer=0), "0", "buffer"),
+    "beta of GGT": (lambda: lro.basis.GGT(3, beta=1.5), "1.5", "[0, 1]"),
+    "beta of Eigen": (lambda: lro.basis.Eigen(3, 1.0), "1.0", "[0, 1)"),
+    "beta of FullMatrix": (lambda: lro.basis.FullMatrix(-0.1), "-0.1", "[0, 1)"),
+    "beta NaN": (lambda: lro.basis.Eigen(3, float("nan")), "nan", "[0, 1)"),
+    "eig_tol": (lambda: lro.basis.GGT(3, eig_tol=-1.0), "-1.0", "[0, 1)"),
+    "update_damping": (lambda: lro.basis.GGT(3, update_damping=-1.0), "-1.0", "at least 0"),
+    "truncate": (lambda: lro.basis.GGT(3, truncate=0), "0", "at least 1"),
+    "b1": (lambda: inner.Adam(b1=1.0), "1.0", "[0, 1)"),
+    "b2": (lambda: inner.FullMatrixAdam(b2=-0.5), "-0.5", "[0, 1)"),
+    "eps": (lambda: inner.Adam(eps=-1e-8), "-1e-08", "at least 0"),
+    "Lion's b1": (lambda: inner.Lion(b1=2), "2", "[0, 1)"),
+    "EMA's beta": (lambda: inner.EMA("0.9"), "'0.9'", "[0, 1)"),
+    "max_norm": (lambda: inner.ClipNorm(0.0), "0.0", "above 0"),
+    "max_value": (lambda: inner.ClipValue(-1.0), "-1.0", "above 0"),
+    "max_growth": (lambda: inner.ClipNormByEMA(max_growth=0.5), "0.5", "at least 1"),
+    "power": (lambda: inner.LPower(float("inf")), "inf", "finite"),
+    "no inner parts": (build(COVARIANCE, GGT, ()), "inner is empty", "Adam()"),
+    "inner class": (build(COVARIANCE, GGT, inner.Adam), "Adam", "Adam()"),
+    "inner string": (build(COVARIANCE, GGT, "adam"), "'adam'", "Adam()"),
+    "inner of inner": (build(COVARIANCE, GGT, [ADAM, 3]), "3", "Adam()"),
+    "curvature class": (build(lro.curvature.Covariance, GGT, ADAM), "Covariance", "Covariance()"),
+    "curvature is a basis": (build(GGT, GGT, ADAM), "GGT", "Covariance()"),
+    "basis number": (build(COVARIANCE, 20, ADAM), "20", "GGT(rank=100)"),
+    "parts swapped": (build(COVARIANCE, ADAM, GGT), "Adam(b1=0.9", "GGT(rank=100)"),
+    "update_every 0": (build(COVARIANCE, GGT, ADAM, update_every=0), "0", "at least 1"),
+    "update_every float": (build(COVARIANCE, GGT, ADAM, update_every=1.5), "1.5", "whole"),
+    "warmup_steps": (build(COVARIANCE, GGT, ADAM, warmup_steps=-1), "-1", "at least 0"),
+    "complement": (build(COVARIANCE, GGT, ADAM, complement=-0.5), "-0.5", "at least 0"),
+    "complement string": (build(COVARIANCE, GGT, ADAM, complement="sgd"), "'sgd'", "optax"),
+    "groups": (build(COVARIANCE, GGT, ADAM, groups="leaf"), "'leaf'", "per_leaf"),
+    "dtype": (build(COVARIANCE, GGT, ADAM, dtype=jnp.int8), "int8", "bfloat16"),
+    "optax without laws": (build(COVARIANCE, GGT, WITHOUT_LAWS), "GradientTransformation", "laws="),
+    "Optax without laws": (lambda: first(lro.scale_by_lre(
+        COVARIANCE, GGT, inner.Optax(WITHOUT_LAWS))), "ScaleByAdamState", "laws="),
+    "Optax of no optax": (lambda: inner.Optax(3), "3", "GradientTransformation"),
+    "weight decay negative": (lambda: lro.lre(1e-2, weight_decay=-1.0), "-1.0", "at least 0"),
+    "weight decay without params": (lambda: first(lro.lre(1e-2, basis=GGT, weight_decay=0.1)),
+                                    "0.1", "params"),
+    "integer leaf": (lambda: TX.init({"n": jnp.arange(3)}), "int32", "optax.masked"),
+    "integer gradient": (lambda: first(TX, grads={"a": jnp.arange(5), "b": jnp.ones((2, 3))}),
+                         "['a']", "optax.masked"),
+    "complex leaf": (lambda: TX.init({"z": jnp.zeros(2, jnp.complex64)}), "complex64",
+                     "split_real_and_imaginary"),
+    "leaf of another size": (lambda: first(TX, grads={"a": jnp.ones(4), "b": jnp.ones((2, 3))}),
+                             "['a']", "init"),
+    "leaf missing": (lambda: first(TX, grads={"a": jnp.ones(5)}), "'a'", "init"),
+    "leaf more": (lambda: first(TX, grads=good(0) | {"c": jnp.ones(2)}), "'c'", "init"),
+    "leaf of another size, full": (lambda: first(
+        lro.lre(1e-2, basis=lro.basis.FullMatrix()), grads={"a": jnp.ones(4), "b": jnp.ones((2, 3))}
+    ), "10", "init"),
+    "no state": (lambda: lro.diagnose.summary(optax.sgd(1.0).init(PARAMS)), "tuple", "lre"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_say_what_came_and_what_to_pass(case):
+    make, came, instead = WRONG[case]
+    with pytest.raises(ValueError) as error:
+        make()
+    assert came in str(error.value) and instead in str(error.value), str(error.value)
+
+
+def test_structure_may_not_change_inside_jit():
+    state = TX.init(PARAMS)
+    with pytest.raises(ValueError, match="init"):
+        jax.jit(TX.update)({"a": jnp.ones(5)}, state)
+
+
+# Trees ------------------------------------------------------------------------------------------
+
+TREES = {
+    "scalar": (jnp.asarray(2.0), None),
+    "number": (2.0, None),
+    "nested": ([jnp.ones(2), (jnp.ones((2, 1)), {"x": jnp.ones(())})], None),
+    "none": ({"a": jnp.ones(3), "b": None}, "a"),
+    "masked": ({"a": jnp.ones(3), "b": optax.MaskedNode()}, "a"),
+    "zero-size": ({"a": jnp.ones(3), "b": jnp.ones((0, 4))}, "a"),
+}
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("name", TREES)
+def test_odd_trees(basis, name):
+    params, only = TREES[name]
+    tx = lro.lre(1e-1, basis=BASES[basis])
+    update, state = jax.jit(tx.update), tx.init(params)
+    updates, state = update(params, state, params)
+    updates, state = update(updates, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert not still(updates)
+    if only:
+        alone, _ = update(params[only], tx.init(params[only]), params[only])
+        alone, _ = update(alone, tx.init(params[only]), params[only])
+        first, _ = update(params, tx.init(params), params)
+        again, _ = update(first, tx.init(params), params)
+        np.testing.assert_array_equal(again[only], alone)
+
+
+@pytest.mark.parametrize("params", [{}, [], None, {"a": None}, {"a": jnp.ones((0, 3))}], ids=str)
+@pytest.mark.parametrize("basis", BASES)
+def test_nothing_to_optimize(basis, params):
+    tx = lro.lre(1e-1, basis=BASES[basis], complement=0.1)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert int(lro.diagnose.find(state).count) == 2

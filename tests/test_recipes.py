@@ -1,0 +1,174 @@
+"""Named recipes: each does what its name says, and nonsense is refused with advice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import quick_jit
+
+import lowrank_optax as lro
+from lowrank_optax import basis, curvature, inner
+
+A = np.random.default_rng(0).normal(size=(8, 6))
+B = np.random.default_rng(1).normal(size=8)
+START = {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}
+
+
+def residuals(params):
+    x = jnp.concatenate([jnp.ravel(params["w"]), params["b"]])
+    return jnp.asarray(A, x.dtype) @ x - jnp.asarray(B, x.dtype)
+
+
+def losses(params):
+    return residuals(params) ** 2 / 2
+
+
+def loss(params):
+    return jnp.sum(losses(params))
+
+
+LOWEST = float(np.linalg.lstsq(A, B, rcond=None)[1][0] / 2)
+EXTRA = {"value_fn": loss, "losses_fn": losses, "residuals_fn": residuals}
+RECIPES = {
+    "lre": lro.lre(optax.cosine_decay_schedule(0.3, 60), basis=basis.GGT(6)),
+    "ggt": lro.ggt(optax.cosine_decay_schedule(0.3, 60), rank=20),
+    "full_matrix_adam": lro.full_matrix_adam(optax.cosine_decay_schedule(0.1, 60), rank=6),
+    "bfgs": lro.lowrank_newton(rank=6),
+    "bfgs_of_low_rank": lro.lowrank_newton(rank=3),
+    "bfgs_from_gradients": lro.lowrank_newton(
+        rank=6, curvature=curvature.BFGS(product=curvature.GradientDifference())),
+    "sr1": lro.lowrank_newton(rank=6, curvature=curvature.SR1()),
+    "adahessian": lro.adahessian(0.2, rank=6, b2=0.99),
+    "sophia_h": lro.sophia_h(optax.cosine_decay_schedule(0.1, 60), rank=6, b1=0.9, gamma=0.1,
+                             update_every=2),
+    "natural_gradient": lro.natural_gradient(0.3, rank=6, damping=10.0),
+    "gauss_newton": lro.gauss_newton(0.5, batch=8, damping=1e-3),
+}
+
+
+def minimise(tx, params, steps, fn=loss, **extra):
+    """The losses on the way, and the last parameters."""
+    def body(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(fn)(params)
+        updates, state = tx.update(grads, state, params, **extra)
+        return (optax.apply_updates(params, updates), state), value
+
+    run = quick_jit(lambda *start: jax.lax.scan(body, start, None, length=steps))
+    (params, _), values = run(params, tx.init(params))
+    return np.append(values, fn(params)), params
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_minimise(name):
+    values, _ = minimise(RECIPES[name], START, 60, **EXTRA)
+    assert values[-1] - LOWEST < 0.02 * (values[0] - LOWEST)
+
+
+def test_ggt_is_the_inverse_root_of_the_whole_matrix(x64):
+    """Inside and outside of the window, on a window that does not span the space."""
+    gradients = np.random.default_rng(2).normal(size=(7, 5))
+    tx = lro.ggt(1.0, rank=3, b1=0.0, eps=0.5)
+    state = tx.init(jnp.zeros(5))
+    for g in gradients:
+        updates, state = jax.jit(tx.update)(jnp.asarray(g), state)
+    window = gradients[-3:]
+    lam, q = np.linalg.eigh(window.T @ window + 0.25 * np.eye(5))
+    np.testing.assert_allclose(updates, -(q / np.sqrt(lam)) @ q.T @ gradients[-1], rtol=1e-9)
+
+
+def test_newton_with_a_full_basis_minimises_a_quadratic_in_one_step(x64):
+    """SR1 knows a Hessian after as many probes as it has rows; until then nothing moves."""
+    d = 5
+    h = np.random.default_rng(3).normal(size=(d, d))
+    h, b = h @ h.T + np.eye(d), np.arange(1.0, d + 1)
+    fn = lambda x: x @ jnp.asarray(h) @ x / 2 - jnp.asarray(b) @ x
+    tx = lro.lowrank_newton(
+        rank=d, curvature=curvature.SR1(probe=curvature.NormalProbe()), warmup_steps=d)
+    values, x = minimise(tx, jnp.zeros(d), d + 1, fn, value_fn=fn)
+    np.testing.assert_array_equal(values[: d + 1], values[0])
+    np.testing.assert_allclose(x, np.linalg.solve(h, b), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)], ids=["under", "over"])
+def test_gauss_newton_solves_linear_least_squares_in_one_step(x64, shape):
+    a = jnp.asarray(np.random.default_rng(4).normal(size=shape))
+    b = jnp.arange(1.0, shape[0] + 1)
+    r = lambda x: a @ x - b
+    fn = lambda x: jnp.sum(r(x) ** 2) / 2
+    tx = lro.gauss_newton(batch=shape[0], damping=1e-12)
+    _, x = minimise(tx, jnp.zeros(shape[1]), 1, fn, residuals_fn=r)
+    np.testing.assert_allclose(x, np.linalg.lstsq(a, b, rcond=None)[0], rtol=1e-6)
+
+
+def test_gauss_newton_inside_a_basis_is_the_same_step(x64):
+    r = lambda x: jnp.array([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+    fn = lambda x: jnp.sum(r(x) ** 2) / 2
+    outer = lro.gauss_newton(batch=2, damping=1e-10)
+    part = lro.lre(1.0, curvature.GaussNewton(), basis.GGT(2, eig_tol=0.0),
+                   inner.GaussNewton(1e-10, 0.0))
+    start = jnp.array([-1.2, 1.0])
+    a, x = minimise(outer, start, 3, fn, residuals_fn=r)
+    b, y = minimise(part, start, 3, fn, residuals_fn=r)
+    np.testing.assert_allclose(a[:2], b[:2], rtol=1e-6)
+    np.testing.assert_allclose(x, [1, 1], atol=1e-6)
+    np.testing.assert_allclose(y, [1, 1], atol=1e-6)
+
+
+def test_cubic_newton_leaves_a_saddle_that_newton_finds(x64):
+    fn = lambda x: x[0] ** 4 / 4 - x[0] ** 2 / 2 + x[1] ** 2
+    parts = {"newton": inner.LInv(), "cubic": inner.CubicNewton(1.0, adaptive=True)}
+    found = {}
+    for name, part in parts.items():
+        tx = lro.lre(1.0, curvature.SR1(probe=curvature.NormalProbe()),
+                     basis.Eigen(2, None, eig_tol=1e-8, update_damping=0.0), part, warmup_steps=2)
+        found[name] = minimise(tx, jnp.array([0.05, 1.0]), 40, fn, value_fn=fn)[1]
+    np.testing.assert_allclose(found["newton"], [0, 0], atol=1e-3)
+    np.testing.assert_allclose(np.abs(found["cubic"]), [1, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("make, advice", [
+    (lambda: lro.adahessian(1.0, curvature=curvature.Covariance()), "HutchinsonHessian"),
+    (lambda: lro.sophia_h(1.0, curvature=curvature.EmpiricalFisher()), "HutchinsonHessian"),
+    (lambda: lro.lowrank_newton(curvature=curvature.HutchinsonHessian()), "BFGS or SR1"),
+    (lambda: lro.lre(1.0, curvature.BFGS(), basis.GGT(3), inner.LInv()), "Eigen"),
+    (lambda: lro.lre(1.0, curvature.Covariance(), basis.Eigen(3), inner.NaturalGradient()),
+     "EmpiricalFisher"),
+    (lambda: lro.lre(1.0, curvature.BFGS(), basis.Eigen(3, None), inner.GaussNewton()),
+     "EmpiricalFisher or GaussNewton"),
+    (lambda: lro.lre(1.0, curvature.Covariance(), basis.GGT(3), complement=inner.LInv()),
+     "BFGS or SR1"),
+])
+def test_nonsense_is_refused_with_advice(make, advice):
+    with pytest.raises(ValueError, match=f"combine it with .*{advice}"):
+        make()
+
+
+@pytest.mark.parametrize("name, missing", [
+    ("adahessian", "value_fn"), ("sophia_h", "value_fn"), ("bfgs", "value_fn"),
+    ("natural_gradient", "losses_fn"), ("gauss_newton", "residuals_fn")])
+def test_missing_arguments_are_named(name, missing):
+    tx = RECIPES[name]
+    with pytest.raises(ValueError, match=missing):
+        tx.update(START, tx.init(START), START)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: lro.ggt(1.0, rank=0), lambda: lro.ggt(1.0, eps=0.0), lambda: lro.ggt(1.0, b1=1.0),
+    lambda: lro.full_matrix_adam(1.0, b2=-1.0), lambda: lro.lowrank_newton(rank=0),
+    lambda: lro.sophia_h(1.0, gamma=-1.0), lambda: lro.natural_gradient(1.0, damping=-1.0),
+    lambda: lro.gauss_newton(batch=0)])
+def test_values_are_checked(make):
+    with pytest.raises(ValueError, match="pass a"):
+        make()
+
+
+def test_numbers_can_be_injected():
+    """Under `optax.inject_hyperparams` every number is traced but those named static."""
+    tx = optax.inject_hyperparams(lro.full_matrix_adam, static_args=("rank",))(0.1, rank=2)
+    plain = lro.full_matrix_adam(0.1, rank=2)
+    g, x = jnp.array([1.0, -2.0, 3.0]), jnp.zeros(3)
+    updates, _ = jax.jit(tx.update)(g, tx.init(x), x)
+    expected, _ = jax.jit(plain.update)(g, plain.init(x), x)
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
