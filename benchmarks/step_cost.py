@@ -14,7 +14,10 @@ measured here alone.
 import argparse
 import functools
 import gc
+import os
 import time
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")    # the eigenproblems are too small for more
 
 import jax
 import jax.numpy as jnp

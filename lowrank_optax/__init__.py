@@ -18,6 +18,7 @@ from lowrank_optax._types import (
     Context,
     Correction,
     Eigenbasis,
+    Increment,
     Law,
 )
 from lowrank_optax.alias import (
@@ -36,7 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MATRIX", "MOMENTS", "SCALAR", "SECOND_MOMENT", "TENSOR", "THIRD_MOMENT", "VECTOR", "Context",
-    "Correction", "Eigenbasis", "Events", "Law", "Metrics", "ScaleByLREState", "adahessian",
+    "Correction", "Eigenbasis", "Events", "Increment", "Law", "Metrics", "ScaleByLREState", "adahessian",
     "basis", "curvature", "diagnose", "full_matrix_adam", "gauss_newton", "ggt", "inner",
     "lowrank_newton", "lre", "natural_gradient", "per_leaf", "scale_by_lre", "sophia_h",
 ]

@@ -69,7 +69,7 @@ def _add_train(commands: Any) -> None:
         "--data-dir",
         type=Path,
         metavar="DIR",
-        default=os.environ.get("LOWRANK_OPTAX_DATA"),
+        default=os.environ.get("LOWRANK_OPTAX_DATA") or None,
         help="where the files of mnist and text are (default: $LOWRANK_OPTAX_DATA)",
     )
     parser.set_defaults(command=_train)
@@ -117,13 +117,13 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _task(name: str, data_dir: str | Path | None) -> Any:
+def _task(name: str, data_dir: Path | None) -> Any:
     from lowrank_optax import _tasks
 
     if name not in _tasks.TASKS:
         raise Refusal(f"there is no task {name!r}; choose from {', '.join(_tasks.TASKS)}")
     try:
-        return _tasks.TASKS[name](Path(data_dir) if data_dir else None)
+        return _tasks.TASKS[name](data_dir)
     except _tasks.DataError as error:
         raise Refusal(str(error)) from error
 

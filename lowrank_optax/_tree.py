@@ -203,7 +203,7 @@ def rewrite(
     height: int,
     make: Callable[[int, jax.Array, jax.Array], jax.Array],
     cross: bool = False,
-) -> tuple[Columns, jax.Array, jax.Array | None]:
+) -> tuple[Columns, jax.Array, Any]:
     """Replaces the first ``height`` rows of the groups in ``when``, ``(n,)``, in place.
 
     ``make(leaf, start, block)`` turns the columns ``start ..`` of a leaf's rows, ``(m, width)``,

@@ -42,8 +42,6 @@ class Correction(NamedTuple):
       initial: ``(n,)`` curvature assumed in directions that no correction has touched, or ``None``
         for zero.
       probe: a pair of vectors ``(z, H z)`` for the inner parts that use them, or ``None``.
-      params: the parameters' tree where they were passed; the engine adds it for bases that
-        remember steps.
     """
 
     columns: Columns | None
@@ -52,6 +50,23 @@ class Correction(NamedTuple):
     signed: bool = False
     initial: jax.Array | None = None
     probe: tuple[Vector, Vector] | None = None
+
+
+class Increment(NamedTuple):
+    """A correction as the engine hands it to the basis: symmetric, ``sum_i w_i y_i y_i^T``.
+
+    Attributes:
+      columns: the ``y_i``, an array ``(k, leaf.size)`` for every leaf.
+      weights: ``(n, k)``; zero switches a column off.
+      signed: whether weights can be negative.
+      initial: ``(n,)``, as in `Correction`.
+      params: the parameters' tree where they were passed, for bases that remember steps.
+    """
+
+    columns: Columns
+    weights: jax.Array
+    signed: bool = False
+    initial: jax.Array | None = None
     params: Any = None
 
 
@@ -140,6 +155,7 @@ class Inner(Protocol):
 
     def update(self, u: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
         """New coordinates ``(r,)`` and the state after them."""
+        ...
 
 
 NEEDS = {
@@ -166,7 +182,7 @@ def check_count(owner: str, name: str, value: Any, least: int = 1) -> None:
     """A whole number of at least ``least``; traced values pass."""
     if isinstance(value, jax.Array):
         return
-    ok = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+    ok = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
     check(ok, f"{owner}: {name} is {value!r}; pass a whole number of at least {least}.")
 
 

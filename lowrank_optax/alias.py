@@ -198,6 +198,7 @@ def lowrank_newton(
     line search: where a full step is too long pass a smaller ``learning_rate``, or chain the result
     with `optax.scale_by_zoom_linesearch`. Needs ``value_fn`` in ``update``, and the parameters;
     ``curvature=BFGS(product=GradientDifference())`` needs the parameters only.
+    Where the Hessian may be singular, `CubicNewton` in place of ``LInv()`` bounds the step.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro

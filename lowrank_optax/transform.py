@@ -21,6 +21,7 @@ from lowrank_optax._types import (
     NEEDS,
     Context,
     Correction,
+    Increment,
     Inner,
     Law,
     Vector,
@@ -167,7 +168,7 @@ def scale_by_lre(
           "from lowrank_optax.curvature, such as Covariance().")
     check(isinstance(basis, Basis), f"scale_by_lre: basis is {basis!r}; pass a part from "
           "lowrank_optax.basis, such as GGT(rank=100).")
-    inner = as_inner(inner)
+    rule = as_inner(inner)
     if not callable(update_every):
         check_count("scale_by_lre", "update_every", update_every)
     check_count("scale_by_lre", "warmup_steps", warmup_steps, 0)
@@ -179,8 +180,8 @@ def scale_by_lre(
         check_least("scale_by_lre", "complement", complement)
     if isinstance(complement, optax.GradientTransformation):
         complement = optax.with_extra_args_support(complement)
-    _check_product(curvature, basis, inner, complement)
-    engine = _Engine(curvature, basis, inner, update_every, warmup_steps, symmetrize, complement,
+    _check_product(curvature, basis, rule, complement)
+    engine = _Engine(curvature, basis, rule, update_every, warmup_steps, symmetrize, complement,
                      groups, dtype, seed)
     return optax.GradientTransformationExtraArgs(engine.init, engine.update)
 
@@ -325,8 +326,8 @@ class _Engine:
         measure, turn = jax.random.split(key)
         correction, curvature = self.curvature.correct(
             layout, curvature, Evidence(g, due, params, extra, measure, apply, project))
-        known = _columns(layout, correction, g, self.symmetrize)._replace(params=params)
-        weights = jnp.asarray(known.weights)
+        known = _symmetric(layout, correction, g, self.symmetrize, params)
+        weights = known.weights
         # A correction without weight, such as a skipped quasi-Newton pair, leaves the basis alone.
         done = basis.absorb(layout, old, known, due & jnp.any(weights != 0, axis=1), turn)
         probe = product = None
@@ -385,23 +386,24 @@ def _tally(counter: jax.Array, hit: jax.Array) -> jax.Array:
     return jnp.where(hit, optax.safe_increment(counter), counter)
 
 
-def _columns(layout: Layout, correction: Correction, g: Vector, symmetrize: bool) -> Correction:
+def _symmetric(layout: Layout, correction: Correction, g: Vector, symmetrize: bool,
+               params: Any) -> Increment:
     """A correction in its symmetric form, as columns with weights ``(n, k)``."""
-    left, right, weights = correction.columns, correction.right, correction.weights
-    if left is None:
-        left = stack(g)
+    columns, right, weights = correction.columns, correction.right, correction.weights
+    signed = correction.signed
+    if columns is None:
+        columns = stack(g)
     if weights is None:
-        weights = jnp.ones((layout.n, left[0].shape[0]), layout.dtype)
-    if right is None:
-        return correction._replace(columns=left, weights=weights)
-    plus = [(y + z) / 2 for y, z in zip(left, right, strict=True)]
-    if symmetrize:
-        return correction._replace(columns=plus, right=None, weights=weights)
-    # (y z^T + z y^T)/2 = p p^T - q q^T with p = (y+z)/2 and q = (y-z)/2
-    minus = [(y - z) / 2 for y, z in zip(left, right, strict=True)]
-    return correction._replace(
-        columns=[jnp.concatenate(pair) for pair in zip(plus, minus, strict=True)],
-        right=None, weights=jnp.concatenate([weights, -weights], axis=1), signed=True)
+        weights = jnp.ones((layout.n, columns[0].shape[0]), layout.dtype)
+    if right is not None:
+        plus = [(y + z) / 2 for y, z in zip(columns, right, strict=True)]
+        minus = [(y - z) / 2 for y, z in zip(columns, right, strict=True)]
+        columns = plus
+        if not symmetrize:
+            # (y z^T + z y^T)/2 = p p^T - q q^T with p = (y+z)/2 and q = (y-z)/2
+            columns = [jnp.concatenate(pair) for pair in zip(plus, minus, strict=True)]
+            weights, signed = jnp.concatenate([weights, -weights], axis=1), True
+    return Increment(columns, weights, signed, correction.initial, params)
 
 
 def _step_inside(inner: Inner, u0, state, c, context: Context, accept, active):

@@ -85,10 +85,7 @@ INNERS = {
 
 # Those whose rule commutes with rotations of the coordinates, and so cannot tell one eigenvector of
 # a repeated eigenvalue from another.
-ROTATION_FREE = (
-    *("fulladam", "ema", "linvsqrt", "linv"),
-    *("clip_norm", "clip_norm_by_ema", "normalize", "nan_to_zero"),
-)
+ROTATION_FREE = ("linvsqrt", "fulladam", "ema", "clip_norm_by_ema")
 
 
 def combinations():

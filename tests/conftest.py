@@ -2,6 +2,9 @@
 
 import os
 
+# Two test processes on two cores: LAPACK's own threads would wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import jax
 import pytest

@@ -9,20 +9,7 @@ import numpy as np
 import optax
 import pytest
 from cases import BASES, INNERS, ROTATION_FREE, quick_jit
-from dense import (
-    Given,
-    absorbed,
-    after_each,
-    join,
-    leading,
-    matrix,
-    outer,
-    recursion,
-    spectrum,
-    split,
-    vectors,
-    window,
-)
+from dense import absorbed, after_each, matrix, outer, recursion, spectrum, vectors, window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,7 +68,7 @@ def assert_eigenpairs(state, reference, tol=1e-9):
 
 
 @pytest.mark.usefixtures("x64")
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(streams(), st.sampled_from([None, 1.0, 0.7]))
 def test_ggt_is_the_svd_of_its_window(stream, beta):
     basis = lro.basis.GGT(stream.rank, beta=beta, eig_tol=1e-10)
@@ -94,7 +81,7 @@ def test_ggt_is_the_svd_of_its_window(stream, beta):
 
 
 @pytest.mark.usefixtures("x64")
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(streams(signed=True))
 def test_ggt_with_signed_weights(stream):
     basis = lro.basis.GGT(stream.rank, eig_tol=1e-10)
@@ -136,10 +123,10 @@ def test_collected_gradients(every, basis):
 
 
 @pytest.mark.usefixtures("x64")
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(streams(), st.sampled_from([None, 0.9, 0.5]), st.booleans(), st.integers(3, 5))
 def test_eigen_is_the_truncated_recursion(stream, beta, signed, buffer):
-    weights = stream.weights * (np.array([[1, -1, 1]])[:, : stream.weights.shape[1]] if signed else 1)
+    weights = stream.weights * (np.array([1, -1, 1])[: stream.weights.shape[1]] if signed else 1)
     basis = EIGEN(stream.rank, beta, eig_tol=1e-6, buffer=buffer)
     state = absorbed(basis, stream.columns, weights, sizes=stream.sizes, signed=signed)
     reference = recursion(stream.columns, weights, stream.rank, beta, 1e-6)
@@ -165,13 +152,14 @@ def test_rotations_change_nothing():
 
 
 @pytest.mark.usefixtures("x64")
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(streams(), st.sampled_from([None, 0.9]), st.booleans())
 def test_full_matrix(stream, beta, signed):
-    weights = stream.weights * (np.array([[1, -1, 1]])[:, : stream.weights.shape[1]] if signed else 1)
+    weights = stream.weights * (np.array([1, -1, 1])[: stream.weights.shape[1]] if signed else 1)
     b, reference = np.eye(stream.columns.shape[-1]), []
     for many, ws in zip(stream.columns, weights, strict=True):
-        b = b + outer(many, ws) if beta is None else beta * b + (1 - beta) * outer(many, ws)
+        if ws.any():  # with every column switched off there is no correction
+            b = b + outer(many, ws) if beta is None else beta * b + (1 - beta) * outer(many, ws)
         lam, q = np.linalg.eigh(b)
         reference.append(b if signed else (q * np.maximum(lam, 0)) @ q.T)
     state = absorbed(lro.basis.FullMatrix(beta), stream.columns, weights, sizes=stream.sizes,
@@ -268,9 +256,9 @@ def orthogonality(basis, dimension, signals, condition):
     state = tx.init([jnp.zeros(dimension)] * len(NOISE))
     run = quick_jit(lambda s, g: jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), s, g)[0])
     errors, units = [], []
-    for _ in range(40):
-        g = rng.normal(size=(len(NOISE), 50, signals)) @ mix
-        g = g + noise * rng.normal(size=(len(NOISE), 50, dimension))
+    for _ in range(20):
+        g = rng.normal(size=(len(NOISE), 100, signals)) @ mix
+        g = g + noise * rng.normal(size=(len(NOISE), 100, dimension))
         state = run(state, list(jnp.asarray(g, jnp.float32)))
         lam = np.asarray(state.basis.lam, np.float64)
         live = lam != 0
@@ -282,7 +270,7 @@ def orthogonality(basis, dimension, signals, condition):
     return np.max(errors, 0), np.max(np.divide(errors, units), 0)
 
 
-STREAMS = [(300, 4, 1), (2000, 10, 100)]
+STREAMS = [(300, 4, 1), (1500, 10, 100)]
 
 
 @pytest.mark.parametrize("basis", [EIGEN(16), EIGEN(16, None, eig_tol=1e-8),
@@ -438,7 +426,9 @@ COMPLEMENTS = {
 def test_complement(basis, name):
     g = tree_gradients()
     complement, formula = COMPLEMENTS[name]
-    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], lro.inner.NanToZero(), complement=complement)
+    # Between two updates of the basis, the gradient is not inside it.
+    options = {"complement": complement, "update_every": 2}
+    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], lro.inner.NanToZero(), **options)
     updates, states = after_each(tx, g)
     flat = lambda tree: np.concatenate([np.reshape(x, (7, -1)) for x in tree.values()], axis=1)
     q = vectors(states.basis)

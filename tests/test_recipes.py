@@ -137,6 +137,8 @@ def test_cubic_newton_leaves_a_saddle_that_newton_finds(x64):
      "EmpiricalFisher"),
     (lambda: lro.lre(1.0, curvature.BFGS(), basis.Eigen(3, None), inner.GaussNewton()),
      "EmpiricalFisher or GaussNewton"),
+    (lambda: lro.lre(1.0, curvature.Covariance(), basis.Random(3), inner.LInv()), "Eigen"),
+    (lambda: lro.lre(1.0, curvature.Covariance(), basis.Random(3), inner.CubicNewton()), "Eigen"),
     (lambda: lro.lre(1.0, curvature.Covariance(), basis.GGT(3), complement=inner.LInv()),
      "BFGS or SR1"),
 ])

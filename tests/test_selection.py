@@ -46,7 +46,7 @@ def tree(rng, *lead):
 def absorb(basis, layout, state, columns, weights, key, accept=True):
     accept = accept & (np.array(layout.dims) > 0)
     weights = jnp.broadcast_to(jnp.asarray(weights, layout.dtype), (layout.n, len(weights)))
-    given = lro.Correction(columns, weights=weights, signed=True)
+    given = lro.Increment(columns, weights=weights, signed=True)
     return basis.absorb(layout, state, given, accept, key)
 
 
@@ -77,8 +77,8 @@ def flat(vector):
     return np.concatenate([np.asarray(x) for x in vector], axis=-1)
 
 
-CASES = [(name, "pairs") for name in BASES]
-CASES += [(name, "per_leaf") for name in ("topk", "histogram", "random")]
+CASES = [(name, "pairs") for name in BASES if name != "random"]
+CASES += [("topk", "per_leaf"), ("histogram", "per_leaf")]
 
 
 @pytest.mark.parametrize(("name", "groups"), CASES)
@@ -226,16 +226,16 @@ def test_random_is_orthonormal_in_float32(d):
 
 
 def test_random_redraws_when_it_should():
-    for redraw, changes in ((2, [0, 1, 0]), (None, [0, 0, 0])):
-        for basis in (B.Random(3, redraw=redraw), B.RandomPermutation(3, redraw=redraw)):
-            tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.Adam())
-            state, seen = tx.init(jnp.zeros(50)), []
-            update = jax.jit(tx.update)
-            for i in range(4):
-                _, state = update(jnp.ones(50) + i, state)
-                seen.append(np.ravel(getattr(state.basis, "indices", state.basis.rows)))
-            moved = [int(np.any(a != b)) for a, b in zip(seen, seen[1:], strict=False)]
-            assert moved == changes
+    cases = ((B.Random(3, redraw=None), [0, 0, 0]), (B.RandomPermutation(3, 2), [0, 1, 0]))
+    for basis, changes in cases:
+        tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.Adam())
+        state, seen = tx.init(jnp.zeros(50)), []
+        update = jax.jit(tx.update)
+        for i in range(4):
+            _, state = update(jnp.ones(50) + i, state)
+            seen.append(np.ravel(getattr(state.basis, "indices", state.basis.rows)))
+        moved = [int(np.any(a != b)) for a, b in zip(seen, seen[1:], strict=False)]
+        assert moved == changes
 
 
 @pytest.mark.parametrize("condition", (1e1, 1e3, 1e5))

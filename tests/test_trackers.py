@@ -1,13 +1,12 @@
 """Subspace trackers and sketches: what each has to reach, and what it promises on every stream."""
 
-from functools import partial
-
 import hypothesis
 import hypothesis.extra.numpy
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import quick_jit
 from conftest import enable_x64
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
@@ -39,21 +38,19 @@ BASES = {
     "randomized": RandomizedEigen(6, 0.99, oversample=2),
     "nystrom": Nystrom(6),
 }
-TRACKERS = ("opast", "grouse", *(f"hebbian-{name}" for name in RULES))
 
 
 def layout_of(d, dtype):
     return Layout.of([jax.ShapeDtypeStruct((d,), dtype)], None)
 
 
-@partial(jax.jit, static_argnums=(0, 3))
 def _run(basis, state, x, every):
     """All that is absorbed (``every``) or the last state; ``x`` is ``(steps, k, d)``."""
     layout = layout_of(x.shape[-1], x.dtype)
 
     def step(carry, y):
         state, i = carry
-        given = lro.Correction([y], weights=jnp.ones((1, y.shape[0]), layout.dtype))
+        given = lro.Increment([y], weights=jnp.ones((1, y.shape[0]), layout.dtype))
         key = jax.random.fold_in(jax.random.key(1), i)
         done = basis.absorb(layout, state, given, jnp.ones(1, bool), key)
         return (done.state, i + 1), done if every else done.failed
@@ -62,11 +59,15 @@ def _run(basis, state, x, every):
     return (state, out) if every else (state, jnp.any(out))
 
 
+run_long = jax.jit(_run, static_argnums=(0, 3))
+run_short = quick_jit(_run, static_argnums=(0, 3))
+
+
 def absorb(basis, stream, k=1, dtype=jnp.float32, every=False):
     x = jnp.asarray(stream, dtype)
     x = x[: len(x) // k * k].reshape(-1, k, x.shape[-1])
     start = basis.init(layout_of(x.shape[-1], dtype), jax.random.key(0))
-    state, out = _run(basis, start, x, every)
+    state, out = (run_long if len(x) > 1000 else run_short)(basis, start, x, every)
     if not every:
         assert not out
         return state
@@ -127,7 +128,7 @@ def test_principal_subspace_in_one_pass(name):
         assert np.asarray(state.lam)[0, 0] == pytest.approx(top, rel=0.1)
 
 
-@pytest.mark.parametrize("basis", [OPAST(10, None), GROUSE(10, None), Hebbian(10, None)],
+@pytest.mark.parametrize("basis", [OPAST(10, None), GROUSE(10, None)],
                          ids=lambda basis: type(basis).__name__)
 def test_several_columns_at_once(basis):
     x = digits()
@@ -177,7 +178,7 @@ def test_change_of_basis_and_coordinates(name, x64):
 @pytest.mark.parametrize("name", [n for n in BASES if n != "randomized"])
 def test_weights_of_both_signs_are_refused(name):
     layout, basis = layout_of(5, jnp.float32), BASES[name]
-    signed = lro.Correction([jnp.ones((2, 5))], weights=jnp.array([[1.0, -1.0]]), signed=True)
+    signed = lro.Increment([jnp.ones((2, 5))], weights=jnp.array([[1.0, -1.0]]), signed=True)
     with pytest.raises(ValueError, match="both signs.*Eigen"):
         jax.eval_shape(lambda key: basis.absorb(
             layout, basis.init(layout, key), signed, jnp.ones(1, bool), key), jax.random.key(0))
@@ -282,9 +283,8 @@ def test_nystrom_never_exceeds_the_stream(x64):
     assert np.min(np.linalg.eigvalsh(rest)) > -1e-6 * np.linalg.norm(rest, 2)
 
 
-@pytest.mark.parametrize("k", [1, 12])
 @pytest.mark.parametrize("decay", ["fast", "slow"])
-def test_sketches_are_nearly_optimal(decay, k, x64):
+def test_sketches_are_nearly_optimal(decay, x64):
     """Errors in the nuclear norm against the best of the same rank, on decaying spectra."""
     rng = np.random.default_rng(9)
     d, n, r = 60, 240, 8
@@ -293,7 +293,7 @@ def test_sketches_are_nearly_optimal(decay, k, x64):
     x = (u * s) @ v.T
     exact, optimum = x.T @ x, np.sum(s[r:] ** 2)
     nuclear = lambda basis: np.sum(np.abs(np.linalg.eigvalsh(
-        exact - matrix(basis, absorb(basis, x, k, jnp.float64)))))
+        exact - matrix(basis, absorb(basis, x, 12, jnp.float64)))))
     randomized = RandomizedEigen(r, None, oversample=4, buffer=12, eig_tol=1e-8)
     truncated = Eigen(r, None, buffer=12, eig_tol=1e-8)
     error = nuclear(randomized)
@@ -315,7 +315,8 @@ def bound(x, r):
 
 def streams(n=24, d=7):
     sizes = st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 1.0, -1.0, 2.0, 30.0, 1e3])
-    entries = st.one_of(sizes, st.floats(-2, 2, width=32))
+    # Squares have to be numbers of float32.
+    entries = st.one_of(sizes, st.floats(-2, 2, width=32).map(lambda x: x * (abs(x) > 1e-15)))
     dense = hypothesis.extra.numpy.arrays(np.float64, (n, d), elements=entries)
     few = hypothesis.extra.numpy.arrays(np.float64, (3, d), elements=entries)
     repeated = st.builds(lambda a, order: a[np.array(order)], few,
@@ -331,7 +332,7 @@ def streams(n=24, d=7):
 def test_frequent_directions_bound(dtype, robust, k):
     basis = FrequentDirections(3, robust=robust, buffer=4)
 
-    @hypothesis.settings(max_examples=60)
+    @hypothesis.settings(max_examples=50)
     @hypothesis.given(streams())
     def check(x):
         with enable_x64(dtype == jnp.float64):

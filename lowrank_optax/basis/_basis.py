@@ -12,7 +12,7 @@ from lowrank_optax._tree import Layout
 from lowrank_optax._types import (
     Absorbed,
     Columns,
-    Correction,
+    Increment,
     Eigenbasis,
     Vector,
     check,
@@ -41,7 +41,7 @@ class Basis(abc.ABC):
         """The empty basis."""
 
     @abc.abstractmethod
-    def absorb(self, layout: Layout, state: Any, correction: Correction, accept: jax.Array,
+    def absorb(self, layout: Layout, state: Any, correction: Increment, accept: jax.Array,
                key: jax.Array) -> Absorbed:
         """Takes in ``sum_i w_i y_i y_i^T`` for the groups that ``accept`` it, ``(n,)``."""
 

@@ -13,7 +13,7 @@ from lowrank_optax._tree import Layout, cast_like, combine, repeat, rewrite, wri
 from lowrank_optax._types import (
     Absorbed,
     Columns,
-    Correction,
+    Increment,
     Eigenbasis,
     Vector,
     check_count,
@@ -140,23 +140,21 @@ class Frame(Basis, Spectrum):
         return FrameState(layout.tree(layout.zeros(m)), zeros(m, m), zeros(r, m), zeros(r),
                           count(), count(), count(), memory)
 
-    def absorb(self, layout: Layout, state: FrameState, correction: Correction, accept: jax.Array,
+    def absorb(self, layout: Layout, state: FrameState, correction: Increment, accept: jax.Array,
                key: jax.Array) -> Absorbed:
         """In chunks of what fits between two rotations."""
-        rank, whole = self.rank, None
-        columns, weights = correction.columns, correction.weights
-        for start in range(0, weights.shape[1], self.capacity):
-            chunk = slice(start, start + self.capacity)
-            part = correction._replace(columns=[c[chunk] for c in columns],
-                                       weights=weights[:, chunk])
-            new = self._chunk(layout, state, part, accept, jax.random.fold_in(key, start),
-                              start == 0)
-            if whole is not None:
-                u = jnp.concatenate([new.c @ whole.u, new.u], axis=-1)
-                new = Absorbed(new.state, new.c @ whole.c, u, whole.failed | new.failed)
-            whole, state = new, new.state
-        return Absorbed(state._replace(updates=state.updates + (accept & ~whole.failed)),
-                        whole.c[:, :rank, :rank], whole.u[:, :rank], whole.failed)
+        rank, size = self.rank, self.capacity
+        chunks = [correction._replace(columns=[c[i:i + size] for c in correction.columns],
+                                      weights=correction.weights[:, i:i + size])
+                  for i in range(0, correction.weights.shape[1], size)]
+        done = self._chunk(layout, state, chunks[0], accept, key, True)
+        for i, chunk in enumerate(chunks[1:]):
+            new = self._chunk(layout, done.state, chunk, accept, jax.random.fold_in(key, i), False)
+            u = jnp.concatenate([new.c @ done.u, new.u], axis=-1)
+            done = Absorbed(new.state, new.c @ done.c, u, done.failed | new.failed)
+        state = done.state
+        return Absorbed(state._replace(updates=state.updates + (accept & ~done.failed)),
+                        done.c[:, :rank, :rank], done.u[:, :rank], done.failed)
 
     def eigenbasis(self, state: FrameState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(self.measured(state)))
@@ -170,7 +168,7 @@ class Frame(Basis, Spectrum):
     def unproject(self, layout: Layout, state: FrameState, u: jax.Array) -> Vector | Columns:
         return super().unproject(layout, state._replace(t=state.t[:, :self.rank]), u)
 
-    def _chunk(self, layout: Layout, state: FrameState, correction: Correction, accept: jax.Array,
+    def _chunk(self, layout: Layout, state: FrameState, correction: Increment, accept: jax.Array,
                key: jax.Array, start: bool) -> Absorbed:
         columns, weights = correction.columns, correction.weights
         k = weights.shape[1]

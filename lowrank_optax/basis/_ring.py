@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, cast_like, write
-from lowrank_optax._types import Absorbed, Correction, check_count
+from lowrank_optax._types import Absorbed, Increment, check_count
 from lowrank_optax.basis._basis import Basis, Spectrum
 
 
@@ -69,7 +69,7 @@ class Ring(Basis):
         return RingState(layout.tree(layout.zeros(m)), square(), line(),
                          jnp.zeros(n, jnp.int32), square(), line())
 
-    def absorb(self, layout: Layout, state: RingState, correction: Correction, accept: jax.Array,
+    def absorb(self, layout: Layout, state: RingState, correction: Increment, accept: jax.Array,
                key: jax.Array) -> Absorbed:
         rows = layout.leaves(state.rows)
         columns = cast_like(correction.columns, rows)

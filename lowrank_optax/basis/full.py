@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, stack
-from lowrank_optax._types import Absorbed, Columns, Correction, Eigenbasis, Vector, check, check_decay
+from lowrank_optax._types import Absorbed, Columns, Increment, Eigenbasis, Vector, check, check_decay
 from lowrank_optax.basis._basis import Basis, Spectrum
 
 
@@ -30,6 +30,8 @@ class FullMatrixState(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class FullMatrix(Basis, Spectrum):
     """Eigenbasis of the dense ``B <- beta B + (1 - beta) sum_j w_j y_j y_j^T``, ``B_0 = I``.
+
+    ``B_0 = gamma I`` with a curvature that assumes ``gamma`` where nothing was measured.
 
     Args:
       beta: decay; ``None`` sums instead. The start is not corrected for.
@@ -64,11 +66,12 @@ class FullMatrix(Basis, Spectrum):
         matrix = jax.vmap(jnp.diag)(real.astype(layout.dtype))
         return FullMatrixState(matrix, square(), jnp.zeros((layout.n, d), layout.dtype))
 
-    def absorb(self, layout: Layout, state: FullMatrixState, correction: Correction,
+    def absorb(self, layout: Layout, state: FullMatrixState, correction: Increment,
                accept: jax.Array, key: jax.Array) -> Absorbed:
         y = _dense(layout, correction.columns, self.coordinates(layout))
+        start = jnp.ones(layout.n, layout.dtype) if correction.initial is None else correction.initial
         return Absorbed(*jax.vmap(partial(self._absorb, signed=correction.signed))(
-            state, y, correction.weights, accept))
+            state, y, correction.weights, accept, start))
 
     def eigenbasis(self, state: FullMatrixState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))
@@ -95,9 +98,10 @@ class FullMatrix(Basis, Spectrum):
               f"saw {state.lam.shape[0]} of at most {state.lam.shape[1]}; pass gradients shaped like "
               "the parameters, or call init again.")
 
-    def _absorb(self, old: FullMatrixState, y, weights, accept, signed):
+    def _absorb(self, old: FullMatrixState, y, weights, accept, start, signed):
         gain, decay = (1.0, 1.0) if self.beta is None else (1 - self.beta, self.beta)
-        matrix = decay * old.matrix + gain * (y.T * weights) @ y
+        first = ~jnp.any(old.lam != 0)
+        matrix = decay * jnp.where(first, start, 1) * old.matrix + gain * (y.T * weights) @ y
         lam, t = (_linalg.eigh_by_size if signed else _linalg.eigh)(_linalg.symmetrize(matrix))
         lam, live = self.stored(lam, lam != 0 if signed else lam > 0)
         t = jnp.where(live[:, None], t, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout
-from lowrank_optax._types import Absorbed, Correction, Eigenbasis, check_decay
+from lowrank_optax._types import Absorbed, Eigenbasis, Increment, check_decay
 from lowrank_optax.basis._basis import Spectrum
 from lowrank_optax.basis._ring import Ring, RingState, spectral_factor
 
@@ -53,7 +53,7 @@ class GGT(Ring, Spectrum):
         if self.beta is not None:
             check_decay("GGT", "beta", self.beta, closed=True)
 
-    def absorb(self, layout: Layout, state: RingState, correction: Correction, accept: jax.Array,
+    def absorb(self, layout: Layout, state: RingState, correction: Increment, accept: jax.Array,
                key: jax.Array) -> Absorbed:
         """Of more columns than the window holds only the last are looked at."""
         last = slice(-self.rank, None)

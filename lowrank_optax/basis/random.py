@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, cast_like, cholesky_qr, rewrite
-from lowrank_optax._types import Absorbed, Correction, Eigenbasis, check_count
+from lowrank_optax._types import Absorbed, Eigenbasis, Increment, check_count
 from lowrank_optax.basis._basis import Basis
 
 
@@ -74,7 +74,7 @@ class Random(Basis):
         return RandomState(layout.tree(layout.zeros(r)), square(), square(),
                            jnp.zeros((n, r), layout.dtype), jnp.zeros(n, jnp.int32))
 
-    def absorb(self, layout: Layout, state: RandomState, correction: Correction, accept: jax.Array,
+    def absorb(self, layout: Layout, state: RandomState, correction: Increment, accept: jax.Array,
                key: jax.Array) -> Absorbed:
         due = is_due(state.updates, self.redraw)
         drawn = accept & due

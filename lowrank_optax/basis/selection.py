@@ -14,8 +14,8 @@ from lowrank_optax._tree import Layout
 from lowrank_optax._types import (
     Absorbed,
     Columns,
-    Correction,
     Eigenbasis,
+    Increment,
     Vector,
     check,
     check_count,
@@ -32,7 +32,7 @@ class SelectionState(NamedTuple):
     Attributes:
       rows: the running diagonal of the curvature, ``(1, leaf.size)`` a leaf; ``(0, leaf.size)``
         where none is kept.
-      indices: ``(n, r)`` the coordinates, counted through the leaves of the group; -1 in dead slots.
+      indices: ``(n, r)`` the coordinates, counted through the group's leaves; -1 in dead slots.
       lam: ``(n, r)`` the diagonal at the coordinates, 0 in dead slots; 1 where none is kept.
       updates: ``(n,)`` corrections absorbed so far.
     """
@@ -53,7 +53,7 @@ class Selection(Basis):
         check_count(type(self).__name__, "rank", self.rank)
 
     @abc.abstractmethod
-    def choose(self, layout: Layout, state: SelectionState, correction: Correction,
+    def choose(self, layout: Layout, state: SelectionState, correction: Increment,
                key: jax.Array) -> tuple[Columns, jax.Array, jax.Array, jax.Array]:
         """Rows, index and lam after a correction, and ``(n,)`` whether all of it is finite."""
 
@@ -68,7 +68,7 @@ class Selection(Basis):
             layout.tree(rows), jnp.full((layout.n, self.rank), -1, jnp.int32),
             jnp.zeros((layout.n, self.rank), layout.dtype), jnp.zeros(layout.n, jnp.int32))
 
-    def absorb(self, layout: Layout, state: SelectionState, correction: Correction,
+    def absorb(self, layout: Layout, state: SelectionState, correction: Increment,
                accept: jax.Array, key: jax.Array) -> Absorbed:
         rows, index, lam, fine = self.choose(layout, state, correction, key)
         ok = accept & fine
@@ -89,9 +89,9 @@ class Selection(Basis):
         return layout.gather(parts, parts[0].shape)
 
     def unproject(self, layout: Layout, state: SelectionState, u: jax.Array) -> Vector | Columns:
+        places = _local(layout, state.indices)
         return [jnp.zeros((*v.shape[:-1], size), layout.dtype).at[..., at].set(v, mode="drop")
-                for v, at, size in zip(layout.spread(u), _local(layout, state.indices), layout.sizes,
-                                       strict=True)]
+                for v, at, size in zip(layout.spread(u), places, layout.sizes, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ class RandomPermutation(Selection):
         if self.redraw is not None:
             check_count("RandomPermutation", "redraw", self.redraw)
 
-    def choose(self, layout: Layout, state: SelectionState, correction: Correction, key: jax.Array):
+    def choose(self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array):
         drawn = jax.vmap(partial(_sample, rank=self.rank))(
             jax.random.split(key, layout.n), jnp.asarray(layout.dims))
         index = jnp.where(is_due(state.updates, self.redraw)[:, None], drawn, state.indices)
@@ -174,9 +174,9 @@ class TopK(Selection):
         """What the chosen coordinates have most of, from ``|v|``."""
         return sizes
 
-    def choose(self, layout: Layout, state: SelectionState, correction: Correction, key: jax.Array):
+    def choose(self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array):
         decay, gain = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
-        rows = [decay * v + gain * jnp.einsum("k,ks->s", w, jnp.square(y.astype(layout.dtype)))
+        rows = [decay * v + gain * _weigh(w, jnp.square(y.astype(layout.dtype)))
                 for v, w, y in zip(layout.leaves(state.rows), layout.spread(correction.weights),
                                    correction.columns, strict=True)]
         total = layout.gather([jnp.sum(v) for v in rows])
@@ -265,10 +265,10 @@ class Histogram(Basis):
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> bins = lro.basis.Histogram(2)
       >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), bins, lro.inner.EMA(0.))
-      >>> state = tx.init(jnp.zeros(4))
-      >>> updates, state = tx.update(jnp.array([1., 2., 9., 11.]), state)
-      >>> print(updates.round(3))                               # the means of two bins
-      [ 1.5  1.5 10.  10. ]
+      >>> state = tx.init(jnp.zeros(5))
+      >>> updates, state = tx.update(jnp.array([1., 2., 2., 3., 10.]), state)
+      >>> print(updates)                                        # the means of two bins
+      [ 2.  2.  2.  2. 10.]
 
     Args:
       rank: how many bins, ``r``; those without entries are dead slots.
@@ -300,12 +300,12 @@ class Histogram(Basis):
         return HistogramState(rows(small), rows(layout.dtype), line(), line(),
                               jnp.zeros(layout.n, jnp.int32))
 
-    def absorb(self, layout: Layout, state: HistogramState, correction: Correction,
+    def absorb(self, layout: Layout, state: HistogramState, correction: Increment,
                accept: jax.Array, key: jax.Array) -> Absorbed:
         on = (correction.weights != 0).astype(layout.dtype)
         share = (1 - self.beta) * _linalg.safe_divide(on, jnp.sum(on, axis=1, keepdims=True))
         old, before = layout.leaves(state.rows), layout.leaves(state.mean)
-        mean = [self.beta * x + jnp.einsum("k,ks->s", w, y.astype(layout.dtype))
+        mean = [self.beta * x + _weigh(w, y.astype(layout.dtype))
                 for x, w, y in zip(before, layout.spread(share), correction.columns, strict=True)]
         low, high = _extremes(layout, mean)
         ok = accept & jnp.isfinite(high - low)
@@ -362,6 +362,11 @@ def _local(layout: Layout, index: jax.Array) -> list[jax.Array]:
             for at, of, size in zip(local, layout.spread(index), layout.sizes, strict=True)]
 
 
+def _weigh(weights: jax.Array, columns: jax.Array) -> jax.Array:
+    """``sum_j w_j y_j``; a column that is switched off may hold anything."""
+    return jnp.einsum("k,ks->s", weights, jnp.where(weights[:, None] != 0, columns, 0))
+
+
 def _take(x: jax.Array, at: jax.Array) -> jax.Array:
     """Entries ``(r,)`` of a leaf's vector, or ``(r, k)`` of its columns; 0 beyond its end."""
     if x.shape[-1] == 0:                                 # which XLA does not gather from
@@ -399,7 +404,8 @@ def _sample(key: jax.Array, size: jax.Array, *, rank: int) -> jax.Array:
 
 def _extremes(layout: Layout, rows: Columns) -> tuple[jax.Array, jax.Array]:
     """The smallest and the largest entry of each group, ``(n,)`` each."""
-    low, high = [jnp.inf] * layout.n, [-jnp.inf] * layout.n
+    low: list[Any] = [jnp.inf] * layout.n
+    high: list[Any] = [-jnp.inf] * layout.n
     for x, group in zip(rows, layout.group, strict=True):
         low[group] = jnp.minimum(low[group], jnp.min(x, initial=jnp.inf))
         high[group] = jnp.maximum(high[group], jnp.max(x, initial=-jnp.inf))

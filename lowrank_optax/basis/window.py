@@ -14,8 +14,8 @@ from lowrank_optax._tree import Layout, cast_like, combine, rewrite, write
 from lowrank_optax._types import (
     Absorbed,
     Columns,
-    Correction,
     Eigenbasis,
+    Increment,
     check,
     check_count,
     check_decay,
@@ -74,7 +74,7 @@ class CommonDirections(Ring):
                 for size, dtype in zip(layout.sizes, layout.dtypes, strict=True)]
         return super().init(layout, key)._replace(memory=layout.tree(last))
 
-    def absorb(self, layout: Layout, state: RingState, correction: Correction, accept: jax.Array,
+    def absorb(self, layout: Layout, state: RingState, correction: Increment, accept: jax.Array,
                key: jax.Array) -> Absorbed:
         check(correction.params is not None, "CommonDirections needs the parameters, which were "
               "not passed: call tx.update(grads, state, params).")
@@ -116,6 +116,10 @@ class Overflow(abc.ABC):
     def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
         """Rows in which columns go, see `Ring.place`."""
 
+    def kept(self, rank: int) -> int | None:
+        """Eigenpairs that an overflow leaves; ``None`` where columns are replaced one by one."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class DropOldest(Overflow):
@@ -145,8 +149,8 @@ class Reconstruct(Overflow):
     r"""``B`` with the new columns is cut to its leading eigenpairs, ``y_i = sqrt(|lam_i|) q_i``.
 
     Args:
-      keep: how many eigenpairs stay; ``None`` for half of the rank, which makes an overflow as rare
-        as it then gets and costs ``3 d r`` flops a column. ``keep=rank`` cuts as little as
+      keep: how many eigenpairs stay; ``None`` for half of the rank, with an overflow every
+        ``rank / 2`` columns at a cost of ``3 d r`` flops a column. ``keep=rank`` cuts as little as
         possible, and costs ``4 d r²`` flops for every correction once the factor is full.
 
     Raises:
@@ -158,6 +162,9 @@ class Reconstruct(Overflow):
     def __post_init__(self):
         if self.keep is not None:
             check_count("Reconstruct", "keep", self.keep)
+
+    def kept(self, rank: int) -> int:
+        return self.keep or max(1, rank // 2)
 
     def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
         free, new = old.weights == 0, weights != 0
@@ -199,7 +206,7 @@ class LowRankFactor(Ring, Spectrum):
         Ring.__post_init__(self)
         check(isinstance(self.overflow, Overflow), f"LowRankFactor: overflow is {self.overflow!r}; "
               "pass Reconstruct(), DropOldest() or DropSmallest() from lowrank_optax.basis.")
-        keep = getattr(self.overflow, "keep", None)
+        keep = self.overflow.kept(self.rank)
         check(keep is None or keep <= self.rank, f"LowRankFactor: {self.overflow!r} keeps more "
               f"than the rank of {self.rank}; pass a keep of at most that.")
 
@@ -212,25 +219,21 @@ class LowRankFactor(Ring, Spectrum):
     def eigenbasis(self, state: RingState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))
 
-    def absorb(self, layout: Layout, state: RingState, correction: Correction, accept: jax.Array,
+    def absorb(self, layout: Layout, state: RingState, correction: Increment, accept: jax.Array,
                key: jax.Array) -> Absorbed:
-        if not isinstance(self.overflow, Reconstruct):
+        keep = self.overflow.kept(self.rank)
+        if keep is None:
             return super().absorb(layout, state, correction, accept, key)
         rows = layout.leaves(state.rows)
         columns = cast_like(correction.columns, rows)
-        small, cut = jax.vmap(partial(self._cut, signed=correction.signed))(
+        small, cut = jax.vmap(partial(self._cut, keep=keep, signed=correction.signed))(
             state._replace(rows=()), layout.dot(rows, columns), layout.gram(columns),
             correction.weights, accept)
         rows = write(rows, layout, cut.slots, columns)
-        rows, small = self._rebuild(layout, rows, columns, small, cut)
+        rows, small = self._rebuild(layout, rows, columns, small, cut, keep)
         return Absorbed(small._replace(rows=layout.tree(rows)), cut.c, cut.u, cut.failed)
 
-    @property
-    def kept(self) -> int:
-        """Columns that an overflow leaves."""
-        return self.overflow.keep or max(1, self.rank // 2)
-
-    def _cut(self, old: RingState, s, gram, weights, accept, *, signed):
+    def _cut(self, old: RingState, s, gram, weights, accept, *, keep, signed):
         """One group's eigenpairs with the new columns, all of them or those that are kept."""
         m, on = self.rank, weights != 0
         corner = jnp.where(on[:, None] & on, gram, 0)
@@ -238,7 +241,7 @@ class LowRankFactor(Ring, Spectrum):
         whole = jnp.block([[old.gram, beside], [beside.T, corner]])
         lam, t = spectral_factor(self, whole, jnp.concatenate([old.weights, weights]), signed)
         full = jnp.sum(on) > jnp.sum(old.weights == 0)
-        live = jnp.arange(m) < jnp.where(full, self.kept, m)
+        live = jnp.arange(m) < jnp.where(full, keep, m)
         lam, t = jnp.where(live, lam[:m], 0), jnp.where(live[:, None], t[:m], 0)
         fine = _linalg.finite(whole, lam, t)
         ok = accept & fine
@@ -259,9 +262,9 @@ class LowRankFactor(Ring, Spectrum):
         return (jax.tree.map(pick, rebuilt, added, old),
                 _Cut(slots, ok & full, root[:, None] * t, c, u, accept & ~fine))
 
-    def _rebuild(self, layout: Layout, rows: Columns, columns: Columns, small: RingState, cut):
+    def _rebuild(self, layout, rows: Columns, columns: Columns, small: RingState, cut, keep: int):
         """``W <- sqrt(|lam|) Q^T`` in place, for the groups that overflow; ``K`` measured."""
-        m, keep = self.rank, self.kept
+        m = self.rank
         mixes = layout.spread(cut.mix[:, :keep])
 
         def mix(leaf: int, start: jax.Array, block: jax.Array) -> jax.Array:

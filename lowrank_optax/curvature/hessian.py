@@ -63,7 +63,7 @@ class StepProbe(Probe):
     steps: ClassVar[bool] = True
 
     def draw(self, layout: Layout, key: jax.Array, g: Vector, step: Vector | None) -> Vector:
-        return select(layout, layout.inner(step, step) > 0, step, g)
+        return g if step is None else select(layout, layout.inner(step, step) > 0, step, g)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +256,7 @@ class Probing(Curvature):
                                begun=last.begun | due)
         # A group that is not due may hold a gradient that is not finite.
         g = scale(layout, due.astype(layout.dtype), evidence.g)
-        if self.product.differences:
+        if step is not None and self.product.differences:
             y = [a - b for a, b in zip(g, recall(layout, last.g), strict=True)]
             y = scale(layout, (last.begun & due).astype(layout.dtype), y)
             return step, y, new._replace(g=remember(layout, due, last.g, g))

@@ -66,6 +66,9 @@ class QuasiNewton(Probing):
 
     def correct(self, layout: Layout, state: Secant, evidence: Evidence):
         s, y, last = self.pair(layout, state.last, evidence)
+        # NaN passes every comparison below, so that the basis rejects the pair and it is counted.
+        fine = layout.spread(jnp.isfinite(layout.inner(y, y)))
+        y = [jnp.where(ok, x, jnp.nan) for ok, x in zip(fine, y, strict=True)]
         state = Secant(last, jnp.where(evidence.due, self._rescaled(layout, state, s, y),
                                        state.gamma))
         gamma = self.outside(state)
@@ -81,7 +84,7 @@ class QuasiNewton(Probing):
                    gamma: jax.Array) -> tuple[list[Vector], jax.Array]:
         """Columns and their weights ``(n, k)``, 0 where the pair is to be skipped.
 
-        A pair that is not finite is not skipped: the basis rejects it, and it is counted.
+        A ``y`` that is not finite arrives as NaN, which must not be skipped.
         """
 
     def rescale(self, old: jax.Array, new: jax.Array) -> jax.Array:
@@ -170,9 +173,9 @@ class SR1(QuasiNewton):
 
     On a quadratic, ``B`` is its Hessian after ``d`` independent probes. Skipped where
     ``|(y - Bs)·s| <= tol ‖y - Bs‖ ‖s‖``, and where ``y - B s`` is within rounding of zero. Outside
-    the basis ``B = gamma I`` with ``gamma = y·y/y·s`` of the first pair in which ``y·s > 0``, 1
-    before that; later pairs do not change it, or they would undo what ``B`` learned of earlier
-    ones.
+    the basis ``B = gamma I`` with ``gamma = 2 y·y/y·s`` of the first pair in which ``y·s > 0``, 1
+    before that: from ``y·s/s·s`` to ``y·y/y·s`` itself the first update would make ``B`` indefinite
+    or singular. Later pairs do not change it, or they would undo what ``B`` learned of earlier ones.
 
     Eigenvalues can be negative: ``Eigen(..., update_abs=True)`` makes a step descend.
 
@@ -199,7 +202,7 @@ class SR1(QuasiNewton):
         check_least("SR1", "tol", self.tol)
 
     def rescale(self, old: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(old > 0, old, new)
+        return jnp.where(old > 0, old, 2 * new)
 
     def difference(self, layout: Layout, s: Vector, y: Vector, evidence: Evidence,
                    gamma: jax.Array) -> tuple[list[Vector], jax.Array]:

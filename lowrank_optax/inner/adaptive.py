@@ -81,9 +81,9 @@ class Adam:
         mean = ema(state.moments.mean, u, self.b1)
         second = ema(state.moments.second, u * u, self.b2)
         v = debias(second, self.b2, count)
-        largest = None
-        if self.amsgrad:
-            v = largest = jnp.maximum(state.largest, v)
+        largest = state.largest
+        if largest is not None:
+            v = largest = jnp.maximum(largest, v)
         u = debias(mean, self.b1, count) / (jnp.sqrt(v) + self.eps)
         return u, AdamState(count, Moments(mean, second), largest)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lowrank_optax._types import Context, Inner, check
@@ -85,7 +86,7 @@ class Optax:
               "optax.GradientTransformation.")
 
     def init(self, rank: int, dtype: Any) -> Any:
-        state = self.transformation.init(jax.numpy.zeros(rank, dtype))
+        state = self.transformation.init(jnp.zeros(rank, dtype))
         if self.laws is None:
             check(not jax.tree.leaves(state),
                   f"inner.Optax: the state {type(state).__name__} holds arrays; name how each moves "
@@ -93,10 +94,11 @@ class Optax:
         return state
 
     def update(self, u: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
-        return self.transformation.update(u, state)
+        new, state = self.transformation.update(u, state)
+        return jnp.asarray(new), state
 
 
-def as_inner(inner: Any) -> Inner:
+def as_inner(inner: Any) -> Any:
     """A part as it is, a sequence of parts as a `Chain`."""
     if isinstance(inner, optax.GradientTransformation):
         raise ValueError(f"inner: {inner!r} does not say how its state moves with the basis; pass "
