@@ -17,7 +17,7 @@ import gc
 import os
 import time
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")    # the eigenproblems are too small for more
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the eigenproblems are too small for more
 
 import jax
 import jax.numpy as jnp
@@ -61,10 +61,23 @@ def main() -> None:
         rows.append(adam(d, args.samples))
         if args.torch:
             rows += [torch_ggt(d, rank) for rank in args.ranks]
-    report.show("Step over two passes through the rows", rows, {
-        "basis": "basis", "dtype": "rows", "d": "d", "rank": "rank", "step_ms": "step ms",
-        "passes_ms": "two passes ms", "ratio": "ratio", "spread": "quartiles",
-        "predicted": "predicted", "compile_s": "compile s", "state_mb": "state MB"})
+    report.show(
+        "Step over two passes through the rows",
+        rows,
+        {
+            "basis": "basis",
+            "dtype": "rows",
+            "d": "d",
+            "rank": "rank",
+            "step_ms": "step ms",
+            "passes_ms": "two passes ms",
+            "ratio": "ratio",
+            "spread": "quartiles",
+            "predicted": "predicted",
+            "compile_s": "compile s",
+            "state_mb": "state MB",
+        },
+    )
     report.save(f"{args.out}/step_cost.json", rows=rows)
 
 
@@ -85,7 +98,7 @@ def measure(name: str, d: int, rank: int, dtype, samples: int) -> dict:
     passes = jax.jit(two_passes).lower(w, g, c).compile()
 
     cycle = max(getattr(basis, "capacity", 1), 4)
-    for i in range(rank + cycle if d < 10**6 else 2 * cycle):        # until the rows are full
+    for i in range(rank + cycle if d < 10**6 else 2 * cycle):  # until the rows are full
         _, state = step(grads[i % 4], state)
     steps, floors = [], []
     for _ in range(samples):
@@ -103,11 +116,17 @@ def measure(name: str, d: int, rank: int, dtype, samples: int) -> dict:
     ratios = np.array(steps) / np.array(floors)
     low, high = np.quantile(ratios, [0.25, 0.75])
     return {
-        "basis": name, "dtype": jnp.dtype(kind).name, "d": d, "rank": rank,
-        "step_ms": float(np.median(steps) * 1e3), "passes_ms": float(np.median(floors) * 1e3),
-        "ratio": float(np.median(ratios)), "spread": f"{low:.2f}–{high:.2f}",
+        "basis": name,
+        "dtype": jnp.dtype(kind).name,
+        "d": d,
+        "rank": rank,
+        "step_ms": float(np.median(steps) * 1e3),
+        "passes_ms": float(np.median(floors) * 1e3),
+        "ratio": float(np.median(ratios)),
+        "spread": f"{low:.2f}–{high:.2f}",
         "predicted": predicted(basis, d, rank, float(np.median(floors))),
-        "compile_s": compile_s, "state_mb": size / 1e6,
+        "compile_s": compile_s,
+        "state_mb": size / 1e6,
     }
 
 
@@ -117,7 +136,7 @@ def predicted(basis: lro.basis.Basis, d: int, rank: int, floor: float) -> float 
         r, m = basis.slots, basis.slots + basis.capacity
         rotation = (2 * m + 2 * r) * r * d / basis.capacity / product_rate(r, m)
         return m / rank + (rotation + eigh_seconds(r + 1)) / floor
-    if hasattr(basis, "place"):                                      # the rings
+    if hasattr(basis, "place"):  # the rings
         return 1 + eigh_seconds(rank) / floor
     return None
 
@@ -150,8 +169,10 @@ def best_seconds(f, *args) -> float:
 def two_passes(w, g, c):
     """The floor: ``W g`` and ``c W``."""
     dot = jax.lax.dot_general
-    return (dot(w, g, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32),
-            dot(c, w, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32))
+    return (
+        dot(w, g, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32),
+        dot(c, w, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32),
+    )
 
 
 def adam(d: int, samples: int) -> dict:
@@ -166,8 +187,12 @@ def adam(d: int, samples: int) -> dict:
         updates, state = step(g, state)
         jax.block_until_ready(updates)
         times.append(time.perf_counter() - start)
-    return {"basis": "optax adam", "d": d, "step_ms": float(np.median(times) * 1e3),
-            "state_mb": 8 * d / 1e6}
+    return {
+        "basis": "optax adam",
+        "d": d,
+        "step_ms": float(np.median(times) * 1e3),
+        "state_mb": 8 * d / 1e6,
+    }
 
 
 def torch_ggt(d: int, rank: int) -> dict:
@@ -184,8 +209,13 @@ def torch_ggt(d: int, rank: int) -> dict:
         start = time.perf_counter()
         optimizer.step()
         times.append(time.perf_counter() - start)
-    return {"basis": "torchzero GGT", "dtype": "float32", "d": d, "rank": rank,
-            "step_ms": float(np.median(times[-5:]) * 1e3)}
+    return {
+        "basis": "torchzero GGT",
+        "dtype": "float32",
+        "d": d,
+        "rank": rank,
+        "step_ms": float(np.median(times[-5:]) * 1e3),
+    }
 
 
 def arguments() -> argparse.Namespace:

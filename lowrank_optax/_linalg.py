@@ -16,7 +16,7 @@ def symmetrize(a: jax.Array) -> jax.Array:
 
 def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues in descending order and eigenvectors as rows, of a symmetric ``(n, n)``."""
-    if a.shape[-1] == 1:            # spares a call of LAPACK or cuSOLVER where one column came
+    if a.shape[-1] == 1:  # spares a call of LAPACK or cuSOLVER where one column came
         return a[0], jnp.ones_like(a)
     lam, vectors = jnp.linalg.eigh(a, symmetrize_input=False)
     return lam[::-1], vectors.T[::-1]
@@ -96,8 +96,12 @@ def matrix_power(
     """
     lam, vectors = eigh(symmetrize(a))
     lam, live = regularize(
-        lam, jnp.ones(lam.shape, bool) if abs else lam > 0,
-        eig_tol=eig_tol, damping=damping, rdamping=rdamping, abs=abs,
+        lam,
+        jnp.ones(lam.shape, bool) if abs else lam > 0,
+        eig_tol=eig_tol,
+        damping=damping,
+        rdamping=rdamping,
+        abs=abs,
     )
     powers = jnp.where(live, jnp.where(live, lam, 1) ** power, 0)
     return (vectors.T * powers) @ vectors
@@ -142,8 +146,9 @@ def orthonormalize_rows(a: jax.Array) -> jax.Array:
     return a
 
 
-def lean(rows: jax.Array, g: jax.Array, rho: jax.Array,
-         angle: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def lean(
+    rows: jax.Array, g: jax.Array, rho: jax.Array, angle: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
     r"""Orthonormal rows ``(r, m)`` turned along the tangent ``g rho^T = U diag(s) V^T``.
 
     .. math:: A + U (\cos\theta - 1) U^T A + U \sin\theta\, V^T, \quad \theta = angle(s)
@@ -155,7 +160,7 @@ def lean(rows: jax.Array, g: jax.Array, rho: jax.Array,
     """
     size, v = eigh(symmetrize(rho.T @ rho))
     root = jnp.sqrt(jnp.maximum(size, 0))
-    n = (g @ v.T) * root                                # g rho^T = N E with orthonormal rows E
+    n = (g @ v.T) * root  # g rho^T = N E with orthonormal rows E
     size, u = eigh(symmetrize(n.T @ n))
     s = jnp.sqrt(jnp.maximum(size, 0))
     left = safe_divide(n @ u.T, s)

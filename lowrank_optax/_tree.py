@@ -51,19 +51,25 @@ class Layout:
         names = tuple(jax.tree_util.keystr(path) for path, _ in leaves)
         dtypes = tuple(_dtype(leaf) for _, leaf in leaves)
         for name, dtype in zip(names, dtypes, strict=True):
-            check(not jnp.issubdtype(dtype, jnp.complexfloating),
-                  f"scale_by_lre: the leaf {name or 'of the tree'} is {dtype}; wrap the optimizer "
-                  "in optax.contrib.split_real_and_imaginary.")
-            check(jnp.issubdtype(dtype, jnp.floating),
-                  f"scale_by_lre: the leaf {name or 'of the tree'} is {dtype}; pass floating-point "
-                  "leaves, or leave it out with optax.masked or optax.partition.")
+            check(
+                not jnp.issubdtype(dtype, jnp.complexfloating),
+                f"scale_by_lre: the leaf {name or 'of the tree'} is {dtype}; wrap the optimizer "
+                "in optax.contrib.split_real_and_imaginary.",
+            )
+            check(
+                jnp.issubdtype(dtype, jnp.floating),
+                f"scale_by_lre: the leaf {name or 'of the tree'} is {dtype}; pass floating-point "
+                "leaves, or leave it out with optax.masked or optax.partition.",
+            )
         labels = [None if groups is None else groups(path) for path, _ in leaves]
         order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
         return cls(
             treedef=treedef,
             names=names,
-            shapes=tuple(tuple(np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape)
-                         for _, leaf in leaves),
+            shapes=tuple(
+                tuple(np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape)
+                for _, leaf in leaves
+            ),
             dtypes=dtypes,
             rows=tuple(jnp.dtype(rows or dtype) for dtype in dtypes),
             group=tuple(order[label] for label in labels),
@@ -94,10 +100,13 @@ class Layout:
         return [jnp.reshape(x, -1).astype(t) for x, t in zip(leaves, self.rows, strict=True)]
 
     def unflatten(self, vector: Vector) -> Any:
-        """The vector as a tree of the leaves' shapes and dtypes."""
-        return self.treedef.unflatten([
-            jnp.reshape(x, shape).astype(dtype)
-            for x, shape, dtype in zip(vector, self.shapes, self.dtypes, strict=True)])
+        """The vector as a tree of the leaves' shapes and dtypes, clipped to what these can hold."""
+        return self.treedef.unflatten(
+            [
+                jnp.reshape(_narrow(x, dtype), shape)
+                for x, shape, dtype in zip(vector, self.shapes, self.dtypes, strict=True)
+            ]
+        )
 
     def tree(self, leaves: Sequence[Any]) -> Any:
         """Any list with one entry a leaf, as a tree of the same structure."""
@@ -133,8 +142,12 @@ class Layout:
 
     def inner(self, a: Vector, b: Vector) -> jax.Array:
         """``a · b`` within each group, ``(n,)``."""
-        return self.gather([jnp.vdot(x.astype(self.dtype), y.astype(self.dtype))
-                            for x, y in zip(a, b, strict=True)])
+        return self.gather(
+            [
+                jnp.vdot(x.astype(self.dtype), y.astype(self.dtype))
+                for x, y in zip(a, b, strict=True)
+            ]
+        )
 
     def gram(self, columns: Columns) -> jax.Array:
         """``(n, k, k)`` inner products of columns; one column costs one elementwise pass."""
@@ -145,8 +158,7 @@ class Layout:
 
     def combine(self, weights: jax.Array, rows: Columns) -> Vector | Columns:
         """``c W``: weights ``(n, m)`` give a vector, ``(n, k, m)`` columns. One pass."""
-        return [combine(c, w, self.dtype)
-                for c, w in zip(self.spread(weights), rows, strict=True)]
+        return [combine(c, w, self.dtype) for c, w in zip(self.spread(weights), rows, strict=True)]
 
 
 def per_leaf(path: Any) -> str:
@@ -183,17 +195,25 @@ def write(rows: Columns, layout: Layout, slots: jax.Array, columns: Columns) -> 
 
     The rows are read before (``slots`` depends on the read), so that XLA writes in place.
     """
+
     def put(w: jax.Array, at: jax.Array, c: jax.Array) -> jax.Array:
         def body(j, w):
-            return repeat(at[j] < w.shape[0],
-                          lambda _, w: lax.dynamic_update_slice_in_dim(
-                              w, lax.dynamic_slice_in_dim(c, j, 1, 0), at[j], 0), w)
+            return repeat(
+                at[j] < w.shape[0],
+                lambda _, w: lax.dynamic_update_slice_in_dim(
+                    w, lax.dynamic_slice_in_dim(c, j, 1, 0), at[j], 0
+                ),
+                w,
+            )
+
         if c.shape[0] == 1:
             return body(0, w)
         return lax.fori_loop(0, c.shape[0], body, w)
 
-    return [put(w, at, c) for w, at, c in
-            zip(rows, layout.spread(slots), cast_like(columns, rows), strict=True)]
+    return [
+        put(w, at, c)
+        for w, at, c in zip(rows, layout.spread(slots), cast_like(columns, rows), strict=True)
+    ]
 
 
 def rewrite(
@@ -203,24 +223,26 @@ def rewrite(
     height: int,
     make: Callable[[int, jax.Array, jax.Array], jax.Array],
     cross: bool = False,
-) -> tuple[Columns, jax.Array, Any]:
+) -> tuple[Columns, jax.Array, jax.Array]:
     """Replaces the first ``height`` rows of the groups in ``when``, ``(n,)``, in place.
 
     ``make(leaf, start, block)`` turns the columns ``start ..`` of a leaf's rows, ``(m, width)``,
     into the new ``(height, width)``. Besides the rows it returns the Gram matrix of the new ones,
-    ``(n, height, height)``, and with ``cross`` their products with the old, ``(n, height, m)``,
-    measured on what is stored; both are 0 for the other groups.
+    ``(n, height, height)``, and with ``cross`` (else empty) their products with the old,
+    ``(n, height, m)``, measured on what is stored; both are 0 for the other groups.
     """
     count = rows[0].shape[0] if rows else height
     done, grams, crosses = [], [], []
     for leaf, (w, go) in enumerate(zip(rows, layout.spread(when), strict=True)):
-        w, *sums = _rewrite_leaf(w, go, height, partial(make, leaf), cross,
-                                 layout.block(count), layout.dtype)
+        w, *sums = _rewrite_leaf(
+            w, go, height, partial(make, leaf), cross, layout.block(count), layout.dtype
+        )
         done.append(w)
         grams.append(sums[0])
         crosses.append(sums[-1])
     gram = layout.gather(grams, (height, height))
-    return done, gram, layout.gather(crosses, (height, count)) if cross else None
+    empty = jnp.zeros((layout.n, height, 0), layout.dtype)
+    return done, gram, layout.gather(crosses, (height, count)) if cross else empty
 
 
 def cholesky_qr(
@@ -272,7 +294,7 @@ def _rewrite_leaf(w, go, height, make, cross, width, dtype):
         start = jnp.minimum(j * width, size - width)
         block = lax.dynamic_slice_in_dim(w, start, width, 1)
         new = make(start, block).astype(w.dtype)
-        mine = start + jnp.arange(width) >= j * width      # the last block overlaps the one before
+        mine = start + jnp.arange(width) >= j * width  # the last block overlaps the one before
         counted = jnp.where(mine, new, 0)
         sums = [a + _contract(counted, b, dtype) for a, b in zip(sums, (new, block), strict=False)]
         # What is written depends on all that was read before, or XLA copies the rows.
@@ -285,9 +307,17 @@ def _rewrite_leaf(w, go, height, make, cross, width, dtype):
 
 def _contract(w: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:
     """``W v`` or ``W V^T`` with the accumulation in ``dtype``."""
-    return lax.dot_general(w, v.astype(w.dtype), (((1,), (v.ndim - 1,)), ((), ())),
-                           preferred_element_type=dtype)
+    return lax.dot_general(
+        w, v.astype(w.dtype), (((1,), (v.ndim - 1,)), ((), ())), preferred_element_type=dtype
+    )
 
 
 def _dtype(leaf: Any) -> Any:
     return jnp.dtype(leaf.dtype) if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def _narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    """A cast that stays finite: a float32 number may be too large for float16."""
+    if jnp.dtype(dtype).itemsize >= x.dtype.itemsize:
+        return x.astype(dtype)
+    return jnp.clip(x, -jnp.finfo(dtype).max, jnp.finfo(dtype).max).astype(dtype)

@@ -161,13 +161,13 @@ class Inner(Protocol):
 NEEDS = {
     "eigenvalues": "the basis's eigenvalues; combine it with GGT, Eigen or FullMatrix",
     "probe": "products of the curvature with a probe; combine it with HutchinsonHessian, BFGS or "
-             "SR1",
+    "SR1",
     "outside": "the curvature assumed outside the basis; combine it with BFGS or SR1",
     "examples": "one column for every example; combine it with EmpiricalFisher or GaussNewton",
     "initial": "a basis that adds corrections to an assumed curvature; combine it with Eigen(rank, "
-               "beta=None) or FullMatrix(beta=None)",
+    "beta=None) or FullMatrix(beta=None)",
     "complement": "a first step to learn from, outside the empty basis; pass a complement such as "
-                  "lro.inner.LInv()",
+    "lro.inner.LInv()",
 }
 """What a part may need of the others, and where it can be had."""
 
@@ -194,20 +194,28 @@ def check_decay(owner: str, name: str, value: Any, closed: bool = False) -> None
     check(ok, f"{owner}: {name} is {value!r}; pass a number in [0, 1{']' if closed else ')'}.")
 
 
-def check_least(owner: str, name: str, value: Any, least: float = 0.0, strict: bool = False) -> None:
+def check_least(
+    owner: str, name: str, value: Any, least: float = 0.0, strict: bool = False
+) -> None:
     """A real number at or (``strict``) above ``least``; traced values pass."""
     if isinstance(value, jax.Array):
         return
     ok = _real(value) and (value > least if strict else value >= least)
-    check(ok, f"{owner}: {name} is {value!r}; pass a number {'above' if strict else 'of at least'} "
-          f"{least:g}.")
+    check(
+        ok,
+        f"{owner}: {name} is {value!r}; pass a number {'above' if strict else 'of at least'} "
+        f"{least:g}.",
+    )
 
 
 def require(owner: str, extra: Mapping[str, Any], name: str, meaning: str) -> Any:
     """The extra argument ``name``, or an error that says what to pass to ``update``."""
     value = extra.get(name)
-    check(value is not None, f"{owner} needs `{name}` ({meaning}), which was not passed: call "
-          f"tx.update(grads, state, params, {name}=...).")
+    check(
+        value is not None,
+        f"{owner} needs `{name}` ({meaning}), which was not passed: call "
+        f"tx.update(grads, state, params, {name}=...).",
+    )
     return value
 
 

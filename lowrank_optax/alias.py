@@ -469,15 +469,17 @@ def gauss_newton(
 
 
 def _decay_weights(strength, mask) -> optax.GradientTransformation:
-    """optax's decoupled weight decay, which asks for params only if there is any to apply."""
+    """Weight decay as in optax, which asks for params only if there is any to apply."""
     inner = optax.add_decayed_weights(strength, mask)
 
     def update(updates, state, params=None):
         if params is None:
             if not isinstance(strength, jax.Array) and strength == 0:
                 return updates, state
-            raise ValueError(f"lre: weight_decay is {strength}, which needs the parameters; call "
-                             "tx.update(grads, state, params).")
+            raise ValueError(
+                f"lre: weight_decay is {strength}, which needs the parameters; call "
+                "tx.update(grads, state, params)."
+            )
         return inner.update(updates, state, params)
 
     return optax.GradientTransformation(inner.init, update)

@@ -55,11 +55,14 @@ def summary(state: Any) -> Summary:
     state = find(state)
     lam = state.basis.lam
     return Summary(
-        spectrum=lam, effective_rank=effective_rank(lam),
+        spectrum=lam,
+        effective_rank=effective_rank(lam),
         captured_energy=state.metrics.captured,
         orthogonality_error=orthogonality_error(state),
-        drift=state.metrics.drift, cosine=state.metrics.cosine,
-        **state.events._asdict())
+        drift=state.metrics.drift,
+        cosine=state.metrics.cosine,
+        **state.events._asdict(),
+    )
 
 
 def find(state: Any) -> Any:
@@ -72,8 +75,10 @@ def find(state: Any) -> Any:
     for leaf in jax.tree.leaves(state, is_leaf=is_engine):
         if is_engine(leaf):
             return leaf
-    raise ValueError(f"diagnose: {type(state).__name__} holds no state of scale_by_lre; pass the "
-                     "state of lre, of scale_by_lre, or of a chain that contains one.")
+    raise ValueError(
+        f"diagnose: {type(state).__name__} holds no state of scale_by_lre; pass the "
+        "state of lre, of scale_by_lre, or of a chain that contains one."
+    )
 
 
 def effective_rank(lam: jax.Array) -> jax.Array:
@@ -98,7 +103,10 @@ def orthogonality_error(state: Any) -> jax.Array:
         return jnp.zeros(basis.lam.shape[0], basis.lam.dtype)
     gram = basis.gram if hasattr(basis, "gram") else None
     t = basis.t
-    product = (jnp.einsum("nrm,nsm->nrs", t, t) if gram is None
-               else jnp.einsum("nrm,nml,nsl->nrs", t, gram, t))
+    product = (
+        jnp.einsum("nrm,nsm->nrs", t, t)
+        if gram is None
+        else jnp.einsum("nrm,nml,nsl->nrs", t, gram, t)
+    )
     eye = jax.vmap(jnp.diag)((basis.lam != 0).astype(product.dtype))
     return jnp.max(jnp.abs(product - eye), axis=(1, 2), initial=0.0)

@@ -6,8 +6,9 @@ try:
     import optax
     from flax.training import train_state
 except ImportError as error:
-    raise ImportError("lowrank_optax.training needs flax: pip install 'lowrank_optax[flax]'."
-                      ) from error
+    raise ImportError(
+        "lowrank_optax.training needs flax: pip install 'lowrank_optax[flax]'."
+    ) from error
 
 
 class TrainState(train_state.TrainState):
@@ -38,5 +39,6 @@ class TrainState(train_state.TrainState):
         tx = optax.with_extra_args_support(self.tx)
         updates, opt_state = tx.update(grads, self.opt_state, self.params, **extra)
         params = optax.apply_updates(self.params, updates)
-        return self.replace(step=self.step + 1, params=params, opt_state=opt_state,
-                            **(replace or {}))
+        return self.replace(
+            step=self.step + 1, params=params, opt_state=opt_state, **(replace or {})
+        )

@@ -164,25 +164,46 @@ def scale_by_lre(
 
     Source: the original LRE; for the products see `lowrank_optax.alias`.
     """
-    check(isinstance(curvature, Curvature), f"scale_by_lre: curvature is {curvature!r}; pass a part "
-          "from lowrank_optax.curvature, such as Covariance().")
-    check(isinstance(basis, Basis), f"scale_by_lre: basis is {basis!r}; pass a part from "
-          "lowrank_optax.basis, such as GGT(rank=100).")
+    check(
+        isinstance(curvature, Curvature),
+        f"scale_by_lre: curvature is {curvature!r}; pass a part "
+        "from lowrank_optax.curvature, such as Covariance().",
+    )
+    check(
+        isinstance(basis, Basis),
+        f"scale_by_lre: basis is {basis!r}; pass a part from "
+        "lowrank_optax.basis, such as GGT(rank=100).",
+    )
     rule = as_inner(inner)
     if not callable(update_every):
         check_count("scale_by_lre", "update_every", update_every)
     check_count("scale_by_lre", "warmup_steps", warmup_steps, 0)
-    check(groups is None or callable(groups), f"scale_by_lre: groups is {groups!r}; pass a function "
-          "of a leaf's path, such as lowrank_optax.per_leaf.")
-    check(dtype is None or jnp.issubdtype(dtype, jnp.floating),
-          f"scale_by_lre: dtype is {dtype!r}; pass a floating-point dtype such as jnp.bfloat16.")
+    check(
+        groups is None or callable(groups),
+        f"scale_by_lre: groups is {groups!r}; pass a function "
+        "of a leaf's path, such as lowrank_optax.per_leaf.",
+    )
+    check(
+        dtype is None or jnp.issubdtype(dtype, jnp.floating),
+        f"scale_by_lre: dtype is {dtype!r}; pass a floating-point dtype such as jnp.bfloat16.",
+    )
     if isinstance(complement, int | float):
         check_least("scale_by_lre", "complement", complement)
     if isinstance(complement, optax.GradientTransformation):
         complement = optax.with_extra_args_support(complement)
     _check_product(curvature, basis, rule, complement)
-    engine = _Engine(curvature, basis, rule, update_every, warmup_steps, symmetrize, complement,
-                     groups, dtype, seed)
+    engine = _Engine(
+        curvature,
+        basis,
+        rule,
+        update_every,
+        warmup_steps,
+        symmetrize,
+        complement,
+        groups,
+        dtype,
+        seed,
+    )
     return optax.GradientTransformationExtraArgs(engine.init, engine.update)
 
 
@@ -225,7 +246,9 @@ class _Engine:
         period = self.update_every if isinstance(self.update_every, numbers.Integral) else rank
         start = self.inner.init(rank, layout.dtype)
         key, first = jax.random.split(jax.random.key(self.seed))
-        rest = self.complement if isinstance(self.complement, optax.GradientTransformation) else None
+        rest = (
+            self.complement if isinstance(self.complement, optax.GradientTransformation) else None
+        )
         ints = lambda: jnp.zeros(n, jnp.int32)
         floats = lambda: jnp.zeros(n, layout.dtype)
         return ScaleByLREState(
@@ -238,7 +261,8 @@ class _Engine:
             complement=rest.init(params) if rest else (),
             key=jax.random.key_data(key),
             events=Events(ints(), ints(), ints(), ints()),
-            metrics=Metrics(floats(), floats(), floats()))
+            metrics=Metrics(floats(), floats(), floats()),
+        )
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any):
         layout = Layout.of(updates, self.groups, self.dtype)
@@ -251,7 +275,8 @@ class _Engine:
         accept = jnp.isfinite(square) & (square > 0)
         due = accept & self._due(state)
         observed = self.curvature.observe(
-            layout, state.curvature, Observation(g, accept, params, extra))
+            layout, state.curvature, Observation(g, accept, params, extra)
+        )
 
         # The basis absorbs the correction and projects the gradient.
         new, u0 = self._refreshed(layout, state, observed, g, due, params, extra)
@@ -265,15 +290,24 @@ class _Engine:
 
         # The inner state moves to the new basis and the inner parts run there.
         warm = state.steps >= self.warmup_steps
-        context = Context(u0, self.basis.eigenbasis(new.basis), moved, new.columns, new.weights,
-                          new.probe, new.product)
+        context = Context(
+            u0,
+            self.basis.eigenbasis(new.basis),
+            moved,
+            new.columns,
+            new.weights,
+            new.probe,
+            new.product,
+        )
         u, inside, fine = jax.vmap(partial(_step_inside, self.inner))(
-            u0, state.inner, new.c, context, accept, warm)
+            u0, state.inner, new.c, context, accept, warm
+        )
         taken = accept & fine
 
         # Back to the parameters, with what becomes of the part of the gradient outside the basis.
-        step, rest = self._unproject(layout, new, state.complement, g, u, u0, taken & warm, params,
-                                     extra)
+        step, rest = self._unproject(
+            layout, new, state.complement, g, u, u0, taken & warm, params, extra
+        )
         metrics = _measure(u, u0, length, new.c, moved, self.basis.eigenbasis(state.basis).live)
         failures = Events(~jnp.isfinite(square), square == 0, new.failed, accept & ~fine)
         return layout.unflatten(step), ScaleByLREState(
@@ -286,7 +320,8 @@ class _Engine:
             complement=rest,
             key=state.key,
             events=jax.tree.map(_tally, state.events, failures),
-            metrics=jax.tree.map(partial(jnp.where, taken), metrics, state.metrics))
+            metrics=jax.tree.map(partial(jnp.where, taken), metrics, state.metrics),
+        )
 
     def _due(self, state: ScaleByLREState) -> jax.Array:
         """The groups whose basis this step updates, ``(n,)``."""
@@ -295,7 +330,7 @@ class _Engine:
         return (state.since + 1 >= period) | (state.steps == 0)
 
     def _refreshed(self, layout, state, observed, g, due, params, extra):
-        """The basis after this step's update, if any; also the gradient in it where that is known."""
+        """The basis after this step's update, if any; the gradient in it where that is known."""
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), jnp.max(state.steps))
 
         def refresh(basis, curvature):
@@ -304,8 +339,9 @@ class _Engine:
         if self.every_step:
             return refresh(state.basis, observed)
         shapes = jax.eval_shape(lambda: refresh(state.basis, observed)[0])
-        still = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                             shapes._replace(basis=None, curvature=None))
+        still = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(basis=None, curvature=None)
+        )
         eyes = jnp.broadcast_to(jnp.eye(still.c.shape[-1], dtype=still.c.dtype), still.c.shape)
         still = still._replace(basis=state.basis, curvature=observed, c=eyes)
         return repeat(jnp.any(due), lambda _, x: refresh(x.basis, x.curvature)[0], still), None
@@ -317,27 +353,39 @@ class _Engine:
         def apply(v: Vector, gamma: jax.Array) -> Vector:
             u = basis.project(layout, old, v)
             rest = basis.unproject(layout, old, (basis.measured(old) - gamma[:, None]) * u)
-            return [a + c * x.astype(layout.dtype)
-                    for a, c, x in zip(rest, layout.spread(gamma), v, strict=True)]
+            return [
+                a + c * x.astype(layout.dtype)
+                for a, c, x in zip(rest, layout.spread(gamma), v, strict=True)
+            ]
 
         def project(v: Vector) -> Vector:
             return basis.unproject(layout, old, basis.project(layout, old, v))
 
         measure, turn = jax.random.split(key)
         correction, curvature = self.curvature.correct(
-            layout, curvature, Evidence(g, due, params, extra, measure, apply, project))
+            layout, curvature, Evidence(g, due, params, extra, measure, apply, project)
+        )
         known = _symmetric(layout, correction, g, self.symmetrize, params)
         weights = known.weights
         # A correction without weight, such as a skipped quasi-Newton pair, leaves the basis alone.
         done = basis.absorb(layout, old, known, due & jnp.any(weights != 0, axis=1), turn)
         probe = product = None
         if correction.probe is not None and "probe" in _needs(self.inner):
-            pair = [jnp.stack([z, hz.astype(z.dtype)])
-                    for z, hz in zip(*correction.probe, strict=True)]
+            pair = [
+                jnp.stack([z, hz.astype(z.dtype)]) for z, hz in zip(*correction.probe, strict=True)
+            ]
             both = basis.project(layout, done.state, pair)
             probe, product = both[..., 0], both[..., 1]
-        new = _Refreshed(done.state, curvature, done.c, done.failed, done.u,
-                         weights[:, -done.u.shape[-1]:], probe, product)
+        new = _Refreshed(
+            done.state,
+            curvature,
+            done.c,
+            done.failed,
+            done.u,
+            weights[:, -done.u.shape[-1] :],
+            probe,
+            product,
+        )
         # Of a column that is switched off a basis need not know the coordinates.
         plain = correction.columns is None and correction.weights is None
         return new, done.u[..., 0] if plain else None
@@ -359,8 +407,10 @@ class _Engine:
         both = unproject(jnp.stack([u, u0], axis=1))
         apart = [x - b[1] for x, b in zip(g, both, strict=True)]
         apart, rest = complement.update(layout.unflatten(apart), state, params, **extra)
-        step = [b[0] + jnp.where(a, jnp.reshape(x, -1), 0)
-                for a, b, x in zip(on, both, layout.leaves(apart), strict=True)]
+        step = [
+            b[0] + jnp.where(a, jnp.reshape(x, -1), 0)
+            for a, b, x in zip(on, both, layout.leaves(apart), strict=True)
+        ]
         return step, jax.tree.map(partial(jnp.where, jnp.any(active)), rest, state)
 
 
@@ -370,11 +420,17 @@ def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement:
     offers = curvature.provides | basis.provides
     if complement is not None:
         offers = offers | {"complement"}
-    for owner, needs in ((inner, _needs(inner)), (curvature, curvature.needs), (basis, basis.needs),
-                         (complement, outside)):
+    for owner, needs in (
+        (inner, _needs(inner)),
+        (curvature, curvature.needs),
+        (basis, basis.needs),
+        (complement, outside),
+    ):
         for name in sorted(needs - offers):
-            raise ValueError(f"scale_by_lre: {owner} needs {NEEDS[name]}. It was combined with "
-                             f"{curvature} and {basis}.")
+            raise ValueError(
+                f"scale_by_lre: {owner} needs {NEEDS[name]}. It was combined with "
+                f"{curvature} and {basis}."
+            )
 
 
 def _needs(inner: Inner) -> frozenset[str]:
@@ -386,8 +442,9 @@ def _tally(counter: jax.Array, hit: jax.Array) -> jax.Array:
     return jnp.where(hit, optax.safe_increment(counter), counter)
 
 
-def _symmetric(layout: Layout, correction: Correction, g: Vector, symmetrize: bool,
-               params: Any) -> Increment:
+def _symmetric(
+    layout: Layout, correction: Correction, g: Vector, symmetrize: bool, params: Any
+) -> Increment:
     """A correction in its symmetric form, as columns with weights ``(n, k)``."""
     columns, right, weights = correction.columns, correction.right, correction.weights
     signed = correction.signed
@@ -411,8 +468,9 @@ def _step_inside(inner: Inner, u0, state, c, context: Context, accept, active):
     is_law = lambda x: isinstance(x, Law)
     moved = jax.tree.map(partial(_move, c, context.moved), inner.laws, state, is_leaf=is_law)
     u, new = inner.update(u0, moved, context)
-    fine = _linalg.finite(u, *(x for x in jax.tree.leaves(new)
-                               if jnp.issubdtype(x.dtype, jnp.inexact)))
+    fine = _linalg.finite(
+        u, *(x for x in jax.tree.leaves(new) if jnp.issubdtype(x.dtype, jnp.inexact))
+    )
     keep = accept & active & fine
     new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, moved)
     return jnp.where(keep, u, 0), new, fine
@@ -434,4 +492,5 @@ def _measure(u, u0, square, c, moved, live) -> Metrics:
     return Metrics(
         captured=_linalg.safe_divide(jnp.sum(u0**2, axis=1), square),
         drift=jnp.where(moved, 1 - stayed, 0),
-        cosine=_linalg.safe_divide(shared, jnp.linalg.norm(u, axis=1) * jnp.sqrt(square)))
+        cosine=_linalg.safe_divide(shared, jnp.linalg.norm(u, axis=1) * jnp.sqrt(square)),
+    )

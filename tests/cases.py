@@ -51,6 +51,9 @@ MORE_BASES = {
 
 DEFAULT = (inner.Adam(), inner.Cautious(), inner.ClipNormByEMA(normalize=True))
 
+# The default with a large eps: Adam does not blow up rounding where the gradient is zero in truth.
+STEADY = (inner.Adam(eps=1e-3), *DEFAULT[1:])
+
 INNERS = {
     "default": DEFAULT,
     "adam": inner.Adam(),

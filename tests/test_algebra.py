@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import BASES, INNERS, ROTATION_FREE, quick_jit
+from cases import BASES, INNERS, ROTATION_FREE, STEADY, quick_jit
 from dense import absorbed, after_each, matrix, outer, recursion, spectrum, vectors, window
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -369,10 +369,6 @@ def test_states_follow_their_laws(basis, every):
 # Groups -----------------------------------------------------------------------------------------
 
 TREE_SIZES = {"a": (3, 2), "b": (5,), "c": (), "d": (4,)}
-
-
-# A large eps, so that Adam does not blow rounding up where the gradient is zero in truth.
-STEADY = (lro.inner.Adam(eps=1e-3), lro.inner.Cautious(), lro.inner.ClipNormByEMA(normalize=True))
 
 
 def tree_gradients(steps=7, seed=1):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import BASES, INNERS
+from cases import BASES, DEFAULT, STEADY, quick_jit
+from dense import spectrum, vectors
 
 import lowrank_optax as lro
 from lowrank_optax import _linalg, inner
@@ -47,7 +48,7 @@ OPTIONS = {
     "every3": {"update_every": 3},
     "warmup": {"warmup_steps": 4},
     "scale": {"complement": 0.1},
-    "optax": {"complement": optax.trace(0.9)},
+    "optax": {"complement": optax.trace(0.9), "update_every": 2},
 }
 
 
@@ -60,9 +61,20 @@ def history(update, state, grads):
     return result
 
 
-def same(state, other):
-    """Equal to the last bit, but for the count of calls and the events."""
+def same(state, other, event=""):
+    """Equal to the last bit, but for the count of calls and the events.
+
+    Before an eigenproblem fails, rows may have been rotated that were due for it (the basis stays)
+    and a gradient written behind the collected ones.
+    """
     ours = state._replace(count=other.count, events=other.events)
+    if event == "eigh":
+        for view in (vectors, spectrum):
+            np.testing.assert_allclose(view(state.basis), view(other.basis), atol=1e-5)
+        ours = ours._replace(basis=other.basis)
+        if hasattr(ours.curvature, "columns"):
+            columns = other.curvature.columns
+            ours = ours._replace(curvature=ours.curvature._replace(columns=columns))
     jax.tree.map(np.testing.assert_array_equal, ours, other)
 
 
@@ -73,26 +85,25 @@ def still(updates):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("basis", BASES)
 def test_a_bad_step_leaves_no_trace(basis, options, monkeypatch):
-    """Every fault, at every point of a run, the first step and all of Eigen's rhythm included."""
+    """Every fault at every point of a run: the first step, and where Eigen rotates."""
     monkeypatch.setattr(_linalg, "eigh", failing_eigh)
-    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], INNERS["default"], **OPTIONS[options])
-    update, fresh = jax.jit(tx.update), tx.init(PARAMS)
+    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], DEFAULT, **OPTIONS[options])
+    update, fresh = quick_jit(tx.update), tx.init(PARAMS)
     clean = history(update, fresh, [good(i) for i in range(7)])
     for name, (event, spoil) in FAULTS.items():
         for at in range(7):
             before = clean[at - 1][1] if at else fresh
             updates, state = update(spoil(good(10)), before)
-            if name == "eigh" and int(state.events.eigh[0]) == 0:
-                assert options == "every3" and at % 3  # no eigenproblem was due
-                continue
+            if name == "eigh" and at % OPTIONS[options].get("update_every", 1):
+                continue  # no eigenproblem was due
             assert still(updates)
             assert sum(state.events) == getattr(state.events, event) == 1
             assert int(state.count) == at + 1
-            same(state, before)
+            same(state, before, name)
             for i in range(at, 7):
                 updates, state = update(good(i), state)
                 jax.tree.map(np.testing.assert_array_equal, updates, clean[i][0])
-                same(state, clean[i][1])
+            same(state, clean[6][1], name)
     assert update._cache_size() == 1
 
 
@@ -100,14 +111,14 @@ def test_a_bad_step_leaves_no_trace(basis, options, monkeypatch):
 @pytest.mark.parametrize("basis", BASES)
 def test_only_the_bad_group_skips(basis, options, monkeypatch):
     monkeypatch.setattr(_linalg, "eigh", failing_eigh)
-    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], INNERS["default"], groups=lro.per_leaf,
-                          **OPTIONS[options])
-    alone = lro.scale_by_lre(COVARIANCE, BASES[basis], INNERS["default"], **OPTIONS[options])
-    update, separate = jax.jit(tx.update), jax.jit(alone.update)
+    parts = COVARIANCE, BASES[basis], STEADY
+    tx = lro.scale_by_lre(*parts, groups=lro.per_leaf, **OPTIONS[options])
+    alone = lro.scale_by_lre(*parts, **OPTIONS[options])
+    update, separate = quick_jit(tx.update), quick_jit(alone.update)
     for name in ("nan", "zero", "eigh"):
         event, spoil = FAULTS[name]
         grads = [good(i) for i in range(7)]
-        bad = 3  # with every3, a step at which the basis is due
+        bad = 4 if options == "optax" else 3  # a step at which the basis is due
         grads[bad] = {"a": spoil(grads[bad])["a"], "b": grads[bad]["b"]}
         steps = history(update, tx.init(PARAMS), grads)
         last = steps[-1][1]
@@ -132,36 +143,26 @@ class Touchy(inner.compose.Stateless):
 @pytest.mark.parametrize("basis", BASES)
 def test_inner_part_that_gives_nan(basis):
     """The basis keeps what it learned, the inner state moves with it but takes no step."""
-    parts = (inner.EMA(), Touchy())
-    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], parts)
-    # The same run where the inner part sees nothing of the step: a basis of the same gradients.
-    update = jax.jit(tx.update)
-    (_, before), (updates, after) = history(update, tx.init(PARAMS),
-                                            [good(0), scaled(good(1), 1e2 * HUGE)])
+    grads = [good(0), scaled(good(1), 1e2 * HUGE), good(2)]
+    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], (inner.EMA(), Touchy()))
+    (_, before), (updates, after), (later, _) = history(quick_jit(tx.update), tx.init(PARAMS), grads)
     assert still(updates)
     assert [int(n[0]) for n in after.events] == [0, 0, 0, 1]
-    assert after.steps == before.steps
+    assert int(after.steps[0]) == int(after.inner[0].count[0]) == 1
+
     plain = lro.scale_by_lre(COVARIANCE, BASES[basis], inner.NanToZero())
-    learned = history(jax.jit(plain.update), plain.init(PARAMS),
-                      [good(0), scaled(good(1), 1e2 * HUGE)])[-1][1]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after.basis,
-                 learned.basis)
-    # An orthonormal basis that gained a direction keeps the old momentum whole.
-    assert int(after.inner[0].count[0]) == 1
-    q = lambda s: np.concatenate(
-        [np.asarray(s.basis.t[0]) @ np.asarray(w).reshape(len(w), -1)
-         for w in jax.tree.leaves(s.basis.rows)], axis=1) if hasattr(s.basis, "rows") else (
-        np.asarray(s.basis.t[0]))
-    carried = q(after) @ q(before).T @ np.asarray(before.inner[0].mean[0])
+    learned = history(quick_jit(plain.update), plain.init(PARAMS), grads)[1][1]
+    for view in (vectors, spectrum):
+        np.testing.assert_allclose(view(after.basis), view(learned.basis), rtol=1e-5, atol=1e-5)
+    carried = vectors(after.basis) @ vectors(before.basis).T @ before.inner[0].mean[0]
     np.testing.assert_allclose(after.inner[0].mean[0], carried, atol=1e-5)
-    updates, after = update(good(2), after)
-    assert not still(updates) and all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+    assert not still(later) and all(np.isfinite(u).all() for u in jax.tree.leaves(later))
 
 
 def test_failure_of_an_inner_eigenproblem(monkeypatch):
     monkeypatch.setattr(_linalg, "eigh", failing_eigh)
     tx = lro.scale_by_lre(COVARIANCE, BASES["eigen"], inner.FullMatrixAdam(), update_every=2)
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     steps = history(update, tx.init(PARAMS), [good(0), scaled(good(0), HUGE), good(2)])
     assert still(steps[1][0]) and not still(steps[2][0])
     assert [int(n[0]) for n in steps[1][1].events] == [0, 0, 0, 1]
@@ -172,9 +173,9 @@ def test_failure_of_an_inner_eigenproblem(monkeypatch):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
 def test_half_precision_survives_any_size(basis, dtype):
     """From the smallest to the largest number of the dtype, updates stay finite."""
-    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], INNERS["default"])
+    tx = lro.scale_by_lre(COVARIANCE, BASES[basis], DEFAULT)
     params = jnp.zeros(6, dtype)
-    update, state = jax.jit(tx.update), tx.init(params)
+    update, state = quick_jit(tx.update), tx.init(params)
     info = jnp.finfo(dtype)
     for i, size in enumerate([1.0, float(info.tiny), 1e-3, float(info.max), 1.0]):
         g = np.random.default_rng(i).uniform(0.5, 1, size=6) * size
@@ -269,7 +270,7 @@ def test_wrong_arguments_say_what_came_and_what_to_pass(case):
 def test_structure_may_not_change_inside_jit():
     state = TX.init(PARAMS)
     with pytest.raises(ValueError, match="init"):
-        jax.jit(TX.update)({"a": jnp.ones(5)}, state)
+        quick_jit(TX.update)({"a": jnp.ones(5)}, state)
 
 
 # Trees ------------------------------------------------------------------------------------------
@@ -289,17 +290,16 @@ TREES = {
 def test_odd_trees(basis, name):
     params, only = TREES[name]
     tx = lro.lre(1e-1, basis=BASES[basis])
-    update, state = jax.jit(tx.update), tx.init(params)
-    updates, state = update(params, state, params)
-    updates, state = update(updates, state, params)
+    update, state = quick_jit(tx.update), tx.init(params)
+    for _ in range(2):
+        updates, state = update(params, state, params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     assert not still(updates)
     if only:
-        alone, _ = update(params[only], tx.init(params[only]), params[only])
-        alone, _ = update(alone, tx.init(params[only]), params[only])
-        first, _ = update(params, tx.init(params), params)
-        again, _ = update(first, tx.init(params), params)
-        np.testing.assert_array_equal(again[only], alone)
+        state = tx.init(params[only])
+        for _ in range(2):
+            alone, state = update(params[only], state, params[only])
+        np.testing.assert_array_equal(updates[only], alone)
 
 
 @pytest.mark.parametrize("params", [{}, [], None, {"a": None}, {"a": jnp.ones((0, 3))}], ids=str)
@@ -308,6 +308,6 @@ def test_nothing_to_optimize(basis, params):
     tx = lro.lre(1e-1, basis=BASES[basis], complement=0.1)
     state = tx.init(params)
     for _ in range(2):
-        updates, state = jax.jit(tx.update)(params, state, params)
+        updates, state = quick_jit(tx.update)(params, state, params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     assert int(lro.diagnose.find(state).count) == 2

@@ -35,11 +35,13 @@ def start(part, rank):
 
 def move(part, state, c):
     """The state in another basis, as its laws say."""
+
     def carry(law, x):
         if law.axes == 0:
             return x
-        return transport(law, c, x) if law.centred else jax.tree.map(
-            lambda a: transport(law, c, a), x)
+        return (
+            transport(law, c, x) if law.centred else jax.tree.map(lambda a: transport(law, c, a), x)
+        )
 
     return jax.tree.map(carry, part.laws, state, is_leaf=lambda x: isinstance(x, Law))
 
@@ -70,9 +72,12 @@ def test_adahessian_is_its_published_rule():
 
 def test_sophia_is_its_published_rule():
     g, z, hz, _ = stream(5, 24)
-    part = inner.as_inner((
-        inner.HutchinsonAdam(b1=0.965, b2=0.99, eps=1e-12, gamma=0.01, debias=False),
-        inner.ClipValue(1.0)))
+    part = inner.as_inner(
+        (
+            inner.HutchinsonAdam(b1=0.965, b2=0.99, eps=1e-12, gamma=0.01, debias=False),
+            inner.ClipValue(1.0),
+        )
+    )
     state, m, h = start(part, 5), np.zeros(5), np.zeros(5)
     clipped = 0
     for t in range(24):
@@ -93,22 +98,31 @@ def test_sophia_agrees_with_optax():
     g = g / 100
     ours = inner.HutchinsonAdam(b1=0.0, b2=0.99, eps=1e-8, gamma=0.01, debias=False)
     measure = optax.GradientTransformationExtraArgs(
-        lambda params: (), lambda updates, state, params=None, estimate=None: (estimate, state))
-    theirs = optax.contrib.sophia(1.0, b1=0.0, update_interval=1, weight_decay=0.0,
-                                  hessian_diagonal_fn=measure)
+        lambda params: (), lambda updates, state, params=None, estimate=None: (estimate, state)
+    )
+    theirs = optax.contrib.sophia(
+        1.0, b1=0.0, update_interval=1, weight_decay=0.0, hessian_diagonal_fn=measure
+    )
     state, other = start(ours, 4), theirs.init(jnp.zeros(4))
     for t in range(6):
-        _, other = theirs.update(jnp.ones(4), other, jnp.zeros(4),
-                                 estimate=jnp.asarray(z[t] * hz[t]))
-        expected, _ = theirs.update(jnp.asarray(g[t]), other, jnp.zeros(4),
-                                    estimate=jnp.zeros(4))
+        _, other = theirs.update(
+            jnp.ones(4), other, jnp.zeros(4), estimate=jnp.asarray(z[t] * hz[t])
+        )
+        expected, _ = theirs.update(jnp.asarray(g[t]), other, jnp.zeros(4), estimate=jnp.zeros(4))
         u, state = step(ours, state, g[t], probe=z[t], product=hz[t])
         np.testing.assert_allclose(np.clip(u, -1, 1), -expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("part", [
-    inner.HutchinsonAdam(), inner.HutchinsonAdam(gamma=0.01), inner.FullMatrixHutchinsonAdam(),
-    inner.FullMatrixBFGSAdam()], ids=lambda part: type(part).__name__)
+@pytest.mark.parametrize(
+    "part",
+    [
+        inner.HutchinsonAdam(),
+        inner.HutchinsonAdam(gamma=0.01),
+        inner.FullMatrixHutchinsonAdam(),
+        inner.FullMatrixBFGSAdam(),
+    ],
+    ids=lambda part: type(part).__name__,
+)
 def test_averages_wait_for_products(part):
     g, z, hz, _ = stream(4, 3)
     _, state = step(part, start(part, 4), g[0], probe=z[0], product=hz[0])
@@ -126,7 +140,7 @@ def test_full_matrix_hutchinson_inverts_the_size_of_the_hessian():
     def body(state, z):
         return part.update(jnp.ones(3), state, context(jnp.ones(3), probe=z, product=h @ z))[::-1]
 
-    probes = jnp.sqrt(3) * jnp.tile(jnp.eye(3), (500, 1))      # their mean z z^T is the identity
+    probes = jnp.sqrt(3) * jnp.tile(jnp.eye(3), (500, 1))  # their mean z z^T is the identity
     _, u = jax.lax.scan(body, start(part, 3), probes)
     np.testing.assert_allclose(u[-1], [0.25, 2.0, 0.5], rtol=0.02)
 
@@ -138,7 +152,7 @@ def test_full_matrix_bfgs_satisfies_the_secant_equation():
     for t in range(4):
         u, state = step(part, state, hz[t], probe=z[t], product=hz[t])
         np.testing.assert_allclose(u, z[t], rtol=1e-8)
-    u, _ = step(part, state, hz[3], probe=z[0], product=-z[0])    # negative curvature: skipped
+    u, _ = step(part, state, hz[3], probe=z[0], product=-z[0])  # negative curvature: skipped
     np.testing.assert_allclose(u, z[3], rtol=1e-8)
 
 
@@ -182,8 +196,9 @@ def test_cubic_newton_finds_the_global_minimum(spectrum, sigma, size):
         rho = sigma * np.linalg.norm(u)
         assert rho + lam.min() >= -1e-10 * np.abs(lam).max()
         rounding = 1e-14 * np.abs(lam).max() * np.linalg.norm(u)
-        np.testing.assert_allclose((lam + rho) * u, g, rtol=0,
-                                   atol=1e-7 * np.abs(g).max() + rounding)
+        np.testing.assert_allclose(
+            (lam + rho) * u, g, rtol=0, atol=1e-7 * np.abs(g).max() + rounding
+        )
         np.testing.assert_allclose(state.shift, rho, rtol=1e-9)
 
 
@@ -205,6 +220,7 @@ def test_cubic_newton_ignores_dead_slots_and_zero_gradients():
 
 def test_cubic_newton_beats_newton():
     """Where Newton's method diverges, and where it climbs to a saddle."""
+
     def descend(part, grad, hessian, x, steps):
         state, update = start(part, len(x)), jax.jit(part.update)
         for _ in range(steps):
@@ -226,8 +242,13 @@ def test_cubic_newton_beats_newton():
 def cubic_polynomial(seed, rank):
     random = rng(seed)
     t = random.normal(size=(rank,) * 3)
-    t = sum(np.transpose(t, p) for p in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1),
-                                         (2, 1, 0))) / 6
+    t = (
+        sum(
+            np.transpose(t, p)
+            for p in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+        )
+        / 6
+    )
     h = random.normal(size=(rank, rank))
     return random.normal(size=rank), h @ h.T + 3 * np.eye(rank), t
 
@@ -239,7 +260,7 @@ def test_third_order_learns_a_cubic_polynomial():
     part = inner.ThirdOrder()
     state, q = start(part, rank), np.eye(rank)
     x = np.zeros(rank)
-    for s in [np.zeros(rank), *np.eye(rank)]:         # independent directions, one after the other
+    for s in [np.zeros(rank), *np.eye(rank)]:  # independent directions, one after the other
         x = x + 0.1 * s
         lam, vectors = np.linalg.eigh(h + t @ x)
         c, q = vectors.T @ q, vectors
@@ -264,12 +285,15 @@ def test_third_order_minimises_its_model():
 
 
 @pytest.mark.parametrize("k", [2, 9])
-@pytest.mark.parametrize("part", [inner.NaturalGradient(0.3, 0.1), inner.GaussNewton(0.3, 0.1)],
-                         ids=lambda part: type(part).__name__)
+@pytest.mark.parametrize(
+    "part",
+    [inner.NaturalGradient(0.3, 0.1), inner.GaussNewton(0.3, 0.1)],
+    ids=lambda part: type(part).__name__,
+)
 def test_damped_solves_are_the_dense_ones(part, k):
     random = rng(k)
     a, w, g = random.normal(size=(5, k)), random.uniform(1, 2, size=k), random.normal(size=5)
-    w[0] = 0.0                                        # switched off
+    w[0] = 0.0  # switched off
     matrix = (a * w) @ a.T
     if isinstance(part, inner.NaturalGradient):
         matrix = matrix / w.sum()
@@ -315,8 +339,11 @@ def test_turning_the_basis_commutes_with_the_update(name):
     update = jax.jit(part.update)
     q = np.eye(4)
     for t in range(6):
-        c = np.linalg.qr(random.normal(size=(4, 4)))[0] if rotates else (
-            np.eye(4)[random.permutation(4)] * random.choice([-1, 1], size=4))
+        c = (
+            np.linalg.qr(random.normal(size=(4, 4)))[0]
+            if rotates
+            else (np.eye(4)[random.permutation(4)] * random.choice([-1, 1], size=4))
+        )
         if t == 0:
             c = np.eye(4)
         q = c @ q
@@ -325,8 +352,15 @@ def test_turning_the_basis_commutes_with_the_update(name):
             lam, q, c = np.full(4, float(t)), c.T @ q, np.eye(4)
         outputs = []
         for state, turn in ((still, np.eye(4)), (move(part, turned, c), q)):
-            seen = context(turn @ g[t], lam, moved, columns=turn @ columns[t], weights=np.ones(3),
-                           probe=turn @ z[t], product=turn @ hz[t])
+            seen = context(
+                turn @ g[t],
+                lam,
+                moved,
+                columns=turn @ columns[t],
+                weights=np.ones(3),
+                probe=turn @ z[t],
+                product=turn @ hz[t],
+            )
             outputs.append(update(seen.g, state, seen))
         (expected, still), (u, turned) = outputs
         np.testing.assert_allclose(u, q @ expected, rtol=1e-6, atol=1e-9)
@@ -335,19 +369,30 @@ def test_turning_the_basis_commutes_with_the_update(name):
 
 def test_values_are_checked():
     for make in (
-        lambda: inner.HutchinsonAdam(b1=1.0), lambda: inner.HutchinsonAdam(gamma=0.0),
-        lambda: inner.FullMatrixBFGSAdam(eps=-1.0), lambda: inner.CubicAdam(b3=-0.1),
-        lambda: inner.CubicNewton(0.0), lambda: inner.CubicNewton(iterations=0),
-        lambda: inner.ThirdOrder(-1.0), lambda: inner.NaturalGradient(-1.0),
+        lambda: inner.HutchinsonAdam(b1=1.0),
+        lambda: inner.HutchinsonAdam(gamma=0.0),
+        lambda: inner.FullMatrixBFGSAdam(eps=-1.0),
+        lambda: inner.CubicAdam(b3=-0.1),
+        lambda: inner.CubicNewton(0.0),
+        lambda: inner.CubicNewton(iterations=0),
+        lambda: inner.ThirdOrder(-1.0),
+        lambda: inner.NaturalGradient(-1.0),
         lambda: inner.GaussNewton(rdamping=-1.0),
     ):
         with pytest.raises(ValueError, match="pass a"):
             make()
 
 
-@pytest.mark.parametrize("part", [inner.HutchinsonAdam(), inner.FullMatrixHutchinsonAdam(),
-                                  inner.NaturalGradient(), inner.GaussNewton()],
-                         ids=lambda part: type(part).__name__)
+@pytest.mark.parametrize(
+    "part",
+    [
+        inner.HutchinsonAdam(),
+        inner.FullMatrixHutchinsonAdam(),
+        inner.NaturalGradient(),
+        inner.GaussNewton(),
+    ],
+    ids=lambda part: type(part).__name__,
+)
 def test_products_without_what_a_part_needs_are_refused(part):
     with pytest.raises(ValueError, match="combine it with"):
         lro.scale_by_lre(lro.curvature.Covariance(), lro.basis.GGT(3), part)

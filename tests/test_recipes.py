@@ -37,11 +37,13 @@ RECIPES = {
     "bfgs": lro.lowrank_newton(rank=6),
     "bfgs_of_low_rank": lro.lowrank_newton(rank=3),
     "bfgs_from_gradients": lro.lowrank_newton(
-        rank=6, curvature=curvature.BFGS(product=curvature.GradientDifference())),
+        rank=6, curvature=curvature.BFGS(product=curvature.GradientDifference())
+    ),
     "sr1": lro.lowrank_newton(rank=6, curvature=curvature.SR1()),
     "adahessian": lro.adahessian(0.2, rank=6, b2=0.99),
-    "sophia_h": lro.sophia_h(optax.cosine_decay_schedule(0.1, 60), rank=6, b1=0.9, gamma=0.1,
-                             update_every=2),
+    "sophia_h": lro.sophia_h(
+        optax.cosine_decay_schedule(0.1, 60), rank=6, b1=0.9, gamma=0.1, update_every=2
+    ),
     "natural_gradient": lro.natural_gradient(0.3, rank=6, damping=10.0),
     "gauss_newton": lro.gauss_newton(0.5, batch=8, damping=1e-3),
 }
@@ -49,6 +51,7 @@ RECIPES = {
 
 def minimise(tx, params, steps, fn=loss, **extra):
     """The losses on the way, and the last parameters."""
+
     def body(carry, _):
         params, state = carry
         value, grads = jax.value_and_grad(fn)(params)
@@ -85,7 +88,8 @@ def test_newton_with_a_full_basis_minimises_a_quadratic_in_one_step(x64):
     h, b = h @ h.T + np.eye(d), np.arange(1.0, d + 1)
     fn = lambda x: x @ jnp.asarray(h) @ x / 2 - jnp.asarray(b) @ x
     tx = lro.lowrank_newton(
-        rank=d, curvature=curvature.SR1(probe=curvature.NormalProbe()), warmup_steps=d)
+        rank=d, curvature=curvature.SR1(probe=curvature.NormalProbe()), warmup_steps=d
+    )
     values, x = minimise(tx, jnp.zeros(d), d + 1, fn, value_fn=fn)
     np.testing.assert_array_equal(values[: d + 1], values[0])
     np.testing.assert_allclose(x, np.linalg.solve(h, b), rtol=1e-6)
@@ -106,8 +110,9 @@ def test_gauss_newton_inside_a_basis_is_the_same_step(x64):
     r = lambda x: jnp.array([10 * (x[1] - x[0] ** 2), 1 - x[0]])
     fn = lambda x: jnp.sum(r(x) ** 2) / 2
     outer = lro.gauss_newton(batch=2, damping=1e-10)
-    part = lro.lre(1.0, curvature.GaussNewton(), basis.GGT(2, eig_tol=0.0),
-                   inner.GaussNewton(1e-10, 0.0))
+    part = lro.lre(
+        1.0, curvature.GaussNewton(), basis.GGT(2, eig_tol=0.0), inner.GaussNewton(1e-10, 0.0)
+    )
     start = jnp.array([-1.2, 1.0])
     a, x = minimise(outer, start, 3, fn, residuals_fn=r)
     b, y = minimise(part, start, 3, fn, residuals_fn=r)
@@ -121,46 +126,78 @@ def test_cubic_newton_leaves_a_saddle_that_newton_finds(x64):
     parts = {"newton": inner.LInv(), "cubic": inner.CubicNewton(1.0, adaptive=True)}
     found = {}
     for name, part in parts.items():
-        tx = lro.lre(1.0, curvature.SR1(probe=curvature.NormalProbe()),
-                     basis.Eigen(2, None, eig_tol=1e-8, update_damping=0.0), part, warmup_steps=2)
+        tx = lro.lre(
+            1.0,
+            curvature.SR1(probe=curvature.NormalProbe()),
+            basis.Eigen(2, None, eig_tol=1e-8, update_damping=0.0),
+            part,
+            warmup_steps=2,
+        )
         found[name] = minimise(tx, jnp.array([0.05, 1.0]), 40, fn, value_fn=fn)[1]
     np.testing.assert_allclose(found["newton"], [0, 0], atol=1e-3)
     np.testing.assert_allclose(np.abs(found["cubic"]), [1, 0], atol=1e-3)
 
 
-@pytest.mark.parametrize("make, advice", [
-    (lambda: lro.adahessian(1.0, curvature=curvature.Covariance()), "HutchinsonHessian"),
-    (lambda: lro.sophia_h(1.0, curvature=curvature.EmpiricalFisher()), "HutchinsonHessian"),
-    (lambda: lro.lowrank_newton(curvature=curvature.HutchinsonHessian()), "BFGS or SR1"),
-    (lambda: lro.lre(1.0, curvature.BFGS(), basis.GGT(3), inner.LInv()), "Eigen"),
-    (lambda: lro.lre(1.0, curvature.Covariance(), basis.Eigen(3), inner.NaturalGradient()),
-     "EmpiricalFisher"),
-    (lambda: lro.lre(1.0, curvature.BFGS(), basis.Eigen(3, None), inner.GaussNewton()),
-     "EmpiricalFisher or GaussNewton"),
-    (lambda: lro.lre(1.0, curvature.Covariance(), basis.Random(3), inner.LInv()), "Eigen"),
-    (lambda: lro.lre(1.0, curvature.Covariance(), basis.Random(3), inner.CubicNewton()), "Eigen"),
-    (lambda: lro.lre(1.0, curvature.Covariance(), basis.GGT(3), complement=inner.LInv()),
-     "BFGS or SR1"),
-])
+@pytest.mark.parametrize(
+    "make, advice",
+    [
+        (lambda: lro.adahessian(1.0, curvature=curvature.Covariance()), "HutchinsonHessian"),
+        (lambda: lro.sophia_h(1.0, curvature=curvature.EmpiricalFisher()), "HutchinsonHessian"),
+        (lambda: lro.lowrank_newton(curvature=curvature.HutchinsonHessian()), "BFGS or SR1"),
+        (lambda: lro.lre(1.0, curvature.BFGS(), basis.GGT(3), inner.LInv()), "Eigen"),
+        (
+            lambda: lro.lre(1.0, curvature.Covariance(), basis.Eigen(3), inner.NaturalGradient()),
+            "EmpiricalFisher",
+        ),
+        (
+            lambda: lro.lre(1.0, curvature.BFGS(), basis.Eigen(3, None), inner.GaussNewton()),
+            "EmpiricalFisher or GaussNewton",
+        ),
+        (lambda: lro.lre(1.0, curvature.Covariance(), basis.Random(3), inner.LInv()), "Eigen"),
+        (
+            lambda: lro.lre(1.0, curvature.Covariance(), basis.Random(3), inner.CubicNewton()),
+            "Eigen",
+        ),
+        (
+            lambda: lro.lre(1.0, curvature.Covariance(), basis.GGT(3), complement=inner.LInv()),
+            "BFGS or SR1",
+        ),
+    ],
+)
 def test_nonsense_is_refused_with_advice(make, advice):
     with pytest.raises(ValueError, match=f"combine it with .*{advice}"):
         make()
 
 
-@pytest.mark.parametrize("name, missing", [
-    ("adahessian", "value_fn"), ("sophia_h", "value_fn"), ("bfgs", "value_fn"),
-    ("natural_gradient", "losses_fn"), ("gauss_newton", "residuals_fn")])
+@pytest.mark.parametrize(
+    "name, missing",
+    [
+        ("adahessian", "value_fn"),
+        ("sophia_h", "value_fn"),
+        ("bfgs", "value_fn"),
+        ("natural_gradient", "losses_fn"),
+        ("gauss_newton", "residuals_fn"),
+    ],
+)
 def test_missing_arguments_are_named(name, missing):
     tx = RECIPES[name]
     with pytest.raises(ValueError, match=missing):
         tx.update(START, tx.init(START), START)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: lro.ggt(1.0, rank=0), lambda: lro.ggt(1.0, eps=0.0), lambda: lro.ggt(1.0, b1=1.0),
-    lambda: lro.full_matrix_adam(1.0, b2=-1.0), lambda: lro.lowrank_newton(rank=0),
-    lambda: lro.sophia_h(1.0, gamma=-1.0), lambda: lro.natural_gradient(1.0, damping=-1.0),
-    lambda: lro.gauss_newton(batch=0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: lro.ggt(1.0, rank=0),
+        lambda: lro.ggt(1.0, eps=0.0),
+        lambda: lro.ggt(1.0, b1=1.0),
+        lambda: lro.full_matrix_adam(1.0, b2=-1.0),
+        lambda: lro.lowrank_newton(rank=0),
+        lambda: lro.sophia_h(1.0, gamma=-1.0),
+        lambda: lro.natural_gradient(1.0, damping=-1.0),
+        lambda: lro.gauss_newton(batch=0),
+    ],
+)
 def test_values_are_checked(make):
     with pytest.raises(ValueError, match="pass a"):
         make()

@@ -166,8 +166,10 @@ def test_histogram_bins(name, x64):
 def test_all_coordinates_are_plain_adam():
     params = {"w": jnp.zeros((3, 4)), "b": jnp.zeros(4)}
     rng = np.random.default_rng(4)
-    grads = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
-             for _ in range(4)]
+    grads = [
+        jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+        for _ in range(4)
+    ]
     adam = optax.scale_by_adam(0.9, 0.99)
     for basis in (B.WeightedPermutation(20), B.RandomPermutation(16)):
         tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.Adam())
@@ -216,7 +218,7 @@ def test_random_is_orthonormal_in_float32(d):
         q = np.asarray(s.t[0], float) @ rows
         assert np.max(np.abs(q @ q.T - np.eye(20))) < 1e-6
         gradient = flat([np.ravel(x) for x in jax.tree.leaves(g)])
-        if before is not None:                      # momentum moved by the true C, then the average
+        if before is not None:  # momentum moved by the true C, then the average
             q_old, m_old = before
             want = 0.9 * q @ (q_old.T @ m_old) + 0.1 * q @ gradient
             np.testing.assert_allclose(state.inner.mean[0], want, atol=2e-6 * np.sqrt(d))
@@ -241,8 +243,10 @@ def test_random_redraws_when_it_should():
 @pytest.mark.parametrize("condition", (1e1, 1e3, 1e5))
 def test_shifted_cholesky_qr(condition):
     rng, r = np.random.default_rng(6), 12
-    layout = Layout.of({"a": jnp.zeros(700), "b": jnp.zeros((3, 9)), "c": jnp.zeros(40)},
-                       lambda path: str(path) == str((jax.tree_util.DictKey("c"),)))
+    layout = Layout.of(
+        {"a": jnp.zeros(700), "b": jnp.zeros((3, 9)), "c": jnp.zeros(40)},
+        lambda path: str(path) == str((jax.tree_util.DictKey("c"),)),
+    )
     u, _ = np.linalg.qr(rng.normal(size=(r, r)))
     w = []
     for size in layout.sizes:
@@ -261,13 +265,15 @@ def test_shifted_cholesky_qr(condition):
     for group, leaves in ((0, (0, 1)), (1, (2,))):
         before = np.concatenate([np.asarray(w[i], float) for i in leaves], axis=1)
         q = np.asarray(t[group], float) @ np.concatenate(
-            [np.asarray(rows[i], float) for i in leaves], axis=1)
+            [np.asarray(rows[i], float) for i in leaves], axis=1
+        )
         eye = np.diag((np.arange(r) != 4) | (group == 0)).astype(float)
         assert np.max(np.abs(q @ q.T - eye)) < 2e-6
         # The same span, and the factors' product says how.
         assert np.max(np.abs(before - before @ q.T @ q)) < 1e-5
-        np.testing.assert_allclose(np.asarray(total[group], float) @ before, q,
-                                   atol=3e-7 * condition)
+        np.testing.assert_allclose(
+            np.asarray(total[group], float) @ before, q, atol=3e-7 * condition
+        )
     still = run(w, jnp.array([False, True]))[2]
     np.testing.assert_array_equal(still[0], w[0])
     assert bool(_linalg.finite(*still))
@@ -324,9 +330,13 @@ def test_refusals():
             lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.LInv())
     lro.scale_by_lre(lro.curvature.Covariance(), B.TopK(3), lro.inner.LInv())
     for make in (
-        lambda: B.Random(0), lambda: B.Random(3, redraw=0), lambda: B.RandomPermutation(2.5),
-        lambda: B.TopK(3, beta=1.0), lambda: B.WeightedPermutation(3, power=-1.0),
-        lambda: B.Histogram(3, beta=None), lambda: B.RandomPermutation(3, redraw=0),
+        lambda: B.Random(0),
+        lambda: B.Random(3, redraw=0),
+        lambda: B.RandomPermutation(2.5),
+        lambda: B.TopK(3, beta=1.0),
+        lambda: B.WeightedPermutation(3, power=-1.0),
+        lambda: B.Histogram(3, beta=None),
+        lambda: B.RandomPermutation(3, redraw=0),
     ):
         with pytest.raises(ValueError, match="pass a"):
             make()

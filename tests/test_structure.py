@@ -90,9 +90,12 @@ def compiled():
 
 
 PRODUCTS = [
-    ("ggt", "one_leaf", "plain"), ("ggt", "transformer", "plain"),
-    ("eigen", "one_leaf", "plain"), ("eigen", "transformer", "plain"),
-    ("ggt_mean", "one_leaf", "complement"), ("eigen_sum", "one_leaf", "complement"),
+    ("ggt", "one_leaf", "plain"),
+    ("ggt", "transformer", "plain"),
+    ("eigen", "one_leaf", "plain"),
+    ("eigen", "transformer", "plain"),
+    ("ggt_mean", "one_leaf", "complement"),
+    ("eigen_sum", "one_leaf", "complement"),
     ("ggt", "transformer", "per_leaf"),
 ]
 
@@ -100,9 +103,12 @@ PRODUCTS = [
 @pytest.mark.parametrize("product", PRODUCTS, ids="-".join)
 def test_rows_are_never_copied(compiled, product):
     step = compiled(*product)
-    copies = [op for op in step.operations()
-              if op[2] in step.row_types and op[3] in ("copy", "copy-start", "concatenate",
-                                                       "transpose", "convert", "select", "pad")]
+    copies = [
+        op
+        for op in step.operations()
+        if op[2] in step.row_types
+        and op[3] in ("copy", "copy-start", "concatenate", "transpose", "convert", "select", "pad")
+    ]
     assert not copies
     # All rows of the state are updated where they lie.
     assert step.memory.alias_size_in_bytes >= sum(w.nbytes for w in step.rows)
@@ -113,8 +119,13 @@ def test_two_products_over_the_rows(compiled, product):
     """One to project and one to unproject; what runs now and then is inside loops."""
     step = compiled(*product)
     kinds = {name: kind for _, name, kind, _, _ in step.operations()}
-    passes = [op for op in step.operations() if op[0] == "ENTRY" and op[3] == "dot"
-              and any(kinds.get(x) in step.row_types for x in op[4])]
+    passes = [
+        op
+        for op in step.operations()
+        if op[0] == "ENTRY"
+        and op[3] == "dot"
+        and any(kinds.get(x) in step.row_types for x in op[4])
+    ]
     assert len(passes) == 2 * len(step.rows)
 
 
@@ -126,8 +137,10 @@ def test_memory(compiled, product):
     assert step.memory.temp_size_in_bytes <= 4 * 4 * step.d + 40 * groups * m * m
     state = sum(x.nbytes for x in jax.tree.leaves(step.state))
     assert state <= 4 * (m * step.d + 6 * groups * m * m)
-    largest = max(eval("*".join(re.findall(r"\d+", kind[kind.index("["):])) or "1")
-                  for _, _, kind, _, _ in step.operations())
+    largest = max(
+        eval("*".join(re.findall(r"\d+", kind[kind.index("[") :])) or "1")
+        for _, _, kind, _, _ in step.operations()
+    )
     assert largest <= m * max(w.shape[1] for w in step.rows)
 
 
@@ -136,6 +149,6 @@ def test_second_step_does_not_recompile(compiled, basis):
     step = compiled(basis, "one_leaf")
     grads = jnp.linspace(-1, 1, step.d)
     state = step.tx.init(step.params)
-    for _ in range(7):                                 # past a rotation of eigen_sum's rows
+    for _ in range(7):  # past a rotation of eigen_sum's rows
         _, state = step.step(grads, state)
     assert step.step._cache_size() == 1

@@ -128,8 +128,9 @@ def test_principal_subspace_in_one_pass(name):
         assert np.asarray(state.lam)[0, 0] == pytest.approx(top, rel=0.1)
 
 
-@pytest.mark.parametrize("basis", [OPAST(10, None), GROUSE(10, None)],
-                         ids=lambda basis: type(basis).__name__)
+@pytest.mark.parametrize(
+    "basis", [OPAST(10, None), GROUSE(10, None)], ids=lambda basis: type(basis).__name__
+)
 def test_several_columns_at_once(basis):
     x = digits()
     assert captured(rows(basis, absorb(basis, x, k=4)), x.astype(np.float64)) > 0.985
@@ -141,7 +142,7 @@ def test_orthonormal_after_many_updates(name, noise):
     rng = np.random.default_rng(1)
     d, n, basis = 40, 2000, BASES[name]
     u, v = rng.normal(size=(2, 8, d))
-    turn = np.linspace(0, 1, n)[:, None]                # the subspace moves all the time
+    turn = np.linspace(0, 1, n)[:, None]  # the subspace moves all the time
     z = rng.normal(size=(n, 8)) * np.geomspace(3, 0.3, 8)
     state = absorb(basis, (1 - turn) * (z @ u) + turn * (z @ v) + noise * rng.normal(size=(n, d)))
     q, live = rows(basis, state), np.asarray(basis.measured(state))[0] != 0
@@ -180,17 +181,32 @@ def test_weights_of_both_signs_are_refused(name):
     layout, basis = layout_of(5, jnp.float32), BASES[name]
     signed = lro.Increment([jnp.ones((2, 5))], weights=jnp.array([[1.0, -1.0]]), signed=True)
     with pytest.raises(ValueError, match="both signs.*Eigen"):
-        jax.eval_shape(lambda key: basis.absorb(
-            layout, basis.init(layout, key), signed, jnp.ones(1, bool), key), jax.random.key(0))
+        jax.eval_shape(
+            lambda key: basis.absorb(
+                layout, basis.init(layout, key), signed, jnp.ones(1, bool), key
+            ),
+            jax.random.key(0),
+        )
 
 
-@pytest.mark.parametrize("make", [
-    lambda: OPAST(0), lambda: OPAST(3, 1.0), lambda: GROUSE(3, learning_rate=0.0),
-    lambda: Hebbian(3, rule="gradient"), lambda: GradientRule(-1.0), lambda: StiefelRule(0.0),
-    lambda: CayleyAdamG(0.0), lambda: CayleyAdamG(b1=1.0), lambda: CayleyAdamG(iterations=0),
-    lambda: FrequentDirections(3, 2.0), lambda: RandomizedEigen(3, oversample=-1),
-    lambda: RandomizedEigen(3, power_iterations=0.5), lambda: Nystrom(1.5),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OPAST(0),
+        lambda: OPAST(3, 1.0),
+        lambda: GROUSE(3, learning_rate=0.0),
+        lambda: Hebbian(3, rule="gradient"),
+        lambda: GradientRule(-1.0),
+        lambda: StiefelRule(0.0),
+        lambda: CayleyAdamG(0.0),
+        lambda: CayleyAdamG(b1=1.0),
+        lambda: CayleyAdamG(iterations=0),
+        lambda: FrequentDirections(3, 2.0),
+        lambda: RandomizedEigen(3, oversample=-1),
+        lambda: RandomizedEigen(3, power_iterations=0.5),
+        lambda: Nystrom(1.5),
+    ],
+)
 def test_nonsense_is_refused(make):
     with pytest.raises(ValueError, match="pass"):
         make()
@@ -209,7 +225,7 @@ def test_opast_is_recursive_least_squares(k, x64):
     first = np.asarray(absorb(basis, x[:12], k, jnp.float64).lam)[0]
     q, moments = start.T, np.diag(first)
     for i in range(12, 60, k):
-        y = x[i:i + k].T
+        y = x[i : i + k].T
         a = q.T @ y
         cross = beta * q @ moments + (1 - beta) * y @ a.T
         moments = beta * moments + (1 - beta) * a @ a.T
@@ -259,7 +275,7 @@ def test_cayley_adam_keeps_its_momentum(b1, x64):
     every = state.t[0] @ state.rows[0]
     momentum, v = (state.memory.momentum[0] @ every).T, float(state.memory.second[0])
     for i in range(10, 40):
-        g = -np.sqrt(0.1) ** 2 * np.outer(x[i], x[i]) @ point
+        g = -(np.sqrt(0.1) ** 2) * np.outer(x[i], x[i]) @ point
         momentum = b1 * momentum + (1 - b1) * g
         v = 0.9 * v + 0.1 * np.sum(g**2)
         scale = (1 - b1 ** (i + 1)) * np.sqrt(v / (1 - 0.9 ** (i + 1)) + 1e-8)
@@ -292,8 +308,9 @@ def test_sketches_are_nearly_optimal(decay, x64):
     u, v = (np.linalg.qr(rng.normal(size=(size, d)))[0] for size in (n, d))
     x = (u * s) @ v.T
     exact, optimum = x.T @ x, np.sum(s[r:] ** 2)
-    nuclear = lambda basis: np.sum(np.abs(np.linalg.eigvalsh(
-        exact - matrix(basis, absorb(basis, x, 12, jnp.float64)))))
+    nuclear = lambda basis: np.sum(
+        np.abs(np.linalg.eigvalsh(exact - matrix(basis, absorb(basis, x, 12, jnp.float64))))
+    )
     randomized = RandomizedEigen(r, None, oversample=4, buffer=12, eig_tol=1e-8)
     truncated = Eigen(r, None, buffer=12, eig_tol=1e-8)
     error = nuclear(randomized)
@@ -319,10 +336,16 @@ def streams(n=24, d=7):
     entries = st.one_of(sizes, st.floats(-2, 2, width=32).map(lambda x: x * (abs(x) > 1e-15)))
     dense = hypothesis.extra.numpy.arrays(np.float64, (n, d), elements=entries)
     few = hypothesis.extra.numpy.arrays(np.float64, (3, d), elements=entries)
-    repeated = st.builds(lambda a, order: a[np.array(order)], few,
-                         st.lists(st.integers(0, 2), min_size=n, max_size=n))
-    scaled = st.builds(lambda a, scale: a * np.array(scale)[:, None], dense,
-                       st.lists(st.sampled_from([1e-3, 1.0, 1e3]), min_size=n, max_size=n))
+    repeated = st.builds(
+        lambda a, order: a[np.array(order)],
+        few,
+        st.lists(st.integers(0, 2), min_size=n, max_size=n),
+    )
+    scaled = st.builds(
+        lambda a, scale: a * np.array(scale)[:, None],
+        dense,
+        st.lists(st.sampled_from([1e-3, 1.0, 1e3]), min_size=n, max_size=n),
+    )
     return st.one_of(dense, repeated, scaled)
 
 
@@ -356,16 +379,19 @@ def test_frequent_directions_erases_what_the_bound_allows():
     basis = FrequentDirections(3)
     state = absorb(basis, np.tile(np.eye(8), (5, 1)))
     assert not np.any(np.asarray(state.lam)) or float(state.memory[0]) > 0
-    assert np.linalg.norm(5 * np.eye(8) - matrix(basis, state), 2) <= bound(
-        np.tile(np.eye(8), (5, 1)), 3) + 1e-4
+    assert (
+        np.linalg.norm(5 * np.eye(8) - matrix(basis, state), 2)
+        <= bound(np.tile(np.eye(8), (5, 1)), 3) + 1e-4
+    )
 
 
 def test_robust_steps_see_what_was_cut():
     x = np.random.default_rng(10).normal(size=(50, 8))
     plain, robust = FrequentDirections(3), FrequentDirections(3, robust=True)
     state = absorb(robust, x)
-    np.testing.assert_allclose(robust.measured(state) - plain.measured(state), state.memory[0] / 2,
-                               rtol=1e-6)
+    np.testing.assert_allclose(
+        robust.measured(state) - plain.measured(state), state.memory[0] / 2, rtol=1e-6
+    )
     np.testing.assert_allclose(robust.eigenbasis(state).lam, robust.measured(state))
 
 
@@ -379,8 +405,11 @@ def test_orthonormalize_rows(condition):
     a = jnp.asarray((u * np.geomspace(condition, 1, 6)) @ v.T, jnp.float32)
     q = _linalg.orthonormalize_rows(a.at[2].set(0))
     np.testing.assert_allclose(q @ q.T, jnp.eye(6).at[2, 2].set(0), atol=2e-6)
-    np.testing.assert_allclose(jnp.tril(a @ _linalg.orthonormalize_rows(a).T),
-                               a @ _linalg.orthonormalize_rows(a).T, atol=1e-4 * condition)
+    np.testing.assert_allclose(
+        jnp.tril(a @ _linalg.orthonormalize_rows(a).T),
+        a @ _linalg.orthonormalize_rows(a).T,
+        atol=1e-4 * condition,
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3])

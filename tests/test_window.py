@@ -82,8 +82,10 @@ def test_factor_equals_its_definition(rule, k, signed, x64):
 
 def test_drop_oldest_is_ggt(x64):
     columns, weights = stream(7, 9, 3, signed=True)
-    same = [absorbed(basis, columns, weights, sizes=SIZES, signed=True)
-            for basis in (GGT(5), LowRankFactor(5, DropOldest()))]
+    same = [
+        absorbed(basis, columns, weights, sizes=SIZES, signed=True)
+        for basis in (GGT(5), LowRankFactor(5, DropOldest()))
+    ]
     jax.tree.map(np.testing.assert_array_equal, *same)
 
 
@@ -95,9 +97,11 @@ def test_more_columns_than_rows(x64):
     np.testing.assert_allclose(matrix(state)[-1], outer(flat[last], ws[last]), atol=1e-10)
 
 
-@pytest.mark.parametrize("basis", (
-    CommonDirections(5), LowRankFactor(4), LowRankFactor(4, DropSmallest())),
-    ids=("common", "reconstruct", "smallest"))
+@pytest.mark.parametrize(
+    "basis",
+    (CommonDirections(5), LowRankFactor(4), LowRankFactor(4, DropSmallest())),
+    ids=("common", "reconstruct", "smallest"),
+)
 def test_momentum_moves_by_the_true_change_of_basis(basis, x64):
     rng = np.random.default_rng(9)
     grads = [jnp.asarray(rng.normal(size=(9, size))) for size in SIZES]
@@ -130,8 +134,9 @@ def test_reconstruct_in_float32_stays_orthonormal():
     mix = np.linalg.qr(rng.normal(size=(60, 60)))[0] * np.geomspace(1, 1e-3, 60)
     grads = [jnp.asarray(rng.normal(size=(200, 60)) @ mix, jnp.float32)]
     for keep in (None, 8):
-        tx = lro.scale_by_lre(lro.curvature.Covariance(), LowRankFactor(8, Reconstruct(keep)),
-                              lro.inner.LInvSqrt())
+        tx = lro.scale_by_lre(
+            lro.curvature.Covariance(), LowRankFactor(8, Reconstruct(keep)), lro.inner.LInvSqrt()
+        )
         state = after_each(tx, grads)[1]
         q = vectors(state.basis)
         live = np.eye(8) * (spectrum(state.basis) != 0)[..., None]
@@ -146,11 +151,17 @@ def test_reconstruct_in_float32_stays_orthonormal():
 def test_common_directions_span_the_last_gradients_and_steps(update_every, x64):
     steps, rank = 9, 6
     rng = np.random.default_rng(12)
-    grads = {"a": jnp.asarray(rng.normal(size=(steps, 2, 4))),
-             "b": jnp.asarray(rng.normal(size=(steps, 7)))}
+    grads = {
+        "a": jnp.asarray(rng.normal(size=(steps, 2, 4))),
+        "b": jnp.asarray(rng.normal(size=(steps, 7))),
+    }
     walk = jax.tree.map(lambda g: jnp.asarray(1e-3 * rng.normal(size=g.shape).cumsum(0)), grads)
-    tx = lro.scale_by_lre(lro.curvature.Covariance(), CommonDirections(rank), lro.inner.Adam(),
-                          update_every=update_every)
+    tx = lro.scale_by_lre(
+        lro.curvature.Covariance(),
+        CommonDirections(rank),
+        lro.inner.Adam(),
+        update_every=update_every,
+    )
     update, state = jax.jit(tx.update), tx.init(jax.tree.map(lambda x: x[0], walk))
     flat = lambda tree, i: np.concatenate([np.ravel(x[i]) for x in jax.tree.leaves(tree)])
     past, pending, last = [], [], None
@@ -172,7 +183,7 @@ def test_common_directions_without_new_steps():
     g, x = jnp.array([1.0, 2.0, 0.0]), jnp.ones(3)
     tx = lro.scale_by_lre(lro.curvature.Covariance(), CommonDirections(4), lro.inner.Normalize())
     state, update = tx.init(x), jax.jit(tx.update)
-    for _ in range(3):                                  # the parameters never move
+    for _ in range(3):  # the parameters never move
         u, state = update(g, state, x)
     np.testing.assert_allclose(u, g / jnp.linalg.norm(g), rtol=1e-6)
     assert np.sum(np.asarray(state.basis.lam)) == 1
@@ -180,24 +191,35 @@ def test_common_directions_without_new_steps():
         tx.update(g, state)
 
 
-@pytest.mark.parametrize("basis", (
-    CommonDirections(4), LowRankFactor(3), LowRankFactor(3, DropOldest()),
-    LowRankFactor(3, DropSmallest())), ids=("common", "reconstruct", "oldest", "smallest"))
+@pytest.mark.parametrize(
+    "basis",
+    (
+        CommonDirections(4),
+        LowRankFactor(3),
+        LowRankFactor(3, DropOldest()),
+        LowRankFactor(3, DropSmallest()),
+    ),
+    ids=("common", "reconstruct", "oldest", "smallest"),
+)
 def test_steps(basis):
     run_with_nan(basis)
 
 
-@pytest.mark.parametrize("basis", (CommonDirections(3), LowRankFactor(2)),
-                         ids=("common", "reconstruct"))
+@pytest.mark.parametrize(
+    "basis", (CommonDirections(3), LowRankFactor(2)), ids=("common", "reconstruct")
+)
 def test_steps_per_leaf(basis):
     run_with_nan(basis, groups=lro.per_leaf, update_every=2)
 
 
 def test_refusals():
     for make in (
-        lambda: LowRankFactor(0), lambda: LowRankFactor(4, "drop_oldest"),
-        lambda: LowRankFactor(4, Reconstruct(5)), lambda: Reconstruct(0),
-        lambda: CommonDirections(1), lambda: CommonDirections(4, eig_tol=1.0),
+        lambda: LowRankFactor(0),
+        lambda: LowRankFactor(4, "drop_oldest"),
+        lambda: LowRankFactor(4, Reconstruct(5)),
+        lambda: Reconstruct(0),
+        lambda: CommonDirections(1),
+        lambda: CommonDirections(4, eig_tol=1.0),
     ):
         with pytest.raises(ValueError, match="pass"):
             make()

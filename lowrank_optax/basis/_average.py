@@ -28,9 +28,12 @@ class Average(Frame):
 
     def blend(self, seen: Seen, signed: bool) -> tuple[float, jax.Array]:
         """The decay of the old, and the new columns scaled by the roots of their shares."""
-        check(not signed, f"{type(self).__name__} keeps a positive semidefinite curvature, but the "
-              "corrections have weights of both signs; combine them with Eigen, RandomizedEigen, "
-              "GGT or FullMatrix.")
+        check(
+            not signed,
+            f"{type(self).__name__} keeps a positive semidefinite curvature, but the "
+            "corrections have weights of both signs; combine them with Eigen, RandomizedEigen, "
+            "GGT or FullMatrix.",
+        )
         decay, gain = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
         return decay if seen.start else 1.0, seen.y * jnp.sqrt(gain * seen.weights)
 

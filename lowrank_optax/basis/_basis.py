@@ -12,8 +12,8 @@ from lowrank_optax._tree import Layout
 from lowrank_optax._types import (
     Absorbed,
     Columns,
-    Increment,
     Eigenbasis,
+    Increment,
     Vector,
     check,
     check_count,
@@ -41,8 +41,9 @@ class Basis(abc.ABC):
         """The empty basis."""
 
     @abc.abstractmethod
-    def absorb(self, layout: Layout, state: Any, correction: Increment, accept: jax.Array,
-               key: jax.Array) -> Absorbed:
+    def absorb(
+        self, layout: Layout, state: Any, correction: Increment, accept: jax.Array, key: jax.Array
+    ) -> Absorbed:
         """Takes in ``sum_i w_i y_i y_i^T`` for the groups that ``accept`` it, ``(n,)``."""
 
     @abc.abstractmethod
@@ -55,8 +56,9 @@ class Basis(abc.ABC):
 
     def project(self, layout: Layout, state: Any, vector: Vector | Columns) -> jax.Array:
         """``Q^T v``, ``(n, r)``, or ``(n, r, k)`` for columns: one pass over the rows."""
-        return jnp.einsum("nrm,nm...->nr...", state.t,
-                          layout.dot(layout.leaves(state.rows), vector))
+        return jnp.einsum(
+            "nrm,nm...->nr...", state.t, layout.dot(layout.leaves(state.rows), vector)
+        )
 
     def unproject(self, layout: Layout, state: Any, u: jax.Array) -> Vector | Columns:
         """``Q u``: ``(n, r)`` gives a vector, ``(n, k, r)`` columns. One pass over the rows."""
@@ -67,13 +69,17 @@ class Basis(abc.ABC):
         try:
             rows = layout.leaves(state.rows)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"scale_by_lre: the gradients' structure {layout.treedef} is not that "
-                             f"of the parameters given to init: {error}") from error
+            raise ValueError(
+                f"scale_by_lre: the gradients' structure {layout.treedef} is not that "
+                f"of the parameters given to init: {error}"
+            ) from error
         for name, size, w in zip(layout.names, layout.sizes, rows, strict=True):
-            check(getattr(w, "ndim", 0) == 2 and w.shape[1] == size,
-                  f"scale_by_lre: the gradient's leaf {name} has {size} entries, but init saw "
-                  f"{getattr(w, 'shape', (0, w))[-1]}; pass gradients shaped like the parameters, or "
-                  "call init again.")
+            check(
+                getattr(w, "ndim", 0) == 2 and w.shape[1] == size,
+                f"scale_by_lre: the gradient's leaf {name} has {size} entries, but init saw "
+                f"{getattr(w, 'shape', (0, w))[-1]}; pass gradients shaped like the parameters, or "
+                "call init again.",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,11 +113,23 @@ class Spectrum:
     def stored(self, lam: jax.Array, live: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Eigenvalues ``(r,)`` as they are kept."""
         return _linalg.regularize(
-            lam, live, eig_tol=self.eig_tol, damping=self.damping, rdamping=self.rdamping,
-            abs=self.abs, truncate=self.truncate)
+            lam,
+            live,
+            eig_tol=self.eig_tol,
+            damping=self.damping,
+            rdamping=self.rdamping,
+            abs=self.abs,
+            truncate=self.truncate,
+        )
 
     def used(self, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Stored eigenvalues ``(r,)`` as one step sees them."""
         return _linalg.regularize(
-            lam, lam != 0, eig_tol=self.update_eig_tol, damping=self.update_damping,
-            rdamping=self.update_rdamping, abs=self.update_abs, truncate=self.update_truncate)
+            lam,
+            lam != 0,
+            eig_tol=self.update_eig_tol,
+            damping=self.update_damping,
+            rdamping=self.update_rdamping,
+            abs=self.update_abs,
+            truncate=self.update_truncate,
+        )

@@ -13,8 +13,8 @@ from lowrank_optax._tree import Layout, cast_like, combine, repeat, rewrite, wri
 from lowrank_optax._types import (
     Absorbed,
     Columns,
-    Increment,
     Eigenbasis,
+    Increment,
     Vector,
     check_count,
 )
@@ -95,8 +95,10 @@ class Frame(Basis, Spectrum):
     With ``a = Q^T y`` and the residual ``rho = y - Q a``, a method (`turn`) says which rows of
     ``[Q, rho/‖rho‖]`` make the new basis; all of that is small. New columns are appended to ``W``
     and only ``T`` is rotated; once ``buffer`` columns have come, ``W <- T W`` in place. A residual
-    below ``sqrt(1000 eps)`` of its column counts as inside the span; one too small for a Gram matrix
-    to resolve is made explicit, by four more passes. Streams with little noise pay these often.
+    below ``sqrt(1000 eps)`` of its column counts as inside the span; one too small for a Gram
+    matrix to resolve is made explicit, by four more passes. Streams with little noise pay these
+    often. A correction of more columns than ``buffer`` comes in chunks of ``buffer``, and the basis
+    is truncated after each.
     """
 
     rank: int
@@ -124,8 +126,10 @@ class Frame(Basis, Spectrum):
 
     @property
     def capacity(self) -> int:
-        """Columns that fit between two rotations: by default about a third of the rank, which
-        balances longer rows against more rotations."""
+        """Columns that fit between two rotations.
+
+        By default about a third of the rank: that balances longer rows against more rotations.
+        """
         return self.buffer or max(8, self.rank // 3)
 
     def coordinates(self, layout: Layout) -> int:
@@ -135,41 +139,71 @@ class Frame(Basis, Spectrum):
         n, r, m = layout.n, self.slots, self.slots + self.capacity
         zeros = lambda *shape: jnp.zeros((n, *shape), layout.dtype)
         count = lambda: jnp.zeros(n, jnp.int32)
-        memory = jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))),
-                              self.remember(layout.dtype))
-        return FrameState(layout.tree(layout.zeros(m)), zeros(m, m), zeros(r, m), zeros(r),
-                          count(), count(), count(), memory)
+        memory = jax.tree.map(
+            lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), self.remember(layout.dtype)
+        )
+        return FrameState(
+            layout.tree(layout.zeros(m)),
+            zeros(m, m),
+            zeros(r, m),
+            zeros(r),
+            count(),
+            count(),
+            count(),
+            memory,
+        )
 
-    def absorb(self, layout: Layout, state: FrameState, correction: Increment, accept: jax.Array,
-               key: jax.Array) -> Absorbed:
+    def absorb(
+        self,
+        layout: Layout,
+        state: FrameState,
+        correction: Increment,
+        accept: jax.Array,
+        key: jax.Array,
+    ) -> Absorbed:
         """In chunks of what fits between two rotations."""
         rank, size = self.rank, self.capacity
-        chunks = [correction._replace(columns=[c[i:i + size] for c in correction.columns],
-                                      weights=correction.weights[:, i:i + size])
-                  for i in range(0, correction.weights.shape[1], size)]
+        chunks = [
+            correction._replace(
+                columns=[c[i : i + size] for c in correction.columns],
+                weights=correction.weights[:, i : i + size],
+            )
+            for i in range(0, correction.weights.shape[1], size)
+        ]
         done = self._chunk(layout, state, chunks[0], accept, key, True)
         for i, chunk in enumerate(chunks[1:]):
             new = self._chunk(layout, done.state, chunk, accept, jax.random.fold_in(key, i), False)
             u = jnp.concatenate([new.c @ done.u, new.u], axis=-1)
             done = Absorbed(new.state, new.c @ done.c, u, done.failed | new.failed)
         state = done.state
-        return Absorbed(state._replace(updates=state.updates + (accept & ~done.failed)),
-                        done.c[:, :rank, :rank], done.u[:, :rank], done.failed)
+        return Absorbed(
+            state._replace(updates=state.updates + (accept & ~done.failed)),
+            done.c[:, :rank, :rank],
+            done.u[:, :rank],
+            done.failed,
+        )
 
     def eigenbasis(self, state: FrameState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(self.measured(state)))
 
     def measured(self, state: FrameState) -> jax.Array:
-        return state.lam[:, :self.rank]
+        return state.lam[:, : self.rank]
 
     def project(self, layout: Layout, state: FrameState, vector: Vector | Columns) -> jax.Array:
-        return super().project(layout, state._replace(t=state.t[:, :self.rank]), vector)
+        return super().project(layout, state._replace(t=state.t[:, : self.rank]), vector)
 
     def unproject(self, layout: Layout, state: FrameState, u: jax.Array) -> Vector | Columns:
-        return super().unproject(layout, state._replace(t=state.t[:, :self.rank]), u)
+        return super().unproject(layout, state._replace(t=state.t[:, : self.rank]), u)
 
-    def _chunk(self, layout: Layout, state: FrameState, correction: Increment, accept: jax.Array,
-               key: jax.Array, start: bool) -> Absorbed:
+    def _chunk(
+        self,
+        layout: Layout,
+        state: FrameState,
+        correction: Increment,
+        accept: jax.Array,
+        key: jax.Array,
+        start: bool,
+    ) -> Absorbed:
         columns, weights = correction.columns, correction.weights
         k = weights.shape[1]
         state = self._rotate(layout, state, accept & (state.fill + k > self.capacity))
@@ -178,36 +212,55 @@ class Frame(Basis, Spectrum):
         gram = layout.gram(columns)
         # Scaling by powers of two rounds nothing, and keeps rows and Gram matrix near one.
         norms = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
-        scale = jnp.where(norms > 0, jnp.exp2(-jnp.round(jnp.log2(jnp.where(norms > 0, norms, 1)))),
-                          0)
-        columns = [c * s[:, None].astype(c.dtype)
-                   for c, s in zip(columns, layout.spread(scale), strict=True)]
+        scale = jnp.where(
+            norms > 0, jnp.exp2(-jnp.round(jnp.log2(jnp.where(norms > 0, norms, 1)))), 0
+        )
+        columns = [
+            c * s[:, None].astype(c.dtype)
+            for c, s in zip(columns, layout.spread(scale), strict=True)
+        ]
         s = layout.dot(rows, columns)
         gram = gram * scale[:, :, None] * scale[:, None, :]
         initial = correction.initial
         initial = jnp.zeros(layout.n, layout.dtype) if initial is None else initial
         new, step = jax.vmap(partial(self._absorb, signed=correction.signed, start=start))(
-            state._replace(rows=()), s, gram, scale, weights, accept, initial,
-            jax.random.split(key, layout.n))
+            state._replace(rows=()),
+            s,
+            gram,
+            scale,
+            weights,
+            accept,
+            initial,
+            jax.random.split(key, layout.n),
+        )
         rows = write(rows, layout, step.slots, columns)
         rows, gram, t = self._refine(layout, (rows, new.gram, new.t), columns, state, step)
-        return Absorbed(new._replace(rows=layout.tree(rows), gram=gram, t=t), step.c, step.u,
-                        step.failed)
+        return Absorbed(
+            new._replace(rows=layout.tree(rows), gram=gram, t=t), step.c, step.u, step.failed
+        )
 
     def _rotate(self, layout: Layout, state: FrameState, when: jax.Array) -> FrameState:
         """``W <- T W`` in place, block by block, for the groups that need it; ``K`` measured."""
         r, m = self.slots, self.slots + self.capacity
         each = layout.spread(state.t)
         rows, measured, _ = rewrite(
-            layout.leaves(state.rows), layout, when, r,
-            lambda leaf, _, block: combine(each[leaf], block, layout.dtype))
+            layout.leaves(state.rows),
+            layout,
+            when,
+            r,
+            lambda leaf, _, block: combine(each[leaf], block, layout.dtype),
+        )
         gram = jnp.zeros((layout.n, m, m), layout.dtype).at[:, :r, :r].set(measured)
         live = (state.lam != 0).astype(layout.dtype)
         t = jnp.zeros((layout.n, r, m), layout.dtype).at[:, :, :r].set(jax.vmap(jnp.diag)(live))
         t = jax.vmap(_linalg.orthonormalize)(t, gram)
         pick = lambda a, b: jnp.where(when.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-        return state._replace(rows=layout.tree(rows), gram=pick(gram, state.gram),
-                              t=pick(t, state.t), fill=pick(jnp.zeros_like(state.fill), state.fill))
+        return state._replace(
+            rows=layout.tree(rows),
+            gram=pick(gram, state.gram),
+            t=pick(t, state.t),
+            fill=pick(jnp.zeros_like(state.fill), state.fill),
+        )
 
     def _refine(self, layout: Layout, carry, columns: Columns, old: FrameState, step: "_Step"):
         """Replaces new rows by explicit residuals where a Gram matrix is too coarse for them.
@@ -242,15 +295,16 @@ class Frame(Basis, Spectrum):
 
         return repeat(jnp.any(step.refine), body, carry)
 
-    def _absorb(self, old: FrameState, s, gram, scale, weights, accept, initial, key, *, signed,
-                start):
+    def _absorb(
+        self, old: FrameState, s, gram, scale, weights, accept, initial, key, *, signed, start
+    ):
         """One group: ``s = W Y`` is ``(m, k)``, of columns scaled by ``scale``."""
         r, m, k = self.slots, self.slots + self.capacity, weights.shape[0]
         used, on = jnp.diagonal(old.gram) > 0, weights != 0
         s = jnp.where(used[:, None] & on, s, 0)
         gram = jnp.where(on[:, None] & on, gram, 0)
         a = old.t @ s
-        a = a + old.t @ (s - old.gram @ (old.t.T @ a))              # twice is enough
+        a = a + old.t @ (s - old.gram @ (old.t.T @ a))  # twice is enough
         alpha = old.t.T @ a
         cross = alpha.T @ s
         rest = gram - cross - cross.T + alpha.T @ old.gram @ alpha
@@ -260,9 +314,13 @@ class Frame(Basis, Spectrum):
         mix = _linalg.safe_divide(v, root[:, None])
         y = _linalg.safe_divide(jnp.concatenate([a, root[:, None] * v]), scale)
         z, lam, memory = self.turn(
-            old.memory, old.lam,
-            Seen(y, weights, fresh, initial, old.updates == 0, start, old.lam != 0, old.columns, key),
-            signed)
+            old.memory,
+            old.lam,
+            Seen(
+                y, weights, fresh, initial, old.updates == 0, start, old.lam != 0, old.columns, key
+            ),
+            signed,
+        )
 
         fine = _linalg.finite(lam, z, y)
         ok = accept & fine
@@ -279,9 +337,13 @@ class Frame(Basis, Spectrum):
         behind = jnp.where(refine, 0, behind)
         t = z[:, :r] @ old.t + z[:, r:] @ (ahead @ place - behind)
         new = old._replace(
-            gram=grown, t=_linalg.orthonormalize(t, grown), lam=lam, memory=memory,
+            gram=grown,
+            t=_linalg.orthonormalize(t, grown),
+            lam=lam,
+            memory=memory,
             fill=old.fill + jnp.sum(slots < m, dtype=jnp.int32),
-            columns=old.columns + jnp.sum(weights != 0, dtype=jnp.int32))
+            columns=old.columns + jnp.sum(weights != 0, dtype=jnp.int32),
+        )
         new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
         c = jnp.where(ok, z[:, :r], jnp.eye(r, dtype=s.dtype))
         return new, _Step(slots, refine, alpha, mix, c, z @ y, accept & ~fine)
@@ -305,5 +367,5 @@ def _remeasure(gram, t, slots, s, corner):
     keep = 1 - jnp.sum(place, axis=0)
     cross = keep[:, None] * (s @ place)
     new = keep[:, None] * gram * keep + cross + cross.T + place.T @ corner @ place
-    hit = jnp.any(slots < gram.shape[0])     # a group without refined rows may hold NaN here
+    hit = jnp.any(slots < gram.shape[0])  # a group without refined rows may hold NaN here
     return jnp.where(hit, new, gram), jnp.where(hit, _linalg.orthonormalize(t, new), t)

@@ -66,17 +66,33 @@ class Ring(Basis):
         n, m = layout.n, self.rank
         square = lambda: jnp.zeros((n, m, m), layout.dtype)
         line = lambda: jnp.zeros((n, m), layout.dtype)
-        return RingState(layout.tree(layout.zeros(m)), square(), line(),
-                         jnp.zeros(n, jnp.int32), square(), line())
+        return RingState(
+            layout.tree(layout.zeros(m)),
+            square(),
+            line(),
+            jnp.zeros(n, jnp.int32),
+            square(),
+            line(),
+        )
 
-    def absorb(self, layout: Layout, state: RingState, correction: Increment, accept: jax.Array,
-               key: jax.Array) -> Absorbed:
+    def absorb(
+        self,
+        layout: Layout,
+        state: RingState,
+        correction: Increment,
+        accept: jax.Array,
+        key: jax.Array,
+    ) -> Absorbed:
         rows = layout.leaves(state.rows)
         columns = cast_like(correction.columns, rows)
         absorb = lambda *each: self._absorb(*each, signed=correction.signed)
         small, slots, c, u, failed = jax.vmap(absorb)(
-            state._replace(rows=(), memory=()), layout.dot(rows, columns), layout.gram(columns),
-            correction.weights, accept)
+            state._replace(rows=(), memory=()),
+            layout.dot(rows, columns),
+            layout.gram(columns),
+            correction.weights,
+            accept,
+        )
         rows = write(rows, layout, slots, columns)
         return Absorbed(small._replace(rows=layout.tree(rows), memory=state.memory), c, u, failed)
 
@@ -89,13 +105,14 @@ class Ring(Basis):
         keep = 1 - jnp.sum(place, axis=0)
         # Columns that are switched off may hold anything, but not here.
         incoming = place.T @ jnp.where(taken[:, None], s.T, 0)
-        cross = keep[:, None] * old.gram + incoming                 # W_new W_old^T
-        after = keep[:, None] * s + place.T @ jnp.where(taken[:, None], gram, 0)   # W_new Y
+        cross = keep[:, None] * old.gram + incoming  # W_new W_old^T
+        after = keep[:, None] * s + place.T @ jnp.where(taken[:, None], gram, 0)  # W_new Y
         k = cross * keep + jnp.where(taken, after, 0) @ place
         new = old._replace(
             gram=k,
             weights=keep * old.weights + place.T @ weights,
-            head=(old.head + jnp.sum(taken, dtype=jnp.int32)) % m)
+            head=(old.head + jnp.sum(taken, dtype=jnp.int32)) % m,
+        )
         lam, t = self.factor(new, signed)
         new = new._replace(lam=lam, t=t)
         fine = _linalg.finite(k, lam, t)

@@ -65,7 +65,8 @@ class Eigen(Frame):
     def turn(self, memory: Any, lam: jax.Array, seen: Seen, signed: bool) -> Turn:
         decay, gain = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
         old = (decay if seen.start else 1.0) * jnp.concatenate(
-            [lam, jnp.where(seen.fresh, seen.initial, 0)])
+            [lam, jnp.where(seen.fresh, seen.initial, 0)]
+        )
         b = jnp.diag(old) + gain * (seen.y * seen.weights) @ seen.y.T
         lam, z = self.decompose(_linalg.symmetrize(b), signed, seen.key)
         lam, z = lam[: self.rank], z[: self.rank]

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, stack
-from lowrank_optax._types import Absorbed, Columns, Increment, Eigenbasis, Vector, check, check_decay
+from lowrank_optax._types import (
+    Absorbed,
+    Columns,
+    Eigenbasis,
+    Increment,
+    Vector,
+    check,
+    check_decay,
+)
 from lowrank_optax.basis._basis import Basis, Spectrum
 
 
@@ -66,18 +74,30 @@ class FullMatrix(Basis, Spectrum):
         matrix = jax.vmap(jnp.diag)(real.astype(layout.dtype))
         return FullMatrixState(matrix, square(), jnp.zeros((layout.n, d), layout.dtype))
 
-    def absorb(self, layout: Layout, state: FullMatrixState, correction: Increment,
-               accept: jax.Array, key: jax.Array) -> Absorbed:
+    def absorb(
+        self,
+        layout: Layout,
+        state: FullMatrixState,
+        correction: Increment,
+        accept: jax.Array,
+        key: jax.Array,
+    ) -> Absorbed:
         y = _dense(layout, correction.columns, self.coordinates(layout))
-        start = jnp.ones(layout.n, layout.dtype) if correction.initial is None else correction.initial
-        return Absorbed(*jax.vmap(partial(self._absorb, signed=correction.signed))(
-            state, y, correction.weights, accept, start))
+        start = (
+            jnp.ones(layout.n, layout.dtype) if correction.initial is None else correction.initial
+        )
+        return Absorbed(
+            *jax.vmap(partial(self._absorb, signed=correction.signed))(
+                state, y, correction.weights, accept, start
+            )
+        )
 
     def eigenbasis(self, state: FullMatrixState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))
 
-    def project(self, layout: Layout, state: FullMatrixState,
-                vector: Vector | Columns) -> jax.Array:
+    def project(
+        self, layout: Layout, state: FullMatrixState, vector: Vector | Columns
+    ) -> jax.Array:
         single = vector[0].ndim == 1
         y = _dense(layout, stack(vector) if single else vector, self.coordinates(layout))
         u = jnp.einsum("nrd,nkd->nrk", state.t, y)
@@ -87,16 +107,18 @@ class FullMatrix(Basis, Spectrum):
         dense = jnp.einsum("n...r,nrd->n...d", u, state.t)
         parts, start = [], [0] * layout.n
         for size, group in zip(layout.sizes, layout.group, strict=True):
-            parts.append(dense[group][..., start[group]:start[group] + size])
+            parts.append(dense[group][..., start[group] : start[group] + size])
             start[group] += size
         return parts
 
     def check_state(self, layout: Layout, state: FullMatrixState) -> None:
         d = self.coordinates(layout)
-        check(state.lam.shape == (layout.n, d),
-              f"scale_by_lre: the gradients form {layout.n} groups of at most {d} entries, but init "
-              f"saw {state.lam.shape[0]} of at most {state.lam.shape[1]}; pass gradients shaped like "
-              "the parameters, or call init again.")
+        check(
+            state.lam.shape == (layout.n, d),
+            f"scale_by_lre: the gradients form {layout.n} groups of at most {d} entries, but init "
+            f"saw {state.lam.shape[0]} of at most {state.lam.shape[1]}; pass gradients shaped like "
+            "the parameters, or call init again.",
+        )
 
     def _absorb(self, old: FullMatrixState, y, weights, accept, start, signed):
         gain, decay = (1.0, 1.0) if self.beta is None else (1 - self.beta, self.beta)
@@ -117,8 +139,11 @@ def _dense(layout: Layout, columns: Columns, d: int) -> jax.Array:
     """Columns as one array ``(n, k, d)``, each group's leaves side by side and padded."""
     groups = []
     for i in range(layout.n):
-        leaves = [c.astype(layout.dtype)
-                  for c, group in zip(columns, layout.group, strict=True) if group == i]
+        leaves = [
+            c.astype(layout.dtype)
+            for c, group in zip(columns, layout.group, strict=True)
+            if group == i
+        ]
         count = columns[0].shape[0] if columns else 0
         flat = jnp.concatenate(leaves, axis=1) if leaves else jnp.zeros((count, 0), layout.dtype)
         groups.append(jnp.pad(flat, ((0, 0), (0, d - flat.shape[1]))))

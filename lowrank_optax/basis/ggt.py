@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import Absorbed, Eigenbasis, Increment, check_decay
+from lowrank_optax._types import Eigenbasis, check_decay
 from lowrank_optax.basis._basis import Spectrum
 from lowrank_optax.basis._ring import Ring, RingState, spectral_factor
 
@@ -52,14 +51,6 @@ class GGT(Ring, Spectrum):
         Ring.__post_init__(self)
         if self.beta is not None:
             check_decay("GGT", "beta", self.beta, closed=True)
-
-    def absorb(self, layout: Layout, state: RingState, correction: Increment, accept: jax.Array,
-               key: jax.Array) -> Absorbed:
-        """Of more columns than the window holds only the last are looked at."""
-        last = slice(-self.rank, None)
-        recent = correction._replace(columns=[c[last] for c in correction.columns],
-                                     weights=correction.weights[:, last])
-        return super().absorb(layout, state, recent, accept, key)
 
     def eigenbasis(self, state: RingState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))

@@ -28,8 +28,15 @@ class Rule(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def step(self, memory: Any, v: jax.Array, rows: jax.Array, x: jax.Array, lam: jax.Array,
-             count: jax.Array) -> tuple[jax.Array, Any]:
+    def step(
+        self,
+        memory: Any,
+        v: jax.Array,
+        rows: jax.Array,
+        x: jax.Array,
+        lam: jax.Array,
+        count: jax.Array,
+    ) -> tuple[jax.Array, Any]:
         """As `Tracker.move`."""
 
 
@@ -163,9 +170,11 @@ class CayleyAdamG(Rule):
         return rank if self.b1 else 0
 
     def init(self, rank: int, dtype: Any) -> CayleyMemory:
-        return CayleyMemory(jnp.zeros((), jnp.int32),
-                            jnp.zeros((rank, rank + self.spare(rank)), dtype),
-                            jnp.zeros((), dtype))
+        return CayleyMemory(
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((rank, rank + self.spare(rank)), dtype),
+            jnp.zeros((), dtype),
+        )
 
     def step(self, memory, v, rows, x, lam, count):
         slots, steps = memory.momentum.shape[1], memory.count + 1
@@ -222,8 +231,10 @@ class Hebbian(Tracker):
 
     def __post_init__(self):
         Tracker.__post_init__(self)
-        check(isinstance(self.rule, Rule), f"Hebbian: rule is {self.rule!r}; pass GradientRule(), "
-              "StiefelRule() or CayleyAdamG().")
+        check(
+            isinstance(self.rule, Rule),
+            f"Hebbian: rule is {self.rule!r}; pass GradientRule(), StiefelRule() or CayleyAdamG().",
+        )
 
     @property
     def slots(self) -> int:

@@ -71,11 +71,22 @@ class Random(Basis):
     def init(self, layout: Layout, key: jax.Array) -> RandomState:
         n, r = layout.n, self.rank
         square = lambda: jnp.zeros((n, r, r), layout.dtype)
-        return RandomState(layout.tree(layout.zeros(r)), square(), square(),
-                           jnp.zeros((n, r), layout.dtype), jnp.zeros(n, jnp.int32))
+        return RandomState(
+            layout.tree(layout.zeros(r)),
+            square(),
+            square(),
+            jnp.zeros((n, r), layout.dtype),
+            jnp.zeros(n, jnp.int32),
+        )
 
-    def absorb(self, layout: Layout, state: RandomState, correction: Increment, accept: jax.Array,
-               key: jax.Array) -> Absorbed:
+    def absorb(
+        self,
+        layout: Layout,
+        state: RandomState,
+        correction: Increment,
+        accept: jax.Array,
+        key: jax.Array,
+    ) -> Absorbed:
         due = is_due(state.updates, self.redraw)
         drawn = accept & due
         live = jnp.arange(self.rank) < jnp.asarray(layout.dims)[:, None]
@@ -85,20 +96,23 @@ class Random(Basis):
             mine = jax.random.fold_in(jax.random.fold_in(key, leaf), start)
             return jax.random.normal(mine, block.shape, layout.dtype) * each[leaf][:, None]
 
-        rows, gram, cross = rewrite(layout.leaves(state.rows), layout, drawn, self.rank, draw,
-                                    cross=True)
+        rows, gram, cross = rewrite(
+            layout.leaves(state.rows), layout, drawn, self.rank, draw, cross=True
+        )
         rows, gram, t, total = cholesky_qr(rows, layout, gram, drawn)
         # A factorisation that failed leaves an empty basis, to be drawn again at the next update.
         fine = jax.vmap(_linalg.finite)(t, total)
         failed = drawn & ~fine
-        pick = lambda new, old: jnp.where(drawn[:, None, None], jnp.where(
-            fine[:, None, None], new, 0), old)
+        pick = lambda new, old: jnp.where(
+            drawn[:, None, None], jnp.where(fine[:, None, None], new, 0), old
+        )
         t = pick(t, state.t)
         c = pick(total @ cross @ jnp.swapaxes(state.t, 1, 2), jax.vmap(jnp.diag)(state.lam))
         lam = jnp.where(drawn[:, None], (live & fine[:, None]).astype(t.dtype), state.lam)
         u = t @ layout.dot(rows, cast_like(correction.columns, rows))
-        new = RandomState(layout.tree(rows), pick(gram, state.gram), t, lam,
-                          state.updates + (accept & ~failed))
+        new = RandomState(
+            layout.tree(rows), pick(gram, state.gram), t, lam, state.updates + (accept & ~failed)
+        )
         return Absorbed(new, c, u, failed)
 
     def eigenbasis(self, state: RandomState) -> Eigenbasis:

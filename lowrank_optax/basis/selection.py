@@ -53,30 +53,47 @@ class Selection(Basis):
         check_count(type(self).__name__, "rank", self.rank)
 
     @abc.abstractmethod
-    def choose(self, layout: Layout, state: SelectionState, correction: Increment,
-               key: jax.Array) -> tuple[Columns, jax.Array, jax.Array, jax.Array]:
+    def choose(
+        self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array
+    ) -> tuple[Columns, jax.Array, jax.Array, jax.Array]:
         """Rows, index and lam after a correction, and ``(n,)`` whether all of it is finite."""
 
     def coordinates(self, layout: Layout) -> int:
         return self.rank
 
     def init(self, layout: Layout, key: jax.Array) -> SelectionState:
-        check(max(layout.dims) < 2**31, f"{type(self).__name__}: a group has {max(layout.dims)} "
-              "entries, too many for an index; pass groups=lowrank_optax.per_leaf.")
-        rows = [jnp.zeros((len(self.provides), size), layout.dtype) for size in layout.sizes]
+        check(
+            max(layout.dims) < 2**31,
+            f"{type(self).__name__}: a group has {max(layout.dims)} "
+            "entries, too many for an index; pass groups=lowrank_optax.per_leaf.",
+        )
+        height = int("eigenvalues" in self.provides)
+        rows = [jnp.zeros((height, size), layout.dtype) for size in layout.sizes]
         return SelectionState(
-            layout.tree(rows), jnp.full((layout.n, self.rank), -1, jnp.int32),
-            jnp.zeros((layout.n, self.rank), layout.dtype), jnp.zeros(layout.n, jnp.int32))
+            layout.tree(rows),
+            jnp.full((layout.n, self.rank), -1, jnp.int32),
+            jnp.zeros((layout.n, self.rank), layout.dtype),
+            jnp.zeros(layout.n, jnp.int32),
+        )
 
-    def absorb(self, layout: Layout, state: SelectionState, correction: Increment,
-               accept: jax.Array, key: jax.Array) -> Absorbed:
+    def absorb(
+        self,
+        layout: Layout,
+        state: SelectionState,
+        correction: Increment,
+        accept: jax.Array,
+        key: jax.Array,
+    ) -> Absorbed:
         rows, index, lam, fine = self.choose(layout, state, correction, key)
         ok = accept & fine
-        rows = [jnp.where(yes, a, b) for yes, a, b in
-                zip(layout.spread(ok), rows, layout.leaves(state.rows), strict=True)]
+        rows = [
+            jnp.where(yes, a, b)
+            for yes, a, b in zip(layout.spread(ok), rows, layout.leaves(state.rows), strict=True)
+        ]
         index = jnp.where(ok[:, None], index, state.indices)
-        new = SelectionState(layout.tree(rows), index, jnp.where(ok[:, None], lam, state.lam),
-                             state.updates + ok)
+        new = SelectionState(
+            layout.tree(rows), index, jnp.where(ok[:, None], lam, state.lam), state.updates + ok
+        )
         same = (index[:, :, None] == state.indices[:, None, :]) & (index >= 0)[:, :, None]
         c = same.astype(layout.dtype)
         return Absorbed(new, c, self.project(layout, new, correction.columns), accept & ~fine)
@@ -90,8 +107,10 @@ class Selection(Basis):
 
     def unproject(self, layout: Layout, state: SelectionState, u: jax.Array) -> Vector | Columns:
         places = _local(layout, state.indices)
-        return [jnp.zeros((*v.shape[:-1], size), layout.dtype).at[..., at].set(v, mode="drop")
-                for v, at, size in zip(layout.spread(u), places, layout.sizes, strict=True)]
+        return [
+            jnp.zeros((*v.shape[:-1], size), layout.dtype).at[..., at].set(v, mode="drop")
+            for v, at, size in zip(layout.spread(u), places, layout.sizes, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +144,15 @@ class RandomPermutation(Selection):
 
     def choose(self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array):
         drawn = jax.vmap(partial(_sample, rank=self.rank))(
-            jax.random.split(key, layout.n), jnp.asarray(layout.dims))
+            jax.random.split(key, layout.n), jnp.asarray(layout.dims)
+        )
         index = jnp.where(is_due(state.updates, self.redraw)[:, None], drawn, state.indices)
-        return (layout.leaves(state.rows), index, (index >= 0).astype(layout.dtype),
-                jnp.ones(layout.n, bool))
+        return (
+            layout.leaves(state.rows),
+            index,
+            (index >= 0).astype(layout.dtype),
+            jnp.ones(layout.n, bool),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,13 +200,26 @@ class TopK(Selection):
 
     def choose(self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array):
         decay, gain = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
-        rows = [decay * v + gain * _weigh(w, jnp.square(y.astype(layout.dtype)))
-                for v, w, y in zip(layout.leaves(state.rows), layout.spread(correction.weights),
-                                   correction.columns, strict=True)]
+        rows = [
+            decay * v + gain * _weigh(w, jnp.square(y.astype(layout.dtype)))
+            for v, w, y in zip(
+                layout.leaves(state.rows),
+                layout.spread(correction.weights),
+                correction.columns,
+                strict=True,
+            )
+        ]
         total = layout.gather([jnp.sum(v) for v in rows])
-        index = _largest(layout, self.rank, [
-            jnp.where(v[0] != 0, s, -jnp.inf) for v, s in
-            zip(rows, self.scores(layout, [jnp.abs(v[0]) for v in rows], key), strict=True)])
+        index = _largest(
+            layout,
+            self.rank,
+            [
+                jnp.where(v[0] != 0, s, -jnp.inf)
+                for v, s in zip(
+                    rows, self.scores(layout, [jnp.abs(v[0]) for v in rows], key), strict=True
+                )
+            ],
+        )
         lam = self.project(layout, state._replace(indices=index), [v[0] for v in rows])
         order = jnp.argsort(-jnp.abs(lam), axis=1)
         index, lam = jnp.take_along_axis(index, order, 1), jnp.take_along_axis(lam, order, 1)
@@ -227,8 +264,10 @@ class WeightedPermutation(TopK):
         keys = jax.random.split(key, max(1, len(sizes)))
         # The ordinary generator has ties among the largest of more than 2^23 numbers.
         gumbel = partial(jax.random.gumbel, dtype=layout.dtype, mode="high")
-        return [self.power * jnp.log(jnp.where(x > 0, x, 1)) + gumbel(k, x.shape)
-                for x, k in zip(sizes, keys, strict=False)]
+        return [
+            self.power * jnp.log(jnp.where(x > 0, x, 1)) + gumbel(k, x.shape)
+            for x, k in zip(sizes, keys, strict=False)
+        ]
 
 
 class HistogramState(NamedTuple):
@@ -297,31 +336,53 @@ class Histogram(Basis):
         small = jnp.uint8 if self.rank <= 2**8 else jnp.uint16 if self.rank <= 2**16 else jnp.int32
         rows = lambda dtype: layout.tree([jnp.zeros((1, size), dtype) for size in layout.sizes])
         line = lambda: jnp.zeros((layout.n, self.rank), layout.dtype)
-        return HistogramState(rows(small), rows(layout.dtype), line(), line(),
-                              jnp.zeros(layout.n, jnp.int32))
+        return HistogramState(
+            rows(small), rows(layout.dtype), line(), line(), jnp.zeros(layout.n, jnp.int32)
+        )
 
-    def absorb(self, layout: Layout, state: HistogramState, correction: Increment,
-               accept: jax.Array, key: jax.Array) -> Absorbed:
+    def absorb(
+        self,
+        layout: Layout,
+        state: HistogramState,
+        correction: Increment,
+        accept: jax.Array,
+        key: jax.Array,
+    ) -> Absorbed:
         on = (correction.weights != 0).astype(layout.dtype)
         share = (1 - self.beta) * _linalg.safe_divide(on, jnp.sum(on, axis=1, keepdims=True))
         old, before = layout.leaves(state.rows), layout.leaves(state.mean)
-        mean = [self.beta * x + _weigh(w, y.astype(layout.dtype))
-                for x, w, y in zip(before, layout.spread(share), correction.columns, strict=True)]
+        mean = [
+            self.beta * x + _weigh(w, y.astype(layout.dtype))
+            for x, w, y in zip(before, layout.spread(share), correction.columns, strict=True)
+        ]
         low, high = _extremes(layout, mean)
         ok = accept & jnp.isfinite(high - low)
-        bins = [jnp.where(yes, self._bin(x, a, b).astype(was.dtype), was) for yes, x, a, b, was in
-                zip(layout.spread(ok), mean, layout.spread(low), layout.spread(high), old,
-                    strict=True)]
-        mean = [jnp.where(yes, a, b) for yes, a, b in
-                zip(layout.spread(ok), mean, before, strict=True)]
+        bins = [
+            jnp.where(yes, self._bin(x, a, b).astype(was.dtype), was)
+            for yes, x, a, b, was in zip(
+                layout.spread(ok), mean, layout.spread(low), layout.spread(high), old, strict=True
+            )
+        ]
+        mean = [
+            jnp.where(yes, a, b) for yes, a, b in zip(layout.spread(ok), mean, before, strict=True)
+        ]
         pick = lambda new, old: jnp.where(ok.reshape(-1, *[1] * (new.ndim - 1)), new, old)
         r = self.rank
-        shared = layout.gather([
-            _count(a[0].astype(jnp.int32) * r + b[0], r * r) for a, b in
-            zip(bins, old, strict=True)], (r * r,)).reshape(-1, r, r)
+        shared = layout.gather(
+            [
+                _count(a[0].astype(jnp.int32) * r + b[0], r * r)
+                for a, b in zip(bins, old, strict=True)
+            ],
+            (r * r,),
+        ).reshape(-1, r, r)
         counts = pick(jnp.sum(shared, axis=2), state.counts)
-        new = HistogramState(layout.tree(bins), layout.tree(mean), counts,
-                             (counts > 0).astype(layout.dtype), state.updates + ok)
+        new = HistogramState(
+            layout.tree(bins),
+            layout.tree(mean),
+            counts,
+            (counts > 0).astype(layout.dtype),
+            state.updates + ok,
+        )
         c = _scale(counts)[:, :, None] * shared * _scale(state.counts)[:, None, :]
         u = self.project(layout, new, correction.columns)
         return Absorbed(new, c, u, accept & ~ok)
@@ -331,15 +392,19 @@ class Histogram(Basis):
 
     def project(self, layout: Layout, state: HistogramState, vector: Vector | Columns) -> jax.Array:
         sums = partial(jax.ops.segment_sum, num_segments=self.rank)
-        parts = [sums(x.astype(layout.dtype).T, bins[0].astype(jnp.int32))
-                 for x, bins in zip(vector, layout.leaves(state.rows), strict=True)]
+        parts = [
+            sums(x.astype(layout.dtype).T, bins[0].astype(jnp.int32))
+            for x, bins in zip(vector, layout.leaves(state.rows), strict=True)
+        ]
         total = layout.gather(parts, parts[0].shape)
         return jnp.einsum("nr,nr...->nr...", _scale(state.counts), total)
 
     def unproject(self, layout: Layout, state: HistogramState, u: jax.Array) -> Vector | Columns:
         scaled = jnp.einsum("nr,n...r->n...r", _scale(state.counts), u)
-        return [x[..., bins[0]] for x, bins in
-                zip(layout.spread(scaled), layout.leaves(state.rows), strict=True)]
+        return [
+            x[..., bins[0]]
+            for x, bins in zip(layout.spread(scaled), layout.leaves(state.rows), strict=True)
+        ]
 
     def _bin(self, x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
         place = jnp.floor(_linalg.safe_divide(x - low, high - low) * self.rank)
@@ -358,8 +423,10 @@ def _starts(layout: Layout) -> list[int]:
 def _local(layout: Layout, index: jax.Array) -> list[jax.Array]:
     """Coordinates of each group as those ``(r,)`` of every leaf; of others the leaf's size."""
     local = [at - start for at, start in zip(layout.spread(index), _starts(layout), strict=True)]
-    return [jnp.where((at >= 0) & (at < size) & (of >= 0), at, size)
-            for at, of, size in zip(local, layout.spread(index), layout.sizes, strict=True)]
+    return [
+        jnp.where((at >= 0) & (at < size) & (of >= 0), at, size)
+        for at, of, size in zip(local, layout.spread(index), layout.sizes, strict=True)
+    ]
 
 
 def _weigh(weights: jax.Array, columns: jax.Array) -> jax.Array:
@@ -369,7 +436,7 @@ def _weigh(weights: jax.Array, columns: jax.Array) -> jax.Array:
 
 def _take(x: jax.Array, at: jax.Array) -> jax.Array:
     """Entries ``(r,)`` of a leaf's vector, or ``(r, k)`` of its columns; 0 beyond its end."""
-    if x.shape[-1] == 0:                                 # which XLA does not gather from
+    if x.shape[-1] == 0:  # which XLA does not gather from
         return jnp.zeros((at.shape[0], *x.shape[:-1]), x.dtype)
     return x.at[..., at].get(mode="fill", fill_value=0).T
 

@@ -32,12 +32,19 @@ class Tracker(Average):
         v = jnp.where(live[:, None], v, 0)
         z, memory = self.move(memory, v, v @ rows, x, lam, seen.columns)
         # What a method keeps for itself is in use, but has no curvature.
-        own = jnp.where(jnp.any(z[self.rank:] != 0, axis=1), jnp.finfo(lam.dtype).tiny, 0)
+        own = jnp.where(jnp.any(z[self.rank :] != 0, axis=1), jnp.finfo(lam.dtype).tiny, 0)
         return Turn(z, jnp.concatenate([lam, own]), memory)
 
     @abc.abstractmethod
-    def move(self, memory: Any, v: jax.Array, rows: jax.Array, x: jax.Array, lam: jax.Array,
-             count: jax.Array) -> tuple[jax.Array, Any]:
+    def move(
+        self,
+        memory: Any,
+        v: jax.Array,
+        rows: jax.Array,
+        x: jax.Array,
+        lam: jax.Array,
+        count: jax.Array,
+    ) -> tuple[jax.Array, Any]:
         """The subspace turned towards columns: orthonormal rows ``(slots, slots + k)``.
 
         Args:
@@ -89,8 +96,9 @@ class OPAST(Tracker):
 
     def move(self, memory, v, rows, x, lam, count):
         a = rows @ x
-        return _linalg.lean(rows, _linalg.safe_divide(a, lam[:, None]), x - rows.T @ a,
-                            jnp.arctan), memory
+        return _linalg.lean(
+            rows, _linalg.safe_divide(a, lam[:, None]), x - rows.T @ a, jnp.arctan
+        ), memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,5 +150,6 @@ def _seated(seen: Seen, rank: int) -> jax.Array:
     """The old basis in ``[Q, fresh]``, with fresh directions in dead slots: ``(r, slots + k)``."""
     live = seen.live[:rank, None]
     turn = jnp.cumsum(~live)[:, None] == jnp.cumsum(seen.fresh)
-    return jnp.concatenate([jnp.eye(rank, seen.live.shape[0], dtype=bool) & live,
-                            ~live & seen.fresh & turn], axis=1).astype(seen.y.dtype)
+    return jnp.concatenate(
+        [jnp.eye(rank, seen.live.shape[0], dtype=bool) & live, ~live & seen.fresh & turn], axis=1
+    ).astype(seen.y.dtype)

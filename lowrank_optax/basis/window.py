@@ -70,33 +70,55 @@ class CommonDirections(Ring):
 
     def init(self, layout: Layout, key: jax.Array) -> RingState:
         # The parameters as they were, in their own dtype: differences of rounded ones are noise.
-        last = [jnp.zeros((1, size), dtype)
-                for size, dtype in zip(layout.sizes, layout.dtypes, strict=True)]
+        last = [
+            jnp.zeros((1, size), dtype)
+            for size, dtype in zip(layout.sizes, layout.dtypes, strict=True)
+        ]
         return super().init(layout, key)._replace(memory=layout.tree(last))
 
-    def absorb(self, layout: Layout, state: RingState, correction: Increment, accept: jax.Array,
-               key: jax.Array) -> Absorbed:
-        check(correction.params is not None, "CommonDirections needs the parameters, which were "
-              "not passed: call tx.update(grads, state, params).")
+    def absorb(
+        self,
+        layout: Layout,
+        state: RingState,
+        correction: Increment,
+        accept: jax.Array,
+        key: jax.Array,
+    ) -> Absorbed:
+        check(
+            correction.params is not None,
+            "CommonDirections needs the parameters, which were "
+            "not passed: call tx.update(grads, state, params).",
+        )
         last = layout.leaves(state.memory)
-        here = [jnp.reshape(x, (1, -1)).astype(y.dtype)
-                for x, y in zip(layout.leaves(correction.params), last, strict=True)]
-        step = [x.astype(layout.dtype) - y.astype(layout.dtype)
-                for x, y in zip(here, last, strict=True)]
+        here = [
+            jnp.reshape(x, (1, -1)).astype(y.dtype)
+            for x, y in zip(layout.leaves(correction.params), last, strict=True)
+        ]
+        step = [
+            x.astype(layout.dtype) - y.astype(layout.dtype) for x, y in zip(here, last, strict=True)
+        ]
         # Of unit length, so that no dtype of the rows is too narrow for a short step.
         size = jnp.sqrt(layout.gram(step)[:, 0])
         step = [_linalg.safe_divide(x, c) for x, c in zip(step, layout.spread(size), strict=True)]
         recent = slice(1 - self.rank, None)
-        columns = [jnp.concatenate([s.astype(y.dtype), y[recent]])
-                   for s, y in zip(step, correction.columns, strict=True)]
+        columns = [
+            jnp.concatenate([s.astype(y.dtype), y[recent]])
+            for s, y in zip(step, correction.columns, strict=True)
+        ]
         begun = jnp.any(state.weights != 0, axis=1, keepdims=True)
         on = jnp.concatenate([begun & (size != 0), correction.weights[:, recent] != 0], axis=1)
-        done = super().absorb(layout, state, correction._replace(
-            columns=columns, weights=on.astype(layout.dtype), signed=False), accept, key)
-        kept = [jnp.where(ok, x, y) for ok, x, y in
-                zip(layout.spread(accept & ~done.failed), here, last, strict=True)]
-        return done._replace(state=done.state._replace(memory=layout.tree(kept)),
-                             u=done.u[..., 1:])
+        done = super().absorb(
+            layout,
+            state,
+            correction._replace(columns=columns, weights=on.astype(layout.dtype), signed=False),
+            accept,
+            key,
+        )
+        kept = [
+            jnp.where(ok, x, y)
+            for ok, x, y in zip(layout.spread(accept & ~done.failed), here, last, strict=True)
+        ]
+        return done._replace(state=done.state._replace(memory=layout.tree(kept)), u=done.u[..., 1:])
 
     def eigenbasis(self, state: RingState) -> Eigenbasis:
         return Eigenbasis(state.lam, state.lam != 0)
@@ -204,11 +226,17 @@ class LowRankFactor(Ring, Spectrum):
     def __post_init__(self):
         Spectrum.__post_init__(self)
         Ring.__post_init__(self)
-        check(isinstance(self.overflow, Overflow), f"LowRankFactor: overflow is {self.overflow!r}; "
-              "pass Reconstruct(), DropOldest() or DropSmallest() from lowrank_optax.basis.")
+        check(
+            isinstance(self.overflow, Overflow),
+            f"LowRankFactor: overflow is {self.overflow!r}; "
+            "pass Reconstruct(), DropOldest() or DropSmallest() from lowrank_optax.basis.",
+        )
         keep = self.overflow.kept(self.rank)
-        check(keep is None or keep <= self.rank, f"LowRankFactor: {self.overflow!r} keeps more "
-              f"than the rank of {self.rank}; pass a keep of at most that.")
+        check(
+            keep is None or keep <= self.rank,
+            f"LowRankFactor: {self.overflow!r} keeps more "
+            f"than the rank of {self.rank}; pass a keep of at most that.",
+        )
 
     def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
         return self.overflow.place(old, gram, weights)
@@ -219,16 +247,26 @@ class LowRankFactor(Ring, Spectrum):
     def eigenbasis(self, state: RingState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))
 
-    def absorb(self, layout: Layout, state: RingState, correction: Increment, accept: jax.Array,
-               key: jax.Array) -> Absorbed:
+    def absorb(
+        self,
+        layout: Layout,
+        state: RingState,
+        correction: Increment,
+        accept: jax.Array,
+        key: jax.Array,
+    ) -> Absorbed:
         keep = self.overflow.kept(self.rank)
         if keep is None:
             return super().absorb(layout, state, correction, accept, key)
         rows = layout.leaves(state.rows)
         columns = cast_like(correction.columns, rows)
         small, cut = jax.vmap(partial(self._cut, keep=keep, signed=correction.signed))(
-            state._replace(rows=()), layout.dot(rows, columns), layout.gram(columns),
-            correction.weights, accept)
+            state._replace(rows=()),
+            layout.dot(rows, columns),
+            layout.gram(columns),
+            correction.weights,
+            accept,
+        )
         rows = write(rows, layout, cut.slots, columns)
         rows, small = self._rebuild(layout, rows, columns, small, cut, keep)
         return Absorbed(small._replace(rows=layout.tree(rows)), cut.c, cut.u, cut.failed)
@@ -252,15 +290,25 @@ class LowRankFactor(Ring, Spectrum):
         root = jnp.sqrt(jnp.abs(lam))
         added = old._replace(
             gram=stay[:, None] * old.gram * stay + seated + seated.T + place.T @ corner @ place,
-            weights=stay * old.weights + place.T @ weights, lam=lam, t=t[:, :m] + t[:, m:] @ place)
-        rebuilt = old._replace(gram=jnp.diag(jnp.abs(lam)), weights=jnp.sign(lam), lam=lam,
-                               t=jnp.diag(_linalg.safe_divide(1.0, root)))
+            weights=stay * old.weights + place.T @ weights,
+            lam=lam,
+            t=t[:, :m] + t[:, m:] @ place,
+        )
+        rebuilt = old._replace(
+            gram=jnp.diag(jnp.abs(lam)),
+            weights=jnp.sign(lam),
+            lam=lam,
+            t=jnp.diag(_linalg.safe_divide(1.0, root)),
+        )
         pick = lambda a, b, o: jnp.where(ok, jnp.where(full, a, b), o)
-        c = jnp.where(ok, t @ jnp.concatenate([old.gram, beside.T]) @ old.t.T,
-                      jnp.eye(m, dtype=s.dtype))
+        c = jnp.where(
+            ok, t @ jnp.concatenate([old.gram, beside.T]) @ old.t.T, jnp.eye(m, dtype=s.dtype)
+        )
         u = jnp.where(ok, t @ jnp.concatenate([s, jnp.where(on[:, None], gram, 0)]), old.t @ s)
-        return (jax.tree.map(pick, rebuilt, added, old),
-                _Cut(slots, ok & full, root[:, None] * t, c, u, accept & ~fine))
+        return (
+            jax.tree.map(pick, rebuilt, added, old),
+            _Cut(slots, ok & full, root[:, None] * t, c, u, accept & ~fine),
+        )
 
     def _rebuild(self, layout, rows: Columns, columns: Columns, small: RingState, cut, keep: int):
         """``W <- sqrt(|lam|) Q^T`` in place, for the groups that overflow; ``K`` measured."""
@@ -269,14 +317,16 @@ class LowRankFactor(Ring, Spectrum):
 
         def mix(leaf: int, start: jax.Array, block: jax.Array) -> jax.Array:
             new = lax.dynamic_slice_in_dim(columns[leaf], start, block.shape[1], 1)
-            return (combine(mixes[leaf][:, :m], block, layout.dtype)
-                    + combine(mixes[leaf][:, m:], new, layout.dtype))
+            return combine(mixes[leaf][:, :m], block, layout.dtype) + combine(
+                mixes[leaf][:, m:], new, layout.dtype
+            )
 
         rows, gram, _ = rewrite(rows, layout, cut.full, keep, mix)
         rest = [(0, 0), (0, m - keep), (0, m - keep)]
         gram = jnp.where(cut.full[:, None, None], jnp.pad(gram, rest), small.gram)
-        t = jnp.where(cut.full[:, None, None],
-                      jax.vmap(_linalg.orthonormalize)(small.t, gram), small.t)
+        t = jnp.where(
+            cut.full[:, None, None], jax.vmap(_linalg.orthonormalize)(small.t, gram), small.t
+        )
         return rows, small._replace(gram=gram, t=t)
 
 
@@ -294,5 +344,6 @@ class _Cut(NamedTuple):
 def _seat(free: jax.Array, coming: jax.Array) -> jax.Array:
     """Free rows ``(m,)`` for the columns ``(k,)`` that come, in order; ``m`` for the others."""
     order = jnp.argsort(~free)
-    return jnp.where(coming, order[jnp.clip(jnp.cumsum(coming) - 1, 0, free.shape[0] - 1)],
-                     free.shape[0])
+    return jnp.where(
+        coming, order[jnp.clip(jnp.cumsum(coming) - 1, 0, free.shape[0] - 1)], free.shape[0]
+    )

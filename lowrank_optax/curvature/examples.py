@@ -196,8 +196,12 @@ class UnrolledGaussNewton(Collecting):
 def _jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> Any:
     """The gradient of every entry of ``fn(params)``, a tree with a leading axis; in chunks."""
     values, pull = jax.vjp(lambda x: jnp.ravel(fn(x)), params)
-    basis = jnp.eye(values.shape[0], dtype=values.dtype)
-    back = lambda e: pull(e)[0]
-    if chunk is None or chunk >= values.shape[0]:
-        return jax.vmap(back)(basis)
-    return lax.map(back, basis, batch_size=chunk)
+    k = values.shape[0]
+    back = jax.vmap(lambda e: pull(e)[0])
+    if chunk is None or chunk >= k:
+        return back(jnp.eye(k, dtype=values.dtype))
+    # `lax.map` has a batch_size, which fails on leaves without entries.
+    blocks = -(-k // chunk)
+    padded = jnp.eye(blocks * chunk, k, dtype=values.dtype)
+    rows = lax.map(back, jnp.reshape(padded, (blocks, chunk, k)))
+    return jax.tree.map(lambda x: jnp.reshape(x, (blocks * chunk, *x.shape[2:]))[:k], rows)

@@ -175,7 +175,7 @@ class SR1(QuasiNewton):
     ``|(y - Bs)·s| <= tol ‖y - Bs‖ ‖s‖``, and where ``y - B s`` is within rounding of zero. Outside
     the basis ``B = gamma I`` with ``gamma = 2 y·y/y·s`` of the first pair in which ``y·s > 0``, 1
     before that: from ``y·s/s·s`` to ``y·y/y·s`` itself the first update would make ``B`` indefinite
-    or singular. Later pairs do not change it, or they would undo what ``B`` learned of earlier ones.
+    or singular. Later pairs do not change it: they would undo what ``B`` learned of earlier ones.
 
     Eigenvalues can be negative: ``Eigen(..., update_abs=True)`` makes a step descend.
 

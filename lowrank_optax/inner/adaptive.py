@@ -68,8 +68,9 @@ class Adam:
 
     def init(self, rank: int, dtype: Any) -> AdamState:
         zeros = lambda: jnp.zeros(rank, dtype)
-        return AdamState(jnp.zeros((), jnp.int32), Moments(zeros(), zeros()),
-                         zeros() if self.amsgrad else None)
+        return AdamState(
+            jnp.zeros((), jnp.int32), Moments(zeros(), zeros()), zeros() if self.amsgrad else None
+        )
 
     @property
     def laws(self) -> AdamState:
@@ -124,8 +125,9 @@ class FullMatrixAdam:
         check_moments(self)
 
     def init(self, rank: int, dtype: Any) -> FullMatrixAdamState:
-        return FullMatrixAdamState(jnp.zeros((), jnp.int32), jnp.zeros(rank, dtype),
-                                   jnp.zeros((rank, rank), dtype))
+        return FullMatrixAdamState(
+            jnp.zeros((), jnp.int32), jnp.zeros(rank, dtype), jnp.zeros((rank, rank), dtype)
+        )
 
     @property
     def laws(self) -> FullMatrixAdamState:
@@ -194,8 +196,14 @@ class CubicAdam:
 
     def update(self, u: jax.Array, state: CubicAdamState, context: Context):
         count = state.count + 1
-        mean, second, third = (ema(old, u**power, decay) for old, power, decay in (
-            (state.mean, 1, self.b1), (state.second, 2, self.b2), (state.third, 3, self.b3)))
+        mean, second, third = (
+            ema(old, u**power, decay)
+            for old, power, decay in (
+                (state.mean, 1, self.b1),
+                (state.second, 2, self.b2),
+                (state.third, 3, self.b3),
+            )
+        )
         a = jnp.cbrt(debias(third, self.b3, count))
         b = jnp.sqrt(debias(second, self.b2, count))
         c = debias(mean, self.b1, count)

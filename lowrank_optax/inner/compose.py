@@ -81,16 +81,20 @@ class Optax:
     laws: Any = None
 
     def __post_init__(self):
-        check(isinstance(self.transformation, optax.GradientTransformation),
-              f"inner.Optax: the transformation is {self.transformation!r}; pass an "
-              "optax.GradientTransformation.")
+        check(
+            isinstance(self.transformation, optax.GradientTransformation),
+            f"inner.Optax: the transformation is {self.transformation!r}; pass an "
+            "optax.GradientTransformation.",
+        )
 
     def init(self, rank: int, dtype: Any) -> Any:
         state = self.transformation.init(jnp.zeros(rank, dtype))
         if self.laws is None:
-            check(not jax.tree.leaves(state),
-                  f"inner.Optax: the state {type(state).__name__} holds arrays; name how each moves "
-                  "with the basis, as inner.Optax(transformation, laws=...).")
+            check(
+                not jax.tree.leaves(state),
+                f"inner.Optax: the state {type(state).__name__} holds arrays; name how each moves "
+                "with the basis, as inner.Optax(transformation, laws=...).",
+            )
         return state
 
     def update(self, u: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
@@ -101,11 +105,15 @@ class Optax:
 def as_inner(inner: Any) -> Any:
     """A part as it is, a sequence of parts as a `Chain`."""
     if isinstance(inner, optax.GradientTransformation):
-        raise ValueError(f"inner: {inner!r} does not say how its state moves with the basis; pass "
-                         "lro.inner.Optax(transformation, laws=...).")
+        raise ValueError(
+            f"inner: {inner!r} does not say how its state moves with the basis; pass "
+            "lro.inner.Optax(transformation, laws=...)."
+        )
     if isinstance(inner, Sequence) and not isinstance(inner, str):
         return Chain(tuple(inner))
-    check(not isinstance(inner, type) and all(hasattr(inner, a) for a in ("init", "laws", "update")),
-          f"inner: {inner!r} is not an inner part; pass one such as lro.inner.Adam(), or a sequence "
-          "of them.")
+    check(
+        not isinstance(inner, type) and all(hasattr(inner, a) for a in ("init", "laws", "update")),
+        f"inner: {inner!r} is not an inner part; pass one such as lro.inner.Adam(), or a sequence "
+        "of them.",
+    )
     return inner

@@ -139,8 +139,9 @@ class _FullMatrixHessian(abc.ABC):
 
     def init(self, rank: int, dtype: Any) -> FullMatrixHessianState:
         zero = jnp.zeros((), jnp.int32)
-        return FullMatrixHessianState(zero, zero, jnp.zeros(rank, dtype),
-                                      jnp.zeros((rank, rank), dtype))
+        return FullMatrixHessianState(
+            zero, zero, jnp.zeros(rank, dtype), jnp.zeros((rank, rank), dtype)
+        )
 
     @property
     def laws(self) -> FullMatrixHessianState:
@@ -154,9 +155,12 @@ class _FullMatrixHessian(abc.ABC):
         hessian = jnp.where(context.moved, new, old)
         m = debias(hessian, self.b2, jnp.maximum(estimates, 1))
         u = self._inverse(m + self.eps * jnp.eye(u.shape[0], dtype=u.dtype)) @ debias(
-            mean, self.b1, count)
-        return (jnp.where(context.basis.live, u, 0),
-                FullMatrixHessianState(count, estimates, mean, hessian))
+            mean, self.b1, count
+        )
+        return (
+            jnp.where(context.basis.live, u, 0),
+            FullMatrixHessianState(count, estimates, mean, hessian),
+        )
 
     @abc.abstractmethod
     def _estimate(self, old: jax.Array, z: jax.Array, hz: jax.Array) -> jax.Array:
@@ -222,8 +226,11 @@ class FullMatrixBFGSAdam(_FullMatrixHessian):
 
     def _estimate(self, old: jax.Array, z: jax.Array, hz: jax.Array) -> jax.Array:
         bz, sy = old @ z, z @ hz
-        new = (old + _linalg.safe_divide(jnp.outer(hz, hz), sy)
-               - _linalg.safe_divide(jnp.outer(bz, bz), z @ bz))
+        new = (
+            old
+            + _linalg.safe_divide(jnp.outer(hz, hz), sy)
+            - _linalg.safe_divide(jnp.outer(bz, bz), z @ bz)
+        )
         return jnp.where(sy >= 1e-16, new, old)
 
     def _inverse(self, matrix: jax.Array) -> jax.Array:

@@ -76,8 +76,9 @@ class CubicNewton:
         check_count("CubicNewton", "iterations", self.iterations)
 
     def init(self, rank: int, dtype: Any) -> CubicNewtonState:
-        return CubicNewtonState(jnp.asarray(self.sigma, dtype), jnp.zeros((), dtype),
-                                jnp.zeros(rank, dtype))
+        return CubicNewtonState(
+            jnp.asarray(self.sigma, dtype), jnp.zeros((), dtype), jnp.zeros(rank, dtype)
+        )
 
     @property
     def laws(self) -> CubicNewtonState:
@@ -154,8 +155,11 @@ class ThirdOrder:
         check_count("ThirdOrder", "iterations", self.iterations)
 
     def init(self, rank: int, dtype: Any) -> ThirdOrderState:
-        return ThirdOrderState(jnp.zeros(rank, dtype), jnp.zeros((rank, rank), dtype),
-                               jnp.zeros((rank, rank, rank), dtype))
+        return ThirdOrderState(
+            jnp.zeros(rank, dtype),
+            jnp.zeros((rank, rank), dtype),
+            jnp.zeros((rank, rank, rank), dtype),
+        )
 
     @property
     def laws(self) -> ThirdOrderState:
@@ -293,20 +297,24 @@ def _cubic_step(g: jax.Array, basis: Eigenbasis, sigma, iterations: int):
     def alone(above, size):
         """The root ``t`` if the gradient lay along a single eigenvector."""
         bound = sigma * size
-        return _linalg.safe_divide(2 * (bound - above * pole),
-                                   above + pole + jnp.sqrt((above - pole) ** 2 + 4 * bound))
+        return _linalg.safe_divide(
+            2 * (bound - above * pole), above + pole + jnp.sqrt((above - pole) ** 2 + 4 * bound)
+        )
 
     # Every coordinate's own root is a bound from below, from where Newton's method for
     # 1/‖u‖ = sigma/rho, a concave function, comes up to the root and never passes it.
     low = jnp.max(alone(above, jnp.abs(g)), initial=0)
-    high = alone(jnp.min(jnp.where(live, above, jnp.inf), initial=jnp.max(above, initial=0)),
-                 jnp.linalg.norm(g))
+    high = alone(
+        jnp.min(jnp.where(live, above, jnp.inf), initial=jnp.max(above, initial=0)),
+        jnp.linalg.norm(g),
+    )
 
     def body(_, t):
         u = _linalg.safe_divide(g, above + t)
         ratio = _linalg.safe_divide(sigma * jnp.linalg.norm(u), pole + t)
-        slope = (_linalg.safe_divide(_linalg.unit(u) ** 2, above + t).sum()
-                 + _linalg.safe_divide(ratio, pole + t))
+        slope = _linalg.safe_divide(_linalg.unit(u) ** 2, above + t).sum() + _linalg.safe_divide(
+            ratio, pole + t
+        )
         return jnp.clip(t + _linalg.safe_divide(ratio - 1, slope), low, jnp.maximum(low, high))
 
     t = lax.fori_loop(0, iterations, body, low)
@@ -323,15 +331,21 @@ def _secant(tensor: jax.Array, way: jax.Array, change: jax.Array) -> jax.Array:
     s = _linalg.unit(way)
     e = _linalg.safe_divide(change, length) - jnp.einsum("ijk,k->ij", tensor, s)
     es = e @ s
-    new = (_spread(e, s) - _spread(jnp.outer(es, s) + jnp.outer(s, es), s) / 2
-           + (s @ es) * jnp.einsum("i,j,k->ijk", s, s, s))
+    new = (
+        _spread(e, s)
+        - _spread(jnp.outer(es, s) + jnp.outer(s, es), s) / 2
+        + (s @ es) * jnp.einsum("i,j,k->ijk", s, s, s)
+    )
     return jnp.where(length > 0, tensor + new, tensor)
 
 
 def _spread(matrix: jax.Array, s: jax.Array) -> jax.Array:
     """``3 sym(A ⊗ s)`` for a symmetric ``A``."""
-    return (jnp.einsum("ij,k->ijk", matrix, s) + jnp.einsum("ik,j->ijk", matrix, s)
-            + jnp.einsum("jk,i->ijk", matrix, s))
+    return (
+        jnp.einsum("ij,k->ijk", matrix, s)
+        + jnp.einsum("ik,j->ijk", matrix, s)
+        + jnp.einsum("jk,i->ijk", matrix, s)
+    )
 
 
 def _third_order_step(g, hessian, tensor, sigma, iterations: int) -> jax.Array:
@@ -339,16 +353,21 @@ def _third_order_step(g, hessian, tensor, sigma, iterations: int) -> jax.Array:
     n = g.shape[0]
 
     def model(y):
-        return (g @ y + y @ hessian @ y / 2 + jnp.einsum("ijk,i,j,k->", tensor, y, y, y) / 6
-                + sigma * (y @ y) ** 2 / 4)
+        return (
+            g @ y
+            + y @ hessian @ y / 2
+            + jnp.einsum("ijk,i,j,k->", tensor, y, y, y) / 6
+            + sigma * (y @ y) ** 2 / 4
+        )
 
     lengths = jnp.concatenate([2.0 ** -jnp.arange(12, dtype=g.dtype), jnp.zeros(1, g.dtype)])
 
     def body(_, y):
         ty = jnp.einsum("ijk,k->ij", tensor, y)
         slope = g + hessian @ y + ty @ y / 2 + sigma * (y @ y) * y
-        curvature = hessian + ty + sigma * ((y @ y) * jnp.eye(n, dtype=g.dtype)
-                                            + 2 * jnp.outer(y, y))
+        curvature = (
+            hessian + ty + sigma * ((y @ y) * jnp.eye(n, dtype=g.dtype) + 2 * jnp.outer(y, y))
+        )
         step = _linalg.matrix_power(curvature, -1.0, abs=True) @ slope
         tries = y - lengths[:, None] * step
         return tries[jnp.argmin(jax.vmap(model)(tries))]

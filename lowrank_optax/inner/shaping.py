@@ -26,8 +26,9 @@ class Cautious(Stateless):
     def update(self, u: jax.Array, state: Any, context: Context):
         mask = (u * context.g > 0).astype(u.dtype)
         if self.normalize:
-            mask = mask * _linalg.safe_divide(jnp.sum(context.basis.live.astype(u.dtype)),
-                                              jnp.sum(mask))
+            mask = mask * _linalg.safe_divide(
+                jnp.sum(context.basis.live.astype(u.dtype)), jnp.sum(mask)
+            )
         return u * mask, state
 
 
@@ -124,8 +125,9 @@ class ClipNormByEMA:
         check_least("ClipNormByEMA", "start", self.start, strict=True)
 
     def init(self, rank: int, dtype: Any) -> ClipNormByEMAState:
-        return ClipNormByEMAState(jnp.zeros((), jnp.int32), jnp.zeros(rank, dtype),
-                                  jnp.zeros((), dtype))
+        return ClipNormByEMAState(
+            jnp.zeros((), jnp.int32), jnp.zeros(rank, dtype), jnp.zeros((), dtype)
+        )
 
     @property
     def laws(self) -> ClipNormByEMAState:

@@ -27,8 +27,10 @@ class LPower(Stateless):
     needs: ClassVar[frozenset[str]] = frozenset({"eigenvalues"})
 
     def __post_init__(self):
-        check(isinstance(self.p, int | float) and abs(self.p) < float("inf"),
-              f"LPower: p is {self.p!r}; pass a finite number such as -0.5.")
+        check(
+            isinstance(self.p, int | float) and abs(self.p) < float("inf"),
+            f"LPower: p is {self.p!r}; pass a finite number such as -0.5.",
+        )
 
     def update(self, u: jax.Array, state: Any, context: Context):
         lam, live = context.basis
