@@ -247,7 +247,7 @@ def adahessian(
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaHessian on the Hessian's diagonal in its own leading eigenbasis.
 
-    ``HutchinsonHessian() × Eigen(rank) × HutchinsonAdam()``:
+    ``HutchinsonHessian() × Eigen(rank, eig_tol=1e-8) × HutchinsonAdam()``:
 
     .. math:: x \leftarrow x - \eta\, Q\, \frac{\hat m}{\sqrt{\hat D} + \epsilon},\quad
               D \leftarrow b_2 D + (1-b_2)\,\bigl(Q^T z \circ Q^T H z\bigr)^2
@@ -288,7 +288,7 @@ def adahessian(
     return lre(
         learning_rate,
         curvature,
-        bases.Eigen(rank),
+        bases.Eigen(rank, eig_tol=1e-8),
         inners.HutchinsonAdam(b1, b2, eps),
         **options,
     )
@@ -308,7 +308,7 @@ def sophia_h(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sophia-H on the Hessian's diagonal in its own leading eigenbasis.
 
-    ``HutchinsonHessian() × Eigen(rank) × (HutchinsonAdam(gamma=gamma, debias=False),
+    ``HutchinsonHessian() × Eigen(rank, eig_tol=1e-8) × (HutchinsonAdam(gamma=gamma, debias=False),
     ClipValue(1))``:
 
     .. math:: x \leftarrow x - \eta\, Q\, \mathrm{clip}\!\left(
@@ -353,7 +353,7 @@ def sophia_h(
     return lre(
         learning_rate,
         curvature,
-        bases.Eigen(rank),
+        bases.Eigen(rank, eig_tol=1e-8),
         (inners.HutchinsonAdam(b1, b2, eps, gamma, debias=False), inners.ClipValue(1.0)),
         update_every=update_every,
         **options,
@@ -370,7 +370,7 @@ def natural_gradient(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Online natural gradient: the running average of the empirical Fisher matrix, inverted.
 
-    ``EmpiricalFisher() × Eigen(rank, beta) × LInv()``:
+    ``EmpiricalFisher() × Eigen(rank, beta, count_columns=False) × LInv()``:
 
     .. math:: x \leftarrow x - \eta\, Q\,(\mathrm{diag}(\lambda) + \mu I)^{-1} Q^T g,\quad
               F \leftarrow \beta F + (1-\beta) \sum_i g_i g_i^T
@@ -411,7 +411,7 @@ def natural_gradient(
     return lre(
         learning_rate,
         curvatures.EmpiricalFisher(),
-        bases.Eigen(rank, beta, update_damping=damping),
+        bases.Eigen(rank, beta, count_columns=False, update_damping=damping),
         inners.LInv(),
         **{"warmup_steps": 1, **options},
     )

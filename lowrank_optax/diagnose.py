@@ -14,7 +14,8 @@ class Summary(NamedTuple):
     """The state of one step, all of it from small arrays.
 
     Attributes:
-      spectrum: ``(n, r)`` stored eigenvalues in descending order, 0 in dead slots.
+      spectrum: ``(n, r)`` eigenvalues as stored, in descending order, 0 in dead slots; averages are
+        not corrected for their start, so that theirs begin small.
       effective_rank: ``(n,)``, `effective_rank` of the spectrum.
       captured_energy: ``(n,)``, ``‖Q^T g‖² / ‖g‖²`` of the last step.
       orthogonality_error: ``(n,)``, ``max|Q^T Q - I|`` as the stored Gram matrices have it.

@@ -189,6 +189,12 @@ def scale_by_lre(
     )
     if isinstance(complement, int | float):
         check_least("scale_by_lre", "complement", complement)
+    kinds = (int, float, jax.Array, LPower, optax.GradientTransformation)
+    check(
+        complement is None or isinstance(complement, kinds),
+        f"scale_by_lre: complement is {complement!r}; pass a number, an optax transformation, or a "
+        "power such as lowrank_optax.inner.LInv().",
+    )
     if isinstance(complement, optax.GradientTransformation):
         complement = optax.with_extra_args_support(complement)
     _check_product(curvature, basis, rule, complement)
@@ -314,7 +320,7 @@ class _Engine:
             count=count,
             steps=_tally(state.steps, taken),
             since=jnp.where(moved, 0, _tally(state.since, taken)),
-            curvature=new.curvature,
+            curvature=self.curvature.undo(layout, new.failed, new.curvature, state.curvature),
             basis=new.basis,
             inner=inside,
             complement=rest,
@@ -411,7 +417,21 @@ class _Engine:
             b[0] + jnp.where(a, jnp.reshape(x, -1), 0)
             for a, b, x in zip(on, both, layout.leaves(apart), strict=True)
         ]
-        return step, jax.tree.map(partial(jnp.where, jnp.any(active)), rest, state)
+        return step, _advance(complement, layout, active, rest, state)
+
+
+def _advance(tx, layout: Layout, active: jax.Array, new: Any, old: Any) -> Any:
+    """The new state in the ``active`` groups; what belongs to no leaf moves if any group does."""
+    some = jnp.any(active)
+    if layout.n == 1:
+        return jax.tree.map(partial(jnp.where, some), new, old)
+    return optax.tree.map_params(
+        tx,
+        lambda pair, on: jnp.where(on, pair[0], pair[1]),
+        jax.tree.map(lambda a, b: jnp.stack([a, b]), new, old),
+        layout.tree(layout.spread(active)),
+        transform_non_params=lambda pair: jnp.where(some, pair[0], pair[1]),
+    )
 
 
 def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement: Any) -> None:

@@ -58,8 +58,9 @@ def assert_eigenpairs(state, reference, tol=1e-9):
     """``Q`` orthonormal on live slots, ``lam`` descending by size, ``Q lam Q^T`` the reference."""
     q, lam = vectors(state), spectrum(state)
     live = (lam != 0).astype(float)
-    np.testing.assert_allclose(q @ np.swapaxes(q, -1, -2), live[..., None] * np.eye(lam.shape[-1]),
-                               atol=tol)
+    np.testing.assert_allclose(
+        q @ np.swapaxes(q, -1, -2), live[..., None] * np.eye(lam.shape[-1]), atol=tol
+    )
     assert np.all(np.diff(np.abs(lam), axis=-1) <= tol * np.abs(lam[:, :1]))
     assert_same(matrix(state), reference, tol)
 
@@ -110,7 +111,7 @@ def test_collected_gradients(every, basis):
     _, states = after_each(tx, jnp.asarray(g))
     columns, weights = np.zeros((0, 3, 8)), np.zeros((0, 3))
     for last in range(0, 11, every):
-        since = g[max(0, last - every + 1):last + 1][-3:]
+        since = g[max(0, last - every + 1) : last + 1][-3:]
         pad = 3 - len(since)
         columns = np.concatenate([columns, np.pad(since, ((pad, 0), (0, 0)))[None]])
         weights = np.concatenate([weights, np.repeat([0.0, 1.0], [pad, len(since)])[None]])
@@ -162,13 +163,17 @@ def test_full_matrix(stream, beta, signed):
             b = b + outer(many, ws) if beta is None else beta * b + (1 - beta) * outer(many, ws)
         lam, q = np.linalg.eigh(b)
         reference.append(b if signed else (q * np.maximum(lam, 0)) @ q.T)
-    state = absorbed(lro.basis.FullMatrix(beta), stream.columns, weights, sizes=stream.sizes,
-                     signed=signed)
+    state = absorbed(
+        lro.basis.FullMatrix(beta), stream.columns, weights, sizes=stream.sizes, signed=signed
+    )
     assert_eigenpairs(state, np.stack(reference))
 
 
-@pytest.mark.parametrize("basis", [lro.basis.GGT(5), EIGEN(5, buffer=3), lro.basis.FullMatrix()],
-                         ids=lambda basis: type(basis).__name__)
+@pytest.mark.parametrize(
+    "basis",
+    [lro.basis.GGT(5), EIGEN(5, buffer=3), lro.basis.FullMatrix()],
+    ids=lambda basis: type(basis).__name__,
+)
 def test_single_precision(basis):
     columns = dense_gradients(12, 9).astype(np.float32)[:, None]
     weights = np.ones((12, 1), np.float32)
@@ -194,8 +199,10 @@ def test_single_precision(basis):
         ({"damping": 0.5}, lambda lam: lam + 0.5),
         ({"rdamping": 0.1}, lambda lam: lam + 0.1 * lam.max()),
         ({"truncate": 2}, lambda lam: np.where(np.arange(4) < 2, lam, 0)),
-        ({"eig_tol": 0.1, "damping": 0.5, "truncate": 3},
-         lambda lam: np.where((lam > 0.1 * lam.max()) & (np.arange(4) < 3), lam + 0.5, 0)),
+        (
+            {"eig_tol": 0.1, "damping": 0.5, "truncate": 3},
+            lambda lam: np.where((lam > 0.1 * lam.max()) & (np.arange(4) < 3), lam + 0.5, 0),
+        ),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
@@ -235,7 +242,7 @@ def test_eigen_step_sees_corrected_and_damped_eigenvalues(beta):
     kept = recursion(g[:, None], np.ones((5, 1)), 3, beta, 1e-4)
     for i, (b, update) in enumerate(zip(kept, updates, strict=True)):
         lam, q = np.linalg.eigh(b)
-        lam, q = lam[-min(3, i + 1):], q[:, -min(3, i + 1):]
+        lam, q = lam[-min(3, i + 1) :], q[:, -min(3, i + 1) :]
         lam = (lam + (0.25 if i else 0)) / (1 if beta is None else 1 - beta ** (i + 1))
         np.testing.assert_allclose(update, (q / lam) @ q.T @ g[i], rtol=1e-8)
 
@@ -262,8 +269,12 @@ def orthogonality(basis, dimension, signals, condition):
         state = run(state, list(jnp.asarray(g, jnp.float32)))
         lam = np.asarray(state.basis.lam, np.float64)
         live = lam != 0
-        q = np.stack([np.asarray(t, np.float64) @ np.asarray(w, np.float64)
-                      for t, w in zip(state.basis.t, state.basis.rows, strict=True)])
+        q = np.stack(
+            [
+                np.asarray(t, np.float64) @ np.asarray(w, np.float64)
+                for t, w in zip(state.basis.t, state.basis.rows, strict=True)
+            ]
+        )
         error = np.abs(q @ np.swapaxes(q, 1, 2) - live[..., None] * np.eye(lam.shape[1]))
         errors.append(error.max((1, 2)))
         units.append(np.finfo(np.float32).eps * lam.max(1) / np.where(live, lam, np.inf).min(1))
@@ -273,9 +284,11 @@ def orthogonality(basis, dimension, signals, condition):
 STREAMS = [(300, 4, 1), (1500, 10, 100)]
 
 
-@pytest.mark.parametrize("basis", [EIGEN(16), EIGEN(16, None, eig_tol=1e-8),
-                                   lro.basis.GGT(16, eig_tol=1e-2)],
-                         ids=["eigen", "eigen_sum", "ggt"])
+@pytest.mark.parametrize(
+    "basis",
+    [EIGEN(16), EIGEN(16, None, eig_tol=1e-8), lro.basis.GGT(16, eig_tol=1e-2)],
+    ids=["eigen", "eigen_sum", "ggt"],
+)
 @pytest.mark.parametrize("stream", STREAMS, ids=str)
 def test_orthonormal(basis, stream):
     errors, _ = orthogonality(basis, *stream)
@@ -330,9 +343,15 @@ class Ledger:
 
     @property
     def laws(self):
-        return {"scalar": lro.SCALAR, "vector": lro.VECTOR, "second": lro.SECOND_MOMENT,
-                "third": lro.THIRD_MOMENT, "matrix": lro.MATRIX, "tensor": lro.TENSOR,
-                "pair": lro.MOMENTS}
+        return {
+            "scalar": lro.SCALAR,
+            "vector": lro.VECTOR,
+            "second": lro.SECOND_MOMENT,
+            "third": lro.THIRD_MOMENT,
+            "matrix": lro.MATRIX,
+            "tensor": lro.TENSOR,
+            "pair": lro.MOMENTS,
+        }
 
     def init(self, rank, dtype):
         zeros = powers(jnp.zeros(rank, dtype)) | {"scalar": jnp.zeros((), dtype)}
@@ -411,8 +430,12 @@ COMPLEMENTS = {
     "none": (None, lambda apart: 0 * apart),
     "zero": (0.0, lambda apart: 0 * apart),
     "scale": (0.3, lambda apart: 0.3 * apart),
-    "optax": (optax.trace(0.5), lambda apart: np.stack(
-        [sum(0.5 ** (i - j) * apart[j] for j in range(i + 1)) for i in range(len(apart))])),
+    "optax": (
+        optax.trace(0.5),
+        lambda apart: np.stack(
+            [sum(0.5 ** (i - j) * apart[j] for j in range(i + 1)) for i in range(len(apart))]
+        ),
+    ),
 }
 
 
@@ -501,8 +524,11 @@ def test_turned_parameters_turn_the_updates(basis):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("basis", [lro.basis.GGT(6), EIGEN(6, None), lro.basis.FullMatrix(None)],
-                         ids=lambda basis: type(basis).__name__)
+@pytest.mark.parametrize(
+    "basis",
+    [lro.basis.GGT(6), EIGEN(6, None), lro.basis.FullMatrix(None)],
+    ids=lambda basis: type(basis).__name__,
+)
 @pytest.mark.parametrize("signed", [False, True])
 def test_symmetrize(basis, signed):
     rng = np.random.default_rng(0)
@@ -513,5 +539,6 @@ def test_symmetrize(basis, signed):
     exact = absorbed(basis, y, weights, right=z, signed=signed, symmetrize=False)
     np.testing.assert_allclose(matrix(exact)[0], start + (both + both.T) / 2, atol=1e-10)
     single = absorbed(basis, y, weights, right=z, signed=signed, symmetrize=True)
-    np.testing.assert_allclose(matrix(single)[0], start + outer((y[0] + z[0]) / 2, weights[0]),
-                               atol=1e-10)
+    np.testing.assert_allclose(
+        matrix(single)[0], start + outer((y[0] + z[0]) / 2, weights[0]), atol=1e-10
+    )

@@ -91,12 +91,17 @@ def test_every_combination(names):
     ids=["curvature", "basis", "inner"],
 )
 def test_no_part_is_left_out(module, registry, base):
-    tried = {type(p) for part in registry.values()
-             for p in (part if isinstance(part, tuple) else (part,))}
+    tried = {
+        type(p)
+        for part in registry.values()
+        for p in (part if isinstance(part, tuple) else (part,))
+    }
     parts = (getattr(module, name) for name in module.__all__)
     public = {
-        x for x in parts
-        if inspect.isclass(x) and not inspect.isabstract(x)
+        x
+        for x in parts
+        if inspect.isclass(x)
+        and not inspect.isabstract(x)
         and (issubclass(x, base) if base else hasattr(x, "laws"))
     }
     assert public - {lro.inner.Chain} == tried

@@ -145,7 +145,8 @@ def test_inner_part_that_gives_nan(basis):
     """The basis keeps what it learned, the inner state moves with it but takes no step."""
     grads = [good(0), scaled(good(1), 1e2 * HUGE), good(2)]
     tx = lro.scale_by_lre(COVARIANCE, BASES[basis], (inner.EMA(), Touchy()))
-    (_, before), (updates, after), (later, _) = history(quick_jit(tx.update), tx.init(PARAMS), grads)
+    steps = history(quick_jit(tx.update), tx.init(PARAMS), grads)
+    (_, before), (updates, after), (later, _) = steps
     assert still(updates)
     assert [int(n[0]) for n in after.events] == [0, 0, 0, 1]
     assert int(after.steps[0]) == int(after.inner[0].count[0]) == 1
@@ -191,9 +192,9 @@ def build(*args, **kwargs):
     return lambda: lro.scale_by_lre(*args, **kwargs)
 
 
-def first(tx, params=PARAMS, grads=None, **kwargs):
-    """One step of ``tx`` on gradients that may not be those of ``params``."""
-    return tx.update(good(0) if grads is None else grads, tx.init(params), **kwargs)
+def first(tx, grads=None):
+    """Traces the first step of ``tx`` on gradients that may not be those of its parameters."""
+    return jax.eval_shape(tx.update, good(0) if grads is None else grads, tx.init(PARAMS))
 
 
 GGT, ADAM = lro.basis.GGT(4), inner.Adam()
@@ -237,24 +238,44 @@ WRONG = {
     "groups": (build(COVARIANCE, GGT, ADAM, groups="leaf"), "'leaf'", "per_leaf"),
     "dtype": (build(COVARIANCE, GGT, ADAM, dtype=jnp.int8), "int8", "bfloat16"),
     "optax without laws": (build(COVARIANCE, GGT, WITHOUT_LAWS), "GradientTransformation", "laws="),
-    "Optax without laws": (lambda: first(lro.scale_by_lre(
-        COVARIANCE, GGT, inner.Optax(WITHOUT_LAWS))), "ScaleByAdamState", "laws="),
+    "Optax without laws": (
+        lambda: first(lro.scale_by_lre(COVARIANCE, GGT, inner.Optax(WITHOUT_LAWS))),
+        "ScaleByAdamState",
+        "laws=",
+    ),
     "Optax of no optax": (lambda: inner.Optax(3), "3", "GradientTransformation"),
     "weight decay negative": (lambda: lro.lre(1e-2, weight_decay=-1.0), "-1.0", "at least 0"),
-    "weight decay without params": (lambda: first(lro.lre(1e-2, basis=GGT, weight_decay=0.1)),
-                                    "0.1", "params"),
+    "weight decay without params": (
+        lambda: first(lro.lre(1e-2, basis=GGT, weight_decay=0.1)),
+        "0.1",
+        "params",
+    ),
     "integer leaf": (lambda: TX.init({"n": jnp.arange(3)}), "int32", "optax.masked"),
-    "integer gradient": (lambda: first(TX, grads={"a": jnp.arange(5), "b": jnp.ones((2, 3))}),
-                         "['a']", "optax.masked"),
-    "complex leaf": (lambda: TX.init({"z": jnp.zeros(2, jnp.complex64)}), "complex64",
-                     "split_real_and_imaginary"),
-    "leaf of another size": (lambda: first(TX, grads={"a": jnp.ones(4), "b": jnp.ones((2, 3))}),
-                             "['a']", "init"),
+    "integer gradient": (
+        lambda: first(TX, grads={"a": jnp.arange(5), "b": jnp.ones((2, 3))}),
+        "['a']",
+        "optax.masked",
+    ),
+    "complex leaf": (
+        lambda: TX.init({"z": jnp.zeros(2, jnp.complex64)}),
+        "complex64",
+        "split_real_and_imaginary",
+    ),
+    "leaf of another size": (
+        lambda: first(TX, grads={"a": jnp.ones(4), "b": jnp.ones((2, 3))}),
+        "['a']",
+        "init",
+    ),
     "leaf missing": (lambda: first(TX, grads={"a": jnp.ones(5)}), "'a'", "init"),
     "leaf more": (lambda: first(TX, grads=good(0) | {"c": jnp.ones(2)}), "'c'", "init"),
-    "leaf of another size, full": (lambda: first(
-        lro.lre(1e-2, basis=lro.basis.FullMatrix()), grads={"a": jnp.ones(4), "b": jnp.ones((2, 3))}
-    ), "10", "init"),
+    "leaf of another size, full": (
+        lambda: first(
+            lro.lre(1e-2, basis=lro.basis.FullMatrix()),
+            grads={"a": jnp.ones(4), "b": jnp.ones((2, 3))},
+        ),
+        "10",
+        "init",
+    ),
     "no state": (lambda: lro.diagnose.summary(optax.sgd(1.0).init(PARAMS)), "tuple", "lre"),
 }
 

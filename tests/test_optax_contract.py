@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import quick_jit
 
 import lowrank_optax as lro
 
@@ -87,7 +88,7 @@ GRADS = {
 def trajectory(tx, params=PARAMS, grads=GRADS, extra=()):
     """The updates of every step, stacked, and the last state."""
 
-    @jax.jit
+    @quick_jit
     def run(params, state):
         def step(carry, g):
             params, state = carry
@@ -178,8 +179,9 @@ def test_apply_if_finite_keeps_the_step_from_us():
     grads = jax.tree.map(lambda g: g.at[2].set(jnp.nan), GRADS)
     without = jax.tree.map(lambda g: jnp.delete(g, 2, axis=0), GRADS)
     updates, state = trajectory(optax.apply_if_finite(TX, 5), grads=grads)
-    assert_close(jax.tree.map(lambda u: jnp.delete(u, 2, axis=0), updates),
-                 trajectory(TX, grads=without)[0])
+    assert_close(
+        jax.tree.map(lambda u: jnp.delete(u, 2, axis=0), updates), trajectory(TX, grads=without)[0]
+    )
     assert int(lro.diagnose.find(state).events.nonfinite[0]) == 0
     assert int(state.total_notfinite) == 1
 
@@ -208,9 +210,14 @@ def test_update_every_as_schedule():
     assert moved == [1, 4]
 
 
-@pytest.mark.parametrize("kwargs", [*(case["opt_kwargs"] for case in PLAIN),
-                                    {"learning_rate": 1e-2, "update_every": 3, **DEFAULT},
-                                    {"learning_rate": 1e-2, "groups": lro.per_leaf, **DEFAULT}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        *(case["opt_kwargs"] for case in PLAIN),
+        {"learning_rate": 1e-2, "update_every": 3, **DEFAULT},
+        {"learning_rate": 1e-2, "groups": lro.per_leaf, **DEFAULT},
+    ],
+)
 def test_map_params_finds_the_stored_rows(kwargs):
     """What is stored leaf by leaf can be sharded like the parameters; nothing else is touched."""
     tx = lro.lre(**kwargs)
@@ -233,8 +240,11 @@ def test_init_from_shapes(kwargs):
     state = tx.init(PARAMS)
     shapes = jax.eval_shape(lambda: PARAMS)
     assert_close(tx.init(shapes), state)
-    same = jax.tree.map(lambda s, x: s.shape == x.shape and s.dtype == x.dtype,
-                        jax.eval_shape(tx.init, shapes), state)
+    same = jax.tree.map(
+        lambda s, x: s.shape == x.shape and s.dtype == x.dtype,
+        jax.eval_shape(tx.init, shapes),
+        state,
+    )
     assert jax.tree.all(same)
 
 

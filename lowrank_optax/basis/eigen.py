@@ -36,7 +36,9 @@ class Eigen(Frame):
     Args:
       rank: how many eigenpairs are kept, ``r``.
       beta: decay of the average; ``None`` sums instead. Averages are corrected for their start by
-        ``1 - beta^n``, with ``n`` counting columns.
+        ``1 - beta^n``.
+      count_columns: whether ``n`` counts columns, as in the original, or corrections. For one
+        column at a time these agree; for several only the latter is exact.
       buffer: columns between two rotations, by default ``max(8, rank // 3)``; ``m = r + buffer``.
       eig_tol: eigenvalues below ``eig_tol * max`` are dropped. The first correction's are neither
         dropped nor damped.
@@ -54,6 +56,7 @@ class Eigen(Frame):
     provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues", "initial"})
 
     beta: float | None = 0.9
+    count_columns: bool = dataclasses.field(default=True, kw_only=True)
     eig_tol: float = dataclasses.field(default=1e-4, kw_only=True)
     update_damping: float = dataclasses.field(default=1e-4, kw_only=True)
 
@@ -80,17 +83,21 @@ class Eigen(Frame):
         return (_linalg.eigh_by_size if signed else _linalg.eigh)(b)
 
     def measured(self, state: FrameState) -> jax.Array:
-        return jax.vmap(self._debias)(state.lam, state.columns)
+        return jax.vmap(self._debias)(state.lam, self._terms(state))
 
     def eigenbasis(self, state: FrameState) -> Eigenbasis:
-        def view(lam, columns, updates):
+        def view(lam, terms, updates):
             used, live = self.used(lam)
             used, live = jnp.where(updates > 1, used, lam), jnp.where(updates > 1, live, lam != 0)
-            return self._debias(used, columns), live
+            return self._debias(used, terms), live
 
-        return Eigenbasis(*jax.vmap(view)(state.lam, state.columns, state.updates))
+        return Eigenbasis(*jax.vmap(view)(state.lam, self._terms(state), state.updates))
 
-    def _debias(self, lam: jax.Array, columns: jax.Array) -> jax.Array:
+    def _terms(self, state: FrameState) -> jax.Array:
+        """The ``n`` of the start's correction."""
+        return state.columns if self.count_columns else state.updates
+
+    def _debias(self, lam: jax.Array, terms: jax.Array) -> jax.Array:
         if self.beta is None:
             return lam
-        return _linalg.safe_divide(lam, 1 - jnp.asarray(self.beta, lam.dtype) ** columns)
+        return _linalg.safe_divide(lam, 1 - jnp.asarray(self.beta, lam.dtype) ** terms)

@@ -67,6 +67,14 @@ class Curvature(abc.ABC):
         """The state after seeing a step."""
         return state
 
+    def undo(self, layout: Layout, failed: jax.Array, state: Any, before: Any) -> Any:
+        """The state after a step whose update of the basis ``failed``, ``(n,)``.
+
+        ``before`` is the state before `observe`. What a step collected is to be forgotten, and what
+        was collected before it kept.
+        """
+        return state
+
     def gradient(self, layout: Layout, state: Any, g: Vector) -> Vector:
         """The gradient that the step is to follow: ``g`` itself, but for unrolled residuals."""
         return g

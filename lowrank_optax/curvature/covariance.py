@@ -81,6 +81,14 @@ class Collecting(Curvature):
         weights = jnp.where(slots == jnp.arange(window), weight[:, None], state.weights)
         return Collected(layout.tree(columns), weights, state.fill + seen.accept, memory)
 
+    def undo(self, layout: Layout, failed: jax.Array, state: Any, before: Any) -> Any:
+        if not isinstance(state, Collected):
+            return state
+        return state._replace(
+            weights=jnp.where(failed[:, None], before.weights, state.weights),
+            fill=jnp.where(failed, before.fill, state.fill),
+        )
+
     def correct(self, layout: Layout, state: Any, evidence: Evidence) -> tuple[Correction, Any]:
         if not isinstance(state, Collected):
             column, weight = self.column(layout, state, evidence)

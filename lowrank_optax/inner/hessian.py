@@ -171,6 +171,7 @@ class _FullMatrixHessian(abc.ABC):
         """The inverse of a symmetric ``(r, r)``."""
 
 
+@dataclasses.dataclass(frozen=True)
 class FullMatrixHutchinsonAdam(_FullMatrixHessian):
     r"""Adam's momentum times the inverse of ``|H|``, ``H`` averaged from Hessian products.
 
@@ -201,6 +202,7 @@ class FullMatrixHutchinsonAdam(_FullMatrixHessian):
         return _linalg.matrix_power(matrix, -1.0, abs=True)
 
 
+@dataclasses.dataclass(frozen=True)
 class FullMatrixBFGSAdam(_FullMatrixHessian):
     r"""Adam's momentum times the inverse of a BFGS matrix that is averaged in the basis.
 
