@@ -127,7 +127,8 @@ def oldest(old: RingState, weights: jax.Array) -> jax.Array:
     """The rows of one group that came first, for the columns ``(k,)`` that are not off."""
     m, valid = old.weights.shape[0], weights != 0
     order = jnp.cumsum(valid)
-    return jnp.where(valid & (order > order[-1] - m), (old.head + order - 1) % m, m)
+    order = order - jnp.maximum(order[-1] - m, 0)  # of more than m only the last stay
+    return jnp.where(valid & (order > 0), (old.head + order - 1) % m, m)
 
 
 def spectral_factor(spectrum: Spectrum, gram: jax.Array, weights: jax.Array, signed: bool):
