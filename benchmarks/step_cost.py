@@ -201,7 +201,7 @@ def torch_ggt(d: int, rank: int) -> dict:
     import torchzero as tz
 
     x = torch.nn.Parameter(torch.zeros(d))
-    optimizer = tz.Modular([x], tz.m.GGT(history_size=rank), tz.m.LR(1e-3))
+    optimizer = tz.Optimizer([x], tz.m.GGT(history_size=rank), tz.m.LR(1e-3))
     grads = [torch.randn(d) for _ in range(4)]
     times = []
     for i in range(rank + 5 if d < 10**6 else 12):

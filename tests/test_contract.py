@@ -10,6 +10,7 @@ import pytest
 from cases import BASES, CURVATURES, INNERS, MORE_BASES, combinations, quick_jit
 
 import lowrank_optax as lro
+from lowrank_optax.inner import as_inner
 
 PARAMS = {
     "scalar": jnp.asarray(0.5, jnp.float16),
@@ -79,6 +80,23 @@ def test_every_combination(names):
     assert moved
     assert len(traces) == 1
     assert sum(int(n[0]) for n in state.events) == 0
+
+
+def test_the_whole_product_builds_or_says_what_to_combine():
+    """Every curvature with every basis and inner part: a need is met, or named before any step."""
+    built = 0
+    for measured in CURVATURES.values():
+        for kept in (BASES | MORE_BASES).values():
+            for inside in INNERS.values():
+                needs = measured.needs | kept.needs | getattr(as_inner(inside), "needs", set())
+                missing = needs - measured.provides - kept.provides - {"complement"}
+                if missing:
+                    with pytest.raises(ValueError, match="combine it with"):
+                        lro.scale_by_lre(measured, kept, inside, complement=0.1)
+                else:
+                    lro.scale_by_lre(measured, kept, inside, complement=0.1)
+                    built += 1
+    assert built > 1000
 
 
 @pytest.mark.parametrize(

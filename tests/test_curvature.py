@@ -82,8 +82,7 @@ def test_secant_equation(part, kept, x64):
         s = np.asarray(x - old)
         y = np.asarray(h @ s)
         if isinstance(part.probe, curvature.RademacherProbe):
-            key = jax.random.fold_in(
-                jax.random.wrap_key_data(before.key), jnp.max(before.steps))
+            key = jax.random.fold_in(jax.random.wrap_key_data(before.key), jnp.max(before.steps))
             key = jax.random.split(jax.random.split(key)[0], 1)[0]
             s = np.asarray(jax.random.rademacher(key, (D,), float))
             y = np.asarray(h @ s)
@@ -158,8 +157,9 @@ def test_sr1_recovers_hessian_and_newton_is_exact(indefinite, x64):
 @pytest.mark.parametrize("part", [curvature.BFGS, curvature.SR1])
 def test_no_pair_before_the_first_step(part, x64):
     _, _, loss = quadratic()
-    init, update = optimizer(part(product=curvature.GradientDifference()), full(), inner.LInv(),
-                             complement=inner.LInv())
+    init, update = optimizer(
+        part(product=curvature.GradientDifference()), full(), inner.LInv(), complement=inner.LInv()
+    )
     x = jnp.ones(D)
     g = jax.grad(loss)(x)
     direction, state = update()(g, init(x), x)
@@ -231,7 +231,8 @@ def evidence(params, loss, seed=0, due=None):
     due = jnp.ones(layout.n, bool) if due is None else due
     same = lambda v, gamma=None: v
     return layout, curvature.Evidence(
-        g, due, params, {"value_fn": loss}, jax.random.key(seed), same, same)
+        g, due, params, {"value_fn": loss}, jax.random.key(seed), same, same
+    )
 
 
 def test_products_agree(x64):
@@ -240,8 +241,9 @@ def test_products_agree(x64):
     layout, seen = evidence(params, loss)
     z = curvature.NormalProbe().draw(layout, jax.random.key(1), seen.g, None)
     hessian, tangent = jax.hessian(loss)(params), layout.unflatten(z)
-    rows = [sum(jnp.tensordot(hessian[i][j], tangent[j], tangent[j].ndim) for j in "ab")
-            for i in "ab"]
+    rows = [
+        sum(jnp.tensordot(hessian[i][j], tangent[j], tangent[j].ndim) for j in "ab") for i in "ab"
+    ]
     products = {
         curvature.ExactProduct(): 1e-12,
         curvature.ForwardDifference(1e-6): 1e-4,
@@ -288,15 +290,22 @@ def test_hutchinson_is_unbiased(x64):
             return (jnp.outer(y, z) + jnp.outer(z, y)) / 2
 
         count = 20000
-        mean = jnp.mean(jax.lax.map(one, jax.random.split(jax.random.key(3), count),
-                                    batch_size=1000), axis=0)
+        mean = jnp.mean(
+            jax.lax.map(one, jax.random.split(jax.random.key(3), count), batch_size=1000), axis=0
+        )
         # The entries' standard deviation is of the size of |H|_F.
         np.testing.assert_allclose(mean, h, atol=5 * float(jnp.linalg.norm(h)) / count**0.5)
 
 
-@pytest.mark.parametrize("kept", [basis.Eigen(D, None, eig_tol=0.0, update_damping=0.0),
-                                  basis.GGT(2 * D, eig_tol=0.0), basis.FullMatrix(None)],
-                         ids=["eigen", "ggt", "full"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        basis.Eigen(D, None, eig_tol=0.0, update_damping=0.0),
+        basis.GGT(2 * D, eig_tol=0.0),
+        basis.FullMatrix(None),
+    ],
+    ids=["eigen", "ggt", "full"],
+)
 def test_hutchinson_exact_correction(kept, x64):
     """``symmetrize=False`` keeps ``(Hz z^T + z z^T H)/2``, negative eigenvalues and all."""
     h, _, loss = quadratic(indefinite=True)
@@ -328,10 +337,17 @@ def test_orthogonalized_probe(x64):
 # --- counting -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", [
-    curvature.HutchinsonHessian(), curvature.BFGS(), curvature.SR1(), curvature.EmpiricalFisher(),
-    curvature.GaussNewton(chunk=2),
-], ids=lambda part: type(part).__name__)
+@pytest.mark.parametrize(
+    "part",
+    [
+        curvature.HutchinsonHessian(),
+        curvature.BFGS(),
+        curvature.SR1(),
+        curvature.EmpiricalFisher(),
+        curvature.GaussNewton(chunk=2),
+    ],
+    ids=lambda part: type(part).__name__,
+)
 def test_products_only_on_updates(part):
     calls = []
     count = lambda: jax.debug.callback(lambda: calls.append(None))
@@ -366,8 +382,9 @@ def stream(steps=7):
 def columns_of(part, grads, params, values):
     """The columns as defined, one for each step."""
     if isinstance(part, curvature.CovarianceTimesLoss):
-        lowest = [0.0 if i == 0 or not part.adaptive else values[:i].min()
-                  for i in range(len(values))]
+        lowest = [
+            0.0 if i == 0 or not part.adaptive else values[:i].min() for i in range(len(values))
+        ]
         return grads * (values - lowest)[:, None]
     if isinstance(part, curvature.GradientEMA):
         out, mean = [], grads[0]
@@ -383,15 +400,19 @@ def columns_of(part, grads, params, values):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("part", [
-    curvature.Covariance(),
-    curvature.CovarianceTimesLoss(),
-    curvature.CovarianceTimesLoss(adaptive=False),
-    curvature.GradientEMA(0.7),
-    curvature.Parameters(),
-    curvature.Updates(),
-    curvature.UnrolledGaussNewton(history=3),
-], ids=repr)
+@pytest.mark.parametrize(
+    "part",
+    [
+        curvature.Covariance(),
+        curvature.CovarianceTimesLoss(),
+        curvature.CovarianceTimesLoss(adaptive=False),
+        curvature.GradientEMA(0.7),
+        curvature.Parameters(),
+        curvature.Updates(),
+        curvature.UnrolledGaussNewton(history=3),
+    ],
+    ids=repr,
+)
 def test_collected_columns(part, every, x64):
     grads, params, values = stream()
     kept = basis.FullMatrix(None)
@@ -400,10 +421,11 @@ def test_collected_columns(part, every, x64):
     state = tx.init(jnp.zeros(D))
     ys, b, since = columns_of(part, grads, params, values), np.eye(D), 0
     for t in range(len(grads)):
-        u, state = step(*map(jnp.asarray, (grads[t],)), state, jnp.asarray(params[t]),
-                        jnp.asarray(values[t]))
+        u, state = step(
+            *map(jnp.asarray, (grads[t],)), state, jnp.asarray(params[t]), jnp.asarray(values[t])
+        )
         if t % every == 0:
-            b = b + ys[since:t + 1].T @ ys[since:t + 1]
+            b = b + ys[since : t + 1].T @ ys[since : t + 1]
             since = t + 1
         g = grads[t]
         if isinstance(part, curvature.UnrolledGaussNewton):
@@ -415,9 +437,13 @@ def test_collected_columns(part, every, x64):
 
 def test_dropped_step_is_not_collected(x64):
     grads, params, values = stream()
-    for part, every in ((curvature.CovarianceTimesLoss(), 2), (curvature.GradientEMA(), 1),
-                        (curvature.Updates(), 2), (curvature.UnrolledGaussNewton(), 1),
-                        (curvature.BFGS(), 1)):
+    for part, every in (
+        (curvature.CovarianceTimesLoss(), 2),
+        (curvature.GradientEMA(), 1),
+        (curvature.Updates(), 2),
+        (curvature.UnrolledGaussNewton(), 1),
+        (curvature.BFGS(), 1),
+    ):
         init, update = optimizer(part, basis.FullMatrix(None), inner.LInv(), update_every=every)
         update, state = update(value_fn=lambda x: jnp.sum(x**4)), init(jnp.zeros(D))
         _, state = update(jnp.asarray(grads[0]), state, jnp.asarray(params[0]), value=values[0])
@@ -465,24 +491,32 @@ def network(seed=0, k=5):
     return params, residuals, lambda p: residuals(p) ** 2 / 2
 
 
-@pytest.mark.parametrize("kind, how, kept", [
-    ("fisher", "whole", basis.GGT(6, eig_tol=0.0)),
-    ("fisher", "uneven", full(8, buffer=2)),
-    ("fisher", "given", basis.GGT(6, eig_tol=0.0)),
-    ("gauss_newton", "whole", full(8)),
-    ("gauss_newton", "chunked", basis.GGT(6, eig_tol=0.0)),
-    ("gauss_newton", "given", basis.GGT(6, eig_tol=0.0)),
-], ids=repr)
+@pytest.mark.parametrize(
+    "kind, how, kept",
+    [
+        ("fisher", "whole", basis.GGT(6, eig_tol=0.0)),
+        ("fisher", "uneven", full(8, buffer=2)),
+        ("fisher", "given", basis.GGT(6, eig_tol=0.0)),
+        ("gauss_newton", "whole", full(8)),
+        ("gauss_newton", "chunked", basis.GGT(6, eig_tol=0.0)),
+        ("gauss_newton", "given", basis.GGT(6, eig_tol=0.0)),
+    ],
+    ids=repr,
+)
 def test_examples_equal_dense_sums(kind, how, kept, x64):
     params, residuals, losses = network()
     fn, name = (losses, "losses_fn") if kind == "fisher" else (residuals, "residuals_fn")
     part = (curvature.EmpiricalFisher if kind == "fisher" else curvature.GaussNewton)(
-        chunk={"chunked": 5, "uneven": 2}.get(how))
+        chunk={"chunked": 5, "uneven": 2}.get(how)
+    )
     jac = jax.jacrev(fn)(params)
     init, update = optimizer(part, kept, inner.LPower(1.0))
     g = jax.grad(lambda p: jnp.sum(losses(p)))(params)
-    u, state = (update()(g, init(params), per_example_grads=jac) if how == "given"
-                else update(**{name: fn})(g, init(params), params))
+    u, state = (
+        update()(g, init(params), per_example_grads=jac)
+        if how == "given"
+        else update(**{name: fn})(g, init(params), params)
+    )
     j = np.concatenate([np.asarray(x).reshape(5, -1) for x in jax.tree.leaves(jac)], axis=1)
     flat = lambda t: np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
     np.testing.assert_allclose(dense(state), j.T @ j, atol=1e-10)
@@ -496,8 +530,10 @@ def test_dual_gauss_newton_step(x64):
     update, state = update(residuals_fn=residuals), init(params)
     for _ in range(2):
         u, state = update(g(params), state, params)
-        j = np.concatenate([np.asarray(x).reshape(4, -1)
-                            for x in jax.tree.leaves(jax.jacrev(residuals)(params))], axis=1)
+        j = np.concatenate(
+            [np.asarray(x).reshape(4, -1) for x in jax.tree.leaves(jax.jacrev(residuals)(params))],
+            axis=1,
+        )
         step = j.T @ np.linalg.solve(j @ j.T, np.asarray(residuals(params)))
         flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(u)])
         np.testing.assert_allclose(flat, step, rtol=1e-8)
@@ -507,54 +543,65 @@ def test_dual_gauss_newton_step(x64):
 # --- messages, groups -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part, name, given", [
-    (curvature.CovarianceTimesLoss(), "value", {}),
-    (curvature.UnrolledGaussNewton(), "value", {}),
-    (curvature.HutchinsonHessian(), "value_fn", {}),
-    (curvature.HutchinsonHessian(product=curvature.CentralDifference()), "value_fn", {}),
-    (curvature.HutchinsonHessian(product=curvature.ForwardDifference()), "value_fn", {}),
-    (curvature.BFGS(), "value_fn", {}),
-    (curvature.SR1(), "value_fn", {}),
-    (curvature.ShorR(), "value_fn", {}),
-    (curvature.EmpiricalFisher(), "losses_fn", {}),
-    (curvature.EmpiricalFisher(), "per_example_grads", {}),
-    (curvature.GaussNewton(), "residuals_fn", {}),
-    (curvature.Parameters(), "params", None),
-    (curvature.Updates(), "params", None),
-    (curvature.HutchinsonHessian(), "params", None),
-    (curvature.BFGS(), "params", None),
-    (curvature.GaussNewton(), "params", None),
-], ids=lambda x: x if isinstance(x, str) else None)
+@pytest.mark.parametrize(
+    "part, name, given",
+    [
+        (curvature.CovarianceTimesLoss(), "value", {}),
+        (curvature.UnrolledGaussNewton(), "value", {}),
+        (curvature.HutchinsonHessian(), "value_fn", {}),
+        (curvature.HutchinsonHessian(product=curvature.CentralDifference()), "value_fn", {}),
+        (curvature.HutchinsonHessian(product=curvature.ForwardDifference()), "value_fn", {}),
+        (curvature.BFGS(), "value_fn", {}),
+        (curvature.SR1(), "value_fn", {}),
+        (curvature.ShorR(), "value_fn", {}),
+        (curvature.EmpiricalFisher(), "losses_fn", {}),
+        (curvature.EmpiricalFisher(), "per_example_grads", {}),
+        (curvature.GaussNewton(), "residuals_fn", {}),
+        (curvature.Parameters(), "params", None),
+        (curvature.Updates(), "params", None),
+        (curvature.HutchinsonHessian(), "params", None),
+        (curvature.BFGS(), "params", None),
+        (curvature.GaussNewton(), "params", None),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
 def test_missing_arguments_are_named(part, name, given):
     tx = lro.scale_by_lre(part, full(), inner.LInv())
     x = jnp.ones(3)
-    extra = {} if given is not None else {
-        "value_fn": jnp.sum, "residuals_fn": lambda x: x, "losses_fn": lambda x: x}
+    extra = (
+        {}
+        if given is not None
+        else {"value_fn": jnp.sum, "residuals_fn": lambda x: x, "losses_fn": lambda x: x}
+    )
     with pytest.raises(ValueError, match=rf"{type(part).__name__}.*{name}"):
         tx.update(x, tx.init(x), None if given is None else x, **extra)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: curvature.GradientEMA(1.0),
-    lambda: curvature.BFGS(damping=1.0),
-    lambda: curvature.BFGS(damping=0.0),
-    lambda: curvature.BFGS(gamma=0.0),
-    lambda: curvature.SR1(tol=-1.0),
-    lambda: curvature.ShorR(alpha=1.0),
-    lambda: curvature.ShorR(gamma=None),
-    lambda: curvature.EmpiricalFisher(chunk=0),
-    lambda: curvature.UnrolledGaussNewton(history=0),
-    lambda: curvature.ForwardDifference(0.0),
-    lambda: curvature.CentralDifference(-1.0),
-    lambda: curvature.MixedProbe(()),
-    lambda: curvature.MixedProbe(("normal",)),
-    lambda: curvature.HutchinsonHessian(probe="rademacher"),
-    lambda: curvature.HutchinsonHessian(product=curvature.RademacherProbe()),
-    lambda: curvature.HutchinsonHessian(product=curvature.GradientDifference()),
-    lambda: lro.scale_by_lre(curvature.BFGS(), basis.GGT(4), inner.LInv()),
-    lambda: lro.scale_by_lre(curvature.SR1(product=curvature.GradientDifference()), full(),
-                             inner.LInv()),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: curvature.GradientEMA(1.0),
+        lambda: curvature.BFGS(damping=1.0),
+        lambda: curvature.BFGS(damping=0.0),
+        lambda: curvature.BFGS(gamma=0.0),
+        lambda: curvature.SR1(tol=-1.0),
+        lambda: curvature.ShorR(alpha=1.0),
+        lambda: curvature.ShorR(gamma=None),
+        lambda: curvature.EmpiricalFisher(chunk=0),
+        lambda: curvature.UnrolledGaussNewton(history=0),
+        lambda: curvature.ForwardDifference(0.0),
+        lambda: curvature.CentralDifference(-1.0),
+        lambda: curvature.MixedProbe(()),
+        lambda: curvature.MixedProbe(("normal",)),
+        lambda: curvature.HutchinsonHessian(probe="rademacher"),
+        lambda: curvature.HutchinsonHessian(product=curvature.RademacherProbe()),
+        lambda: curvature.HutchinsonHessian(product=curvature.GradientDifference()),
+        lambda: lro.scale_by_lre(curvature.BFGS(), basis.GGT(4), inner.LInv()),
+        lambda: lro.scale_by_lre(
+            curvature.SR1(product=curvature.GradientDifference()), full(), inner.LInv()
+        ),
+    ],
+)
 def test_bad_values_are_refused(make):
     with pytest.raises(ValueError, match="pass|combine"):
         make()
@@ -567,17 +614,21 @@ def test_per_example_grads_of_another_shape():
         tx.update(x, tx.init(x), per_example_grads=jnp.ones((4, 2)))
 
 
-@pytest.mark.parametrize("part, every", [
-    (curvature.CovarianceTimesLoss(), 2),
-    (curvature.GradientEMA(), 1),
-    (curvature.Parameters(), 2),
-    (curvature.Updates(), 1),
-    (curvature.UnrolledGaussNewton(history=2), 1),
-    (curvature.HutchinsonHessian(probe=curvature.GradientProbe(), orthogonalize=True), 1),
-    (curvature.BFGS(), 2),
-    (curvature.SR1(product=curvature.GradientDifference()), 1),
-    (curvature.GaussNewton(), 1),
-], ids=repr)
+@pytest.mark.parametrize(
+    "part, every",
+    [
+        (curvature.CovarianceTimesLoss(), 2),
+        (curvature.GradientEMA(), 1),
+        (curvature.Parameters(), 2),
+        (curvature.Updates(), 1),
+        (curvature.UnrolledGaussNewton(history=2), 1),
+        (curvature.HutchinsonHessian(probe=curvature.GradientProbe(), orthogonalize=True), 1),
+        (curvature.BFGS(), 2),
+        (curvature.SR1(product=curvature.GradientDifference()), 1),
+        (curvature.GaussNewton(), 1),
+    ],
+    ids=repr,
+)
 def test_groups_are_independent(part, every, x64):
     """Per leaf, on a separable loss, the result is that of one optimizer for each leaf."""
     rng = np.random.default_rng(0)
@@ -587,13 +638,18 @@ def test_groups_are_independent(part, every, x64):
     def extras(names):
         tree = lambda p: p if isinstance(p, dict) else {names[0]: p}
         res = lambda p: jnp.concatenate([residual[n](tree(p)[n]) for n in names])
-        return {"residuals_fn": res, "losses_fn": lambda p: res(p) ** 2, "value": 1.5,
-                "value_fn": lambda p: jnp.sum(res(p) ** 2)}
+        return {
+            "residuals_fn": res,
+            "losses_fn": lambda p: res(p) ** 2,
+            "value": 1.5,
+            "value_fn": lambda p: jnp.sum(res(p) ** 2),
+        }
 
     signed_or_many = curvature.BFGS | curvature.SR1 | curvature.GaussNewton
     kept = full(4) if isinstance(part, signed_or_many) else basis.GGT(4)
-    make = lambda **options: lro.lre(0.05, part, kept, inner.LInvSqrt(), update_every=every,
-                                     complement=0.1, **options)
+    make = lambda **options: lro.lre(
+        0.05, part, kept, inner.LInvSqrt(), update_every=every, complement=0.1, **options
+    )
     grads = jax.grad(extras("ab")["value_fn"])
 
     def run(tx, x, names):

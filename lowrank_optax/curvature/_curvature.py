@@ -90,8 +90,11 @@ class Curvature(abc.ABC):
 
 def need_params(owner: str, params: Any) -> Any:
     """The parameters, or an error that says how to pass them."""
-    check(params is not None, f"{owner} needs the parameters, which were not passed: call "
-          "tx.update(grads, state, params).")
+    check(
+        params is not None,
+        f"{owner} needs the parameters, which were not passed: call "
+        "tx.update(grads, state, params).",
+    )
     return params
 
 
@@ -102,14 +105,17 @@ def flat(layout: Layout, tree: Any) -> Vector:
 
 def scale(layout: Layout, factors: jax.Array, vector: Vector) -> Vector:
     """A vector times the factor ``(n,)`` of each group; 0 wherever that is 0."""
-    return [jnp.where(c == 0, 0, c * x)
-            for c, x in zip(layout.spread(factors), vector, strict=True)]
+    return [
+        jnp.where(c == 0, 0, c * x) for c, x in zip(layout.spread(factors), vector, strict=True)
+    ]
 
 
 def select(layout: Layout, which: jax.Array, one: Vector, other: Vector) -> Vector:
     """The groups of ``one`` where ``which``, ``(n,)``, and of ``other`` elsewhere."""
-    return [jnp.where(c, x, y.astype(x.dtype))
-            for c, x, y in zip(layout.spread(which), one, other, strict=True)]
+    return [
+        jnp.where(c, x, y.astype(x.dtype))
+        for c, x, y in zip(layout.spread(which), one, other, strict=True)
+    ]
 
 
 def remember(layout: Layout, when: jax.Array, row: Any, vector: Vector) -> Any:
@@ -126,11 +132,17 @@ def recall(layout: Layout, row: Any) -> Vector:
 
 def params_row(layout: Layout) -> Any:
     """An empty row for parameters, in their own dtypes whatever those of the rows."""
-    return layout.tree([jnp.zeros((1, size), dtype)
-                        for size, dtype in zip(layout.sizes, layout.dtypes, strict=True)])
+    return layout.tree(
+        [
+            jnp.zeros((1, size), dtype)
+            for size, dtype in zip(layout.sizes, layout.dtypes, strict=True)
+        ]
+    )
 
 
 def rows_of(layout: Layout, tree: Any) -> Columns:
     """A tree whose leaves have a leading axis of columns, as columns."""
-    return [jnp.reshape(x, (x.shape[0], -1)).astype(t)
-            for x, t in zip(layout.leaves(tree), layout.rows, strict=True)]
+    return [
+        jnp.reshape(x, (x.shape[0], -1)).astype(t)
+        for x, t in zip(layout.leaves(tree), layout.rows, strict=True)
+    ]

@@ -64,9 +64,12 @@ class Collecting(Curvature):
         memory = self.start(layout)
         if window == 1:
             return memory
-        return Collected(layout.tree(layout.zeros(window)),
-                         jnp.zeros((layout.n, window), layout.dtype),
-                         jnp.zeros(layout.n, jnp.int32), memory)
+        return Collected(
+            layout.tree(layout.zeros(window)),
+            jnp.zeros((layout.n, window), layout.dtype),
+            jnp.zeros(layout.n, jnp.int32),
+            memory,
+        )
 
     def observe(self, layout: Layout, state: Any, seen: Observation) -> Any:
         if not isinstance(state, Collected):
@@ -75,8 +78,9 @@ class Collecting(Curvature):
         column, weight = self.column(layout, memory, seen)
         columns, window = layout.leaves(state.columns), state.weights.shape[1]
         slots = jnp.where(seen.accept, state.fill % window, window)[:, None]
-        columns = write(columns, layout, slots,
-                        cast_like(stack(seen.g if column is None else column), columns))
+        columns = write(
+            columns, layout, slots, cast_like(stack(seen.g if column is None else column), columns)
+        )
         weight = jnp.ones(layout.n, layout.dtype) if weight is None else weight
         weights = jnp.where(slots == jnp.arange(window), weight[:, None], state.weights)
         return Collected(layout.tree(columns), weights, state.fill + seen.accept, memory)
@@ -92,10 +96,14 @@ class Collecting(Curvature):
     def correct(self, layout: Layout, state: Any, evidence: Evidence) -> tuple[Correction, Any]:
         if not isinstance(state, Collected):
             column, weight = self.column(layout, state, evidence)
-            return Correction(None if column is None else stack(column),
-                              weights=None if weight is None else weight[:, None]), state
-        emptied = state._replace(weights=jnp.where(evidence.due[:, None], 0, state.weights),
-                                 fill=jnp.where(evidence.due, 0, state.fill))
+            return Correction(
+                None if column is None else stack(column),
+                weights=None if weight is None else weight[:, None],
+            ), state
+        emptied = state._replace(
+            weights=jnp.where(evidence.due[:, None], 0, state.weights),
+            fill=jnp.where(evidence.due, 0, state.fill),
+        )
         return Correction(layout.leaves(state.columns), weights=state.weights), emptied
 
 
@@ -146,12 +154,15 @@ class CovarianceTimesLoss(Collecting):
         return Excess(jnp.full(layout.n, jnp.inf, layout.dtype), jnp.zeros(layout.n, layout.dtype))
 
     def remember(self, layout: Layout, memory: Excess, seen: Observation) -> Excess:
-        value = jnp.asarray(require("CovarianceTimesLoss", seen.extra, "value", "the loss"),
-                            layout.dtype)
+        value = jnp.asarray(
+            require("CovarianceTimesLoss", seen.extra, "value", "the loss"), layout.dtype
+        )
         base = jnp.where(jnp.isfinite(memory.lowest) & self.adaptive, memory.lowest, 0)
         good = seen.accept & jnp.isfinite(value)
-        return Excess(jnp.where(good, jnp.minimum(memory.lowest, value), memory.lowest),
-                      jnp.where(seen.accept, value - base, memory.excess))
+        return Excess(
+            jnp.where(good, jnp.minimum(memory.lowest, value), memory.lowest),
+            jnp.where(seen.accept, value - base, memory.excess),
+        )
 
     def column(self, layout: Layout, memory: Excess, seen: Observation | Evidence):
         return None, memory.excess**2
@@ -193,8 +204,10 @@ class GradientEMA(Collecting):
 
     def remember(self, layout: Layout, memory: Mean, seen: Observation) -> Mean:
         gains = layout.spread(jnp.where(memory.begun, 1 - jnp.asarray(self.beta, layout.dtype), 1))
-        mean = [m + c * (g - m)
-                for c, m, g in zip(gains, recall(layout, memory.row), seen.g, strict=True)]
+        mean = [
+            m + c * (g - m)
+            for c, m, g in zip(gains, recall(layout, memory.row), seen.g, strict=True)
+        ]
         return Mean(remember(layout, seen.accept, memory.row, mean), memory.begun | seen.accept)
 
     def column(self, layout: Layout, memory: Mean, seen: Observation | Evidence):
@@ -252,7 +265,8 @@ class Updates(Collecting):
         return Moves(
             remember(layout, seen.accept, memory.params, x),
             remember(layout, seen.accept, memory.step, select(layout, some, step, seen.g)),
-            memory.begun | seen.accept)
+            memory.begun | seen.accept,
+        )
 
     def column(self, layout: Layout, memory: Moves, seen: Observation | Evidence):
         return recall(layout, memory.step), None

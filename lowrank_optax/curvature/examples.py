@@ -45,10 +45,12 @@ class Examples(Curvature):
             return Correction(rows_of(layout, _jacobian(fn, params, self.chunk))), state
         columns = rows_of(layout, given)
         for name, column, size in zip(layout.names, columns, layout.sizes, strict=True):
-            check(column.shape == (columns[0].shape[0], size),
-                  f"{type(self).__name__}: per_example_grads has the shape {column.shape} (flat) "
-                  f"at the leaf {name} of {size} entries; pass a tree of (k, *leaf.shape), such as "
-                  "jax.vmap(jax.grad(loss), (None, 0))(params, batch).")
+            check(
+                column.shape == (columns[0].shape[0], size),
+                f"{type(self).__name__}: per_example_grads has the shape {column.shape} (flat) "
+                f"at the leaf {name} of {size} entries; pass a tree of (k, *leaf.shape), such as "
+                "jax.vmap(jax.grad(loss), (None, 0))(params, batch).",
+            )
         return Correction(columns), state
 
 
@@ -84,8 +86,12 @@ class EmpiricalFisher(Examples):
     """
 
     def vector_fn(self, evidence: Evidence) -> Callable[[Any], jax.Array]:
-        return require("EmpiricalFisher", evidence.extra, "losses_fn",
-                       "params -> losses (k,); or per_example_grads, a tree of (k, ...)")
+        return require(
+            "EmpiricalFisher",
+            evidence.extra,
+            "losses_fn",
+            "params -> losses (k,); or per_example_grads, a tree of (k, ...)",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +128,12 @@ class GaussNewton(Examples):
     """
 
     def vector_fn(self, evidence: Evidence) -> Callable[[Any], jax.Array]:
-        return require("GaussNewton", evidence.extra, "residuals_fn",
-                       "params -> residuals (k,); or per_example_grads, a tree of (k, ...)")
+        return require(
+            "GaussNewton",
+            evidence.extra,
+            "residuals_fn",
+            "params -> residuals (k,); or per_example_grads, a tree of (k, ...)",
+        )
 
 
 class History(NamedTuple):
@@ -169,12 +179,17 @@ class UnrolledGaussNewton(Collecting):
 
     def start(self, layout: Layout) -> History:
         n, dtype = layout.n, layout.dtype
-        return History(layout.tree(layout.zeros(self.history)), jnp.zeros((n, self.history), dtype),
-                       jnp.zeros(n, jnp.int32), jnp.full(n, jnp.inf, dtype))
+        return History(
+            layout.tree(layout.zeros(self.history)),
+            jnp.zeros((n, self.history), dtype),
+            jnp.zeros(n, jnp.int32),
+            jnp.full(n, jnp.inf, dtype),
+        )
 
     def remember(self, layout: Layout, memory: History, seen: Observation) -> History:
-        value = jnp.asarray(require("UnrolledGaussNewton", seen.extra, "value", "the loss"),
-                            layout.dtype)
+        value = jnp.asarray(
+            require("UnrolledGaussNewton", seen.extra, "value", "the loss"), layout.dtype
+        )
         good = seen.accept & jnp.isfinite(value)
         base = jnp.where(jnp.isfinite(memory.lowest) & self.adaptive, memory.lowest, 0)
         slots = jnp.where(good, memory.fill % self.history, self.history)[:, None]
@@ -182,8 +197,12 @@ class UnrolledGaussNewton(Collecting):
         columns = write(columns, layout, slots, cast_like(stack(seen.g), columns))
         here = slots == jnp.arange(self.history)
         losses = jnp.where(here, (value - base)[:, None], memory.losses)
-        return History(layout.tree(columns), losses, memory.fill + good,
-                       jnp.where(good, jnp.minimum(memory.lowest, value), memory.lowest))
+        return History(
+            layout.tree(columns),
+            losses,
+            memory.fill + good,
+            jnp.where(good, jnp.minimum(memory.lowest, value), memory.lowest),
+        )
 
     def column(self, layout: Layout, memory: History, seen: Observation | Evidence):
         return seen.g, None

@@ -40,8 +40,10 @@ class NormalProbe(Probe):
     """``z ~ N(0, I)``: ``E[z z^T] = I``."""
 
     def draw(self, layout: Layout, key: jax.Array, g: Vector, step: Vector | None) -> Vector:
-        return [jax.random.normal(k, (size,), layout.dtype)
-                for k, size in zip(jax.random.split(key, len(g)), layout.sizes, strict=True)]
+        return [
+            jax.random.normal(k, (size,), layout.dtype)
+            for k, size in zip(jax.random.split(key, len(g)), layout.sizes, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,10 @@ class RademacherProbe(Probe):
     """Entries ``±1`` with equal odds: ``E[z z^T] = I``, with the least variance of the trace."""
 
     def draw(self, layout: Layout, key: jax.Array, g: Vector, step: Vector | None) -> Vector:
-        return [jax.random.rademacher(k, (size,), layout.dtype)
-                for k, size in zip(jax.random.split(key, len(g)), layout.sizes, strict=True)]
+        return [
+            jax.random.rademacher(k, (size,), layout.dtype)
+            for k, size in zip(jax.random.split(key, len(g)), layout.sizes, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +154,10 @@ class ForwardDifference(Product):
 
     def multiply(self, owner: str, layout: Layout, evidence: Evidence, z: Vector) -> Vector:
         size, beside = _displaced(owner, layout, evidence, z)
-        return [size / self.eps * (a - b.astype(layout.dtype))
-                for a, b in zip(beside(self.eps), evidence.g, strict=True)]
+        return [
+            size / self.eps * (a - b.astype(layout.dtype))
+            for a, b in zip(beside(self.eps), evidence.g, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +180,10 @@ class CentralDifference(Product):
 
     def multiply(self, owner: str, layout: Layout, evidence: Evidence, z: Vector) -> Vector:
         size, beside = _displaced(owner, layout, evidence, z)
-        return [size / (2 * self.eps) * (a - b)
-                for a, b in zip(beside(self.eps), beside(-self.eps), strict=True)]
+        return [
+            size / (2 * self.eps) * (a - b)
+            for a, b in zip(beside(self.eps), beside(-self.eps), strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,10 +236,12 @@ class Probing(Curvature):
         owner = type(self).__name__
         _check_is(owner, "probe", self.probe, Probe, "a probe such as RademacherProbe()")
         _check_is(owner, "product", self.product, Product, "a product such as ExactProduct()")
-        check(not self.product.differences
-              or (isinstance(self.probe, StepProbe) and not self.orthogonalize),
-              f"{owner}: product is {self.product!r}, which knows only the step that was taken; "
-              "pass probe=StepProbe() and orthogonalize=False, or product=ExactProduct().")
+        check(
+            not self.product.differences
+            or (isinstance(self.probe, StepProbe) and not self.orthogonalize),
+            f"{owner}: product is {self.product!r}, which knows only the step that was taken; "
+            "pass probe=StepProbe() and orthogonalize=False, or product=ExactProduct().",
+        )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -240,9 +250,11 @@ class Probing(Curvature):
     def start(self, layout: Layout) -> Last:
         """Nothing seen yet."""
         params, g = self.probe.steps, self.product.differences
-        return Last(params_row(layout) if params else (),
-                    layout.tree(layout.zeros(1)) if g else (),
-                    jnp.zeros(layout.n, bool) if params or g else ())
+        return Last(
+            params_row(layout) if params else (),
+            layout.tree(layout.zeros(1)) if g else (),
+            jnp.zeros(layout.n, bool) if params or g else (),
+        )
 
     def pair(self, layout: Layout, last: Last, evidence: Evidence) -> tuple[Vector, Vector, Last]:
         """``z`` and ``H z``, both zero where there is none, and what to remember of this step."""
@@ -250,10 +262,12 @@ class Probing(Curvature):
         new, step = last, None
         if self.probe.steps:
             x = flat(layout, need_params(owner, evidence.params))
-            step = scale(layout, (last.begun & due).astype(layout.dtype), [
-                a - b for a, b in zip(x, recall(layout, last.params), strict=True)])
-            new = new._replace(params=remember(layout, due, last.params, x),
-                               begun=last.begun | due)
+            step = scale(
+                layout,
+                (last.begun & due).astype(layout.dtype),
+                [a - b for a, b in zip(x, recall(layout, last.params), strict=True)],
+            )
+            new = new._replace(params=remember(layout, due, last.params, x), begun=last.begun | due)
         # A group that is not due may hold a gradient that is not finite.
         g = scale(layout, due.astype(layout.dtype), evidence.g)
         if step is not None and self.product.differences:
@@ -317,15 +331,20 @@ def _check_is(owner: str, name: str, value: Any, kind: type, what: str) -> None:
 
 def _loss(owner: str, evidence: Evidence):
     """``value_fn`` and the parameters."""
-    return (require(owner, evidence.extra, "value_fn", "params -> loss"),
-            need_params(owner, evidence.params))
+    return (
+        require(owner, evidence.extra, "value_fn", "params -> loss"),
+        need_params(owner, evidence.params),
+    )
 
 
 def _like(layout: Layout, params: Any, z: Vector) -> Any:
     """A vector as a tree in the dtypes of the parameters."""
-    return layout.tree([
-        jnp.reshape(x, jnp.shape(p)).astype(jnp.result_type(p))
-        for p, x in zip(layout.leaves(params), z, strict=True)])
+    return layout.tree(
+        [
+            jnp.reshape(x, jnp.shape(p)).astype(jnp.result_type(p))
+            for p, x in zip(layout.leaves(params), z, strict=True)
+        ]
+    )
 
 
 def _displaced(owner: str, layout: Layout, evidence: Evidence, z: Vector):

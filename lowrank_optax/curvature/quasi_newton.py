@@ -58,8 +58,10 @@ class QuasiNewton(Probing):
         return super().needs | {"initial"}
 
     def init(self, layout: Layout, window: int) -> Secant:
-        return Secant(self.start(layout), jnp.full(
-            layout.n, 0 if self.gamma is None else self.gamma, layout.dtype))
+        return Secant(
+            self.start(layout),
+            jnp.full(layout.n, 0 if self.gamma is None else self.gamma, layout.dtype),
+        )
 
     def outside(self, state: Secant) -> jax.Array:
         return jnp.where(state.gamma > 0, state.gamma, 1)
@@ -69,19 +71,26 @@ class QuasiNewton(Probing):
         # NaN passes every comparison below, so that the basis rejects the pair and it is counted.
         fine = layout.spread(jnp.isfinite(layout.inner(y, y)))
         y = [jnp.where(ok, x, jnp.nan) for ok, x in zip(fine, y, strict=True)]
-        state = Secant(last, jnp.where(evidence.due, self._rescaled(layout, state, s, y),
-                                       state.gamma))
+        state = Secant(
+            last, jnp.where(evidence.due, self._rescaled(layout, state, s, y), state.gamma)
+        )
         gamma = self.outside(state)
         columns, weights = self.difference(layout, s, y, evidence, gamma)
         weights = jnp.where(layout.inner(s, s)[:, None] > 0, weights, 0)
         on = [(weights[:, j] != 0).astype(layout.dtype) for j in range(len(columns))]
         parts = [scale(layout, c, column) for c, column in zip(on, columns, strict=True)]
-        return Correction([jnp.stack(leaf) for leaf in zip(*parts, strict=True)], weights=weights,
-                          signed=True, initial=gamma, probe=(s, y)), state
+        return Correction(
+            [jnp.stack(leaf) for leaf in zip(*parts, strict=True)],
+            weights=weights,
+            signed=True,
+            initial=gamma,
+            probe=(s, y),
+        ), state
 
     @abc.abstractmethod
-    def difference(self, layout: Layout, s: Vector, y: Vector, evidence: Evidence,
-                   gamma: jax.Array) -> tuple[list[Vector], jax.Array]:
+    def difference(
+        self, layout: Layout, s: Vector, y: Vector, evidence: Evidence, gamma: jax.Array
+    ) -> tuple[list[Vector], jax.Array]:
         """Columns and their weights ``(n, k)``, 0 where the pair is to be skipped.
 
         A ``y`` that is not finite arrives as NaN, which must not be skipped.
@@ -147,16 +156,20 @@ class BFGS(QuasiNewton):
         super().__post_init__()
         if self.damping is not None:
             check_least("BFGS", "damping", self.damping, strict=True)
-            check(self.damping < 1,
-                  f"BFGS: damping is {self.damping!r}; pass a number in (0, 1) or None.")
+            check(
+                self.damping < 1,
+                f"BFGS: damping is {self.damping!r}; pass a number in (0, 1) or None.",
+            )
 
-    def difference(self, layout: Layout, s: Vector, y: Vector, evidence: Evidence,
-                   gamma: jax.Array) -> tuple[list[Vector], jax.Array]:
+    def difference(
+        self, layout: Layout, s: Vector, y: Vector, evidence: Evidence, gamma: jax.Array
+    ) -> tuple[list[Vector], jax.Array]:
         b = evidence.apply(s, gamma)
         sy, sbs = layout.inner(s, y), layout.inner(s, b)
         if self.damping is not None:
-            theta = jnp.where(sy < self.damping * sbs,
-                              (1 - self.damping) * _linalg.safe_divide(sbs, sbs - sy), 1)
+            theta = jnp.where(
+                sy < self.damping * sbs, (1 - self.damping) * _linalg.safe_divide(sbs, sbs - sy), 1
+            )
             y = [t * a + (1 - t) * c for t, a, c in zip(layout.spread(theta), y, b, strict=True)]
             sy = theta * sy + (1 - theta) * sbs
         least = _SLACK * jnp.sqrt(layout.inner(s, s)) * jnp.sqrt(layout.inner(y, y))
@@ -204,12 +217,13 @@ class SR1(QuasiNewton):
     def rescale(self, old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(old > 0, old, 2 * new)
 
-    def difference(self, layout: Layout, s: Vector, y: Vector, evidence: Evidence,
-                   gamma: jax.Array) -> tuple[list[Vector], jax.Array]:
+    def difference(
+        self, layout: Layout, s: Vector, y: Vector, evidence: Evidence, gamma: jax.Array
+    ) -> tuple[list[Vector], jax.Array]:
         rest = [a - b for a, b in zip(y, evidence.apply(s, gamma), strict=True)]
         norm = lambda v: jnp.sqrt(layout.inner(v, v))
         size, fit = norm(rest), layout.inner(rest, s)
-        rounding = jnp.finfo(layout.dtype).eps ** (2 / 3) * norm(y)     # it adds up in B
+        rounding = jnp.finfo(layout.dtype).eps ** (2 / 3) * norm(y)  # it adds up in B
         skip = (jnp.abs(fit) <= self.tol * size * norm(s)) | (size <= rounding)
         signs = jnp.where(skip, 0, jnp.where(fit < 0, -1, 1).astype(layout.dtype))
         return [scale(layout, _root_inverse(jnp.abs(fit)), rest)], signs[:, None]
@@ -250,8 +264,9 @@ class ShorR(QuasiNewton):
         check_least("ShorR", "alpha", self.alpha, strict=True)
         check(self.alpha < 1, f"ShorR: alpha is {self.alpha!r}; pass a number in (0, 1).")
 
-    def difference(self, layout: Layout, s: Vector, y: Vector, evidence: Evidence,
-                   gamma: jax.Array) -> tuple[list[Vector], jax.Array]:
+    def difference(
+        self, layout: Layout, s: Vector, y: Vector, evidence: Evidence, gamma: jax.Array
+    ) -> tuple[list[Vector], jax.Array]:
         b = evidence.apply(y, gamma)
         yby = layout.inner(y, b)
         weight = jnp.where(yby <= 0, 0, self.alpha**2 - 1).astype(layout.dtype)
