@@ -45,7 +45,13 @@ class Layout:
     dtype: Any
 
     @classmethod
-    def of(cls, tree: Any, groups: Callable[[Any], Hashable] | None, rows: Any = None) -> "Layout":
+    def of(
+        cls,
+        tree: Any,
+        groups: Callable[[Any], Hashable] | None,
+        rows: Any = None,
+        owner: str = "scale_by_lre",
+    ) -> "Layout":
         """Reads the layout of a tree of floating-point arrays (or shapes of arrays)."""
         leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
         names = tuple(jax.tree_util.keystr(path) for path, _ in leaves)
@@ -53,12 +59,12 @@ class Layout:
         for name, dtype in zip(names, dtypes, strict=True):
             check(
                 not jnp.issubdtype(dtype, jnp.complexfloating),
-                f"scale_by_lre: the leaf {name or 'of the tree'} is {dtype}; wrap the optimizer "
-                "in optax.contrib.split_real_and_imaginary.",
+                f"{owner}: the leaf {name or 'of the tree'} is {dtype}; pass real and imaginary "
+                "parts as two leaves (optax.contrib.split_real_and_imaginary does).",
             )
             check(
                 jnp.issubdtype(dtype, jnp.floating),
-                f"scale_by_lre: the leaf {name or 'of the tree'} is {dtype}; pass floating-point "
+                f"{owner}: the leaf {name or 'of the tree'} is {dtype}; pass floating-point "
                 "leaves, or leave it out with optax.masked or optax.partition.",
             )
         labels = [None if groups is None else groups(path) for path, _ in leaves]
@@ -98,6 +104,41 @@ class Layout:
         """The tree as a vector, rounded to the dtype of the rows."""
         leaves = self.treedef.flatten_up_to(tree)
         return [jnp.reshape(x, -1).astype(t) for x, t in zip(leaves, self.rows, strict=True)]
+
+    def columns(self, tree: Any, owner: str) -> tuple[Columns, bool]:
+        """A vector, or vectors along a leading axis, as columns; and whether there was that axis.
+
+        Raises ``ValueError`` where structure or shapes are not those of the layout.
+        """
+        try:
+            leaves = self.treedef.flatten_up_to(tree)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{owner}: the vector's structure is not that of the example: {error}"
+            ) from error
+        shapes = [np.shape(x) for x in leaves]
+        count = {s[:1] for s in shapes}
+        one = shapes == list(self.shapes)
+        for name, got, shape in zip(self.names, shapes, self.shapes, strict=True):
+            check(
+                one or (len(got) > 0 and got[1:] == shape and len(count) == 1),
+                f"{owner}: the leaf {name or 'of the vector'} has shape {got}; pass {shape}, or "
+                f"(k, *{shape}) for k vectors at once, the same k in every leaf.",
+            )
+        head = (1,) if one else (shapes[0][0],)
+        return [
+            jnp.reshape(x, (*head, size)).astype(t)
+            for x, size, t in zip(leaves, self.sizes, self.rows, strict=True)
+        ], not one
+
+    def vectors(self, columns: Columns) -> Any:
+        """Columns as a tree of the leaves' shapes with a leading axis."""
+        return self.treedef.unflatten(
+            [
+                jnp.reshape(_narrow(x, dtype), (-1, *shape))
+                for x, shape, dtype in zip(columns, self.shapes, self.dtypes, strict=True)
+            ]
+        )
 
     def unflatten(self, vector: Vector) -> Any:
         """The vector as a tree of the leaves' shapes and dtypes, clipped to what these can hold."""
@@ -148,6 +189,11 @@ class Layout:
                 for x, y in zip(a, b, strict=True)
             ]
         )
+
+    def squares(self, columns: Columns) -> jax.Array:
+        """Squared norms of columns over all leaves, ``(k,)``."""
+        parts = [jnp.sum(jnp.square(c.astype(self.dtype)), axis=1) for c in columns]
+        return sum(parts[1:], parts[0])
 
     def gram(self, columns: Columns) -> jax.Array:
         """``(n, k, k)`` inner products of columns; one column costs one elementwise pass."""

@@ -1,0 +1,460 @@
+"""Learner: the online operator, its subspace trained for its purposes."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout, repeat, rewrite
+from lowrank_optax._types import Columns, check, check_count, check_decay
+from lowrank_optax.online.operator import Operator
+from lowrank_optax.online.purposes import (
+    Custom,
+    Pairs,
+    Purpose,
+    Reconstruction,
+    Stream,
+    View,
+    Weight,
+)
+
+
+class LearnerState(NamedTuple):
+    """State of a `Learner`.
+
+    Attributes:
+      operator: ``A``, ``H`` and ``A A^T`` as they are now.
+      theta: parameters that purposes learn besides ``A``, for each purpose.
+      memory: what purposes remember of the stream, for each purpose.
+      opt_state: of the optimizer.
+      energy: ``E‖v‖²``, a running average.
+      previous: the last vector, ``(1, leaf.size)`` a leaf, where a purpose looks at pairs.
+      after: whether ``previous`` is a vector that was seen.
+      count: updates that took in something.
+      skipped: vectors that were not finite.
+      failed: updates undone because loss or gradient was not finite.
+    """
+
+    operator: Operator
+    theta: tuple[Any, ...]
+    memory: tuple[Any, ...]
+    opt_state: Any
+    energy: jax.Array
+    previous: Any
+    after: jax.Array
+    count: jax.Array
+    skipped: jax.Array
+    failed: jax.Array
+
+
+class Info(NamedTuple):
+    """What an update reports.
+
+    Attributes:
+      loss: the composite loss, before the update.
+      values: the purposes' own losses without their weights, reconstruction first.
+      moved: whether ``A`` moved: on a slow schedule it rarely does.
+      change: ``C = A_new A_old^+``, ``(r, r)``, by which codes moved.
+    """
+
+    loss: jax.Array
+    values: tuple[jax.Array, ...]
+    moved: jax.Array
+    change: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """Pure functions ``init``, ``update`` and ``operator``; made by `learner`."""
+
+    rank: int
+    purposes: tuple[Purpose, ...]
+    optimizer: Any
+    orthonormal: bool
+    decay: float
+    relative: bool
+    dtype: Any
+
+    def init(self, key: jax.Array, example: Any) -> LearnerState:
+        """A random orthonormal ``A`` for vectors shaped like ``example``."""
+        layout = Layout.of(example, None, self.dtype, owner="learner.init")
+        r, d, dtype = self.rank, sum(layout.sizes), layout.dtype
+        check(r <= d, f"learner.init: rank is {r}, but vectors have {d} entries; pass at most {d}.")
+        keys = jax.random.split(key, len(layout.sizes) + len(self.purposes))
+        rows = [
+            jax.random.normal(k, (r, size), dtype).astype(t)
+            for k, size, t in zip(keys, layout.sizes, layout.rows, strict=False)
+        ]
+        for _ in range(2):  # the second removes what rounding left
+            t = _linalg.cholesky_inverse(layout.gram(rows)[0])
+            rows = [
+                x.astype(w.dtype) for x, w in zip(layout.combine(t[None], rows), rows, strict=True)
+            ]
+        operator = Operator(
+            layout.tree(rows), jnp.zeros((r, r), dtype), layout.gram(rows)[0], layout
+        )
+        theta = tuple(
+            p.theta(k, r, dtype)
+            for p, k in zip(self.purposes, keys[len(layout.sizes) :], strict=True)
+        )
+        count = lambda: jnp.zeros((), jnp.int32)
+        return LearnerState(
+            operator,
+            theta,
+            tuple(p.memory(r, dtype) for p in self.purposes),
+            self.optimizer.init((operator.rows, theta)),
+            jnp.zeros((), dtype),
+            layout.tree(layout.zeros(1)) if self._pairs else (),
+            jnp.zeros((), bool),
+            count(),
+            count(),
+            count(),
+        )
+
+    def operator(self, state: LearnerState) -> Operator:
+        """The operator as it is now."""
+        return state.operator
+
+    def update(
+        self, state: LearnerState, vectors: Any, *, next: Any = None, **extra: Any
+    ) -> tuple[LearnerState, Info]:
+        """Takes in one vector, or several along a leading axis.
+
+        Args:
+          state: the state.
+          vectors: shaped like the example, or with a leading axis ``k``.
+          next: what follows each vector; by default the next one in the order of passing.
+          extra: further streams that purposes ask for, shaped like ``vectors``, any number each.
+
+        Raises:
+          ValueError: for shapes unlike the example's, or a stream that is missing or not asked for.
+        """
+        columns = partial(state.operator.layout.columns, owner="learner.update")
+        needed = {name: p for p in self.purposes for name in p.streams}
+        for name, purpose in needed.items():
+            check(
+                name in extra,
+                f"{type(purpose).__name__} needs the stream `{name}`, which was not passed: call "
+                f"learner.update(state, vectors, {name}=...).",
+            )
+        unknown = sorted(set(extra) - set(needed))
+        check(
+            not unknown,
+            f"learner.update: no purpose asks for {', '.join(unknown)}; pass "
+            f"{', '.join(sorted(needed)) or 'vectors alone'}.",
+        )
+        stream = columns(vectors)[0]
+        after = None if next is None else columns(next)[0]
+        check(
+            after is None or not stream or after[0].shape == stream[0].shape,
+            "learner.update: next holds another number of vectors; pass one for each.",
+        )
+        return self.step(state, stream, after, {k: columns(v)[0] for k, v in extra.items()})
+
+    def step(
+        self,
+        state: LearnerState,
+        columns: Columns,
+        after: Columns | None,
+        extra: dict[str, Columns],
+    ) -> tuple[LearnerState, Info]:
+        """`update` for vectors given as columns."""
+        old, layout = state.operator, state.operator.layout
+        stream, fine = _clean(layout, columns)
+        others = {name: _clean(layout, c) for name, c in extra.items()}
+        lost = sum(
+            jnp.sum(~ok, dtype=jnp.int32) for ok in (fine, *(ok for _, ok in others.values()))
+        )
+        some = jnp.any(fine)
+        # An average corrected for its start: the first vector counts fully.
+        rate = (1 - self.decay) / (1 - self.decay ** (state.count + 1.0).astype(layout.dtype))
+        norms = layout.squares(stream.columns)
+        energy = (1 - rate) * state.energy + rate * jnp.sum(stream.weights * norms)
+        view = View(
+            old,
+            stream,
+            old.codes(stream.columns),
+            self._successors(state, stream, fine, after),
+            {name: s for name, (s, _) in others.items()},
+            jnp.where(energy > 0, energy, 1) if self.relative else jnp.ones_like(energy),
+            (),
+        )
+        weights = tuple(
+            p.weight(state.count) if callable(p.weight) else p.weight for p in self.purposes
+        )
+        (loss, values), grads = jax.value_and_grad(composite, argnums=(3, 4), has_aux=True)(
+            self.purposes, self.orthonormal, weights, old.rows, state.theta, view, state.memory
+        )
+        steps, opt_state = self.optimizer.update(grads, state.opt_state, (old.rows, state.theta))
+        size = sum(jnp.sum(jnp.square(x.astype(layout.dtype))) for x in jax.tree.leaves(steps))
+        ok = some & jnp.isfinite(loss) & jnp.isfinite(size) & jnp.isfinite(optax.tree.norm(grads))
+        memory = tuple(
+            p.remember(m, view._replace(memory=m), rate)
+            for p, m in zip(self.purposes, state.memory, strict=True)
+        )
+        h = (1 - rate) * old.h + rate * (view.codes.T * stream.weights) @ view.codes
+        rows, gram, c, moved = self._retract(old, layout.leaves(steps[0]), ok & (size > 0))
+        new = LearnerState(
+            dataclasses.replace(
+                old, rows=layout.tree(rows), gram=gram, h=_linalg.symmetrize(c @ h @ c.T)
+            ),
+            jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.theta, steps[1]),
+            tuple(p.move(m, c) for p, m in zip(self.purposes, memory, strict=True)),
+            opt_state,
+            energy,
+            layout.tree([x[-1:] for x in columns]) if self._pairs else (),
+            fine[-1],
+            state.count + 1,
+            state.skipped,
+            state.failed,
+        )
+        # Rows have been kept already, where they had to be; a choice would copy them.
+        keep = new.operator.rows
+        new = jax.tree.map(partial(jnp.where, ok), _sparing(new), _sparing(state))
+        new = new._replace(
+            operator=dataclasses.replace(new.operator, rows=keep),
+            skipped=state.skipped + lost,
+            failed=state.failed + (some & ~ok),
+            after=fine[-1],
+        )
+        return new, Info(loss, values, moved, c)
+
+    @property
+    def _pairs(self) -> bool:
+        return any(p.pairs for p in self.purposes)
+
+    def _successors(
+        self, state: LearnerState, stream: Stream, fine: jax.Array, after: Columns | None
+    ) -> Pairs | None:
+        """Each vector with the one that follows it."""
+        if not self._pairs:
+            return None
+        operator, layout = state.operator, state.operator.layout
+        if after is not None:
+            targets, known = _clean(layout, after)
+            sources, both = stream.columns, fine & known
+            codes = operator.codes(sources)
+        else:
+            first = layout.leaves(state.previous)
+            sources = [
+                jnp.concatenate([p, c[:-1]]) for p, c in zip(first, stream.columns, strict=True)
+            ]
+            both = fine & jnp.concatenate([state.after[None], fine[:-1]])
+            targets, codes = stream, operator.codes(sources)
+        return Pairs(sources, codes, Stream(targets.columns, _mean(both, layout.dtype)))
+
+    def _retract(self, old: Operator, steps: Columns, moved: jax.Array):
+        """Rows moved by a step, orthonormal again if they are to be, and ``C``; rarely run."""
+        layout = old.layout
+        rows, r = layout.leaves(old.rows), self.rank
+        eye = jnp.eye(r, dtype=old.h.dtype)
+
+        def body(_, carry):
+            rows, gram, c = carry
+            cross = layout.dot(rows, steps)[0]
+            t = eye
+            if self.orthonormal:
+                s = gram + cross + cross.T + layout.gram(steps)[0]
+                t = _linalg.matrix_power(s, -0.5, damping=0, rdamping=0)
+            turn = partial(_stepped, t, steps, layout.dtype)
+            always = jnp.ones(1, bool)
+            rows, new, back = rewrite(rows, layout, always, r, turn, cross=True)
+            c = (
+                back[0]
+                if self.orthonormal
+                else back[0] @ _linalg.matrix_power(gram, -1.0, damping=0, rdamping=0)
+            )
+            return rows, new[0], c
+
+        rows, gram, c = repeat(moved, body, (rows, old.gram, eye))
+        return rows, gram, c, moved
+
+
+def learner(
+    rank: int,
+    purposes: Sequence[Any] = (),
+    optimizer: Any = None,
+    *,
+    reconstruction: Weight = 1.0,
+    orthonormal: bool | None = None,
+    decay: float = 0.99,
+    relative: bool = True,
+    dtype: Any = None,
+) -> Learner:
+    r"""Learns ``G = A^T H A`` from a stream of vectors, its subspace for a purpose.
+
+    .. math:: L(A) = w_0\, E‖v - A^T A v‖^2 / E‖v‖^2 + \sum_i w_i L_i(A), \qquad
+              H \leftarrow \beta H + (1 - \beta)\, z z^T, \quad z = A v
+
+    Every update takes the gradient of the composite loss in closed form and hands it to an optax
+    optimizer, by default a slow one that moves ``A`` once in eight updates. Orthonormal rows get
+    gradients tangent to them and are made orthonormal again by ``(A A^T)^{-1/2}``. With ``A`` moves
+    ``H <- C H C^T`` with ``C = A_new A_old^+``. The gradient through ``H`` is taken at the average
+    before the batch, as that of an average over the whole stream: differentiating one step of the
+    running average instead gives ``1 - β`` times it, with a bias.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> learner = lro.online.learner(2, (lro.online.Dynamics(1.0),), optax.adam(3e-2))
+      >>> state = learner.init(jax.random.key(0), jnp.zeros(6))
+      >>> stream = jax.random.normal(jax.random.key(1), (200, 6)) * jnp.array([5., 4, 1, 1, 1, 1])
+      >>> state, info = jax.lax.scan(learner.update, state, stream)
+      >>> op = learner.operator(state)
+      >>> op.encode(stream).shape, bool(info.loss[-50:].mean() < info.loss[:50].mean())
+      ((200, 2), True)
+
+    Args:
+      rank: number of codes, ``r``.
+      purposes: what the subspace is for, see the classes of `lowrank_optax.online`; a function of
+        ``(operator, batch)``, or a pair of a weight and one, is a purpose too, see `Custom`.
+      optimizer: any optax transformation or `optax.MultiSteps`; by default
+        ``optax.MultiSteps(optax.adam(1e-2), 8)``.
+      reconstruction: weight of the first term, a number or a schedule; 0 leaves it out.
+      orthonormal: whether ``A`` has orthonormal rows; by default it has unless a purpose needs free
+        ones.
+      decay: ``β`` of the running averages, per update.
+      relative: whether losses are divided by ``E‖v‖²`` and so free of units.
+      dtype: of the stored rows, by default the vectors'.
+
+    Returns:
+      An object with ``init(key, example)``, ``update(state, vectors, **streams)`` and
+      ``operator(state)``. Vectors that are not finite are skipped and counted; a loss that is not
+      finite leaves everything as it was.
+
+    Raises:
+      ValueError: for values out of range, `Whitening` with orthonormal rows, or nothing to learn.
+
+    Cost: memory ``2 r d`` and the optimizer's; an update ``12 k r d`` flops and more by purpose,
+    and ``8 r² d`` when ``A`` moves.
+    """
+    check_count("learner", "rank", rank)
+    check_decay("learner", "decay", decay)
+    given = tuple(_purpose(p) for p in purposes)
+    parts = (Reconstruction(reconstruction), *given) if _nonzero(reconstruction) else given
+    check(parts, "learner: no purposes and no reconstruction; pass at least one of them.")
+    free = [type(p).__name__ for p in parts if p.free]
+    if orthonormal is None:
+        orthonormal = not free
+    check(
+        not (orthonormal and free),
+        f"learner: {', '.join(free)} needs rows of any length, but orthonormal is True: with "
+        "orthonormal rows codes become alike only by leaving the leading directions. Pass "
+        "orthonormal=False, or whiten by operator.power(v, -0.5).",
+    )
+    if optimizer is None:
+        optimizer = optax.MultiSteps(optax.adam(1e-2), 8)
+    check(
+        hasattr(optimizer, "init") and hasattr(optimizer, "update"),
+        f"learner: optimizer is {optimizer!r}; pass an optax transformation or optax.MultiSteps.",
+    )
+    return Learner(rank, parts, optimizer, orthonormal, decay, relative, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def composite(
+    purposes: tuple[Purpose, ...],
+    tangent: bool,
+    weights: tuple[Any, ...],
+    rows: Any,
+    theta: tuple[Any, ...],
+    view: View,
+    memory: tuple[Any, ...],
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """``sum_i w_i L_i`` and the ``L_i``; its gradient is put together from factors.
+
+    The backward pass needs rows, vectors, codes and moments, nothing else. With ``tangent`` the
+    gradient is that on orthonormal rows, ``∂A - ∂A A^T A`` (a dense one's: ``∂A - sym(∂A A^T) A``).
+    """
+    return _values(purposes, weights, rows, theta, view, memory)[:2]
+
+
+def _values(purposes, weights, rows, theta, view, memory):
+    view = view._replace(operator=dataclasses.replace(view.operator, rows=rows))
+    terms = [
+        p.terms(view._replace(memory=m), t) for p, m, t in zip(purposes, memory, theta, strict=True)
+    ]
+    values = tuple(t.value for t in terms)
+    total = jnp.stack([w * v for w, v in zip(weights, values, strict=True)]).sum()
+    return total, values, terms
+
+
+def _forward(purposes, tangent, weights, rows, theta, view, memory):
+    out = _values(purposes, weights, rows, theta, view, memory)[:2]
+    return out, (weights, rows, theta, view, memory)
+
+
+def _backward(purposes, tangent, saved, cotangents):
+    weights, rows, theta, view, memory = saved
+    terms = _values(purposes, weights, rows, theta, view, memory)[2]
+    bars = [cotangents[0] * w + v for w, v in zip(weights, cotangents[1], strict=True)]
+    layout, operator = view.operator.layout, dataclasses.replace(view.operator, rows=rows)
+    leaves = layout.leaves(rows)
+    total = [jnp.zeros(w.shape, layout.dtype) for w in leaves]
+    factors = [
+        (b * t.left, t.right) for b, t in zip(bars, terms, strict=True) if t.left is not None
+    ]
+    if factors:
+        left = jnp.concatenate([a for a, _ in factors])
+        right = [jnp.concatenate(c) for c in zip(*(b for _, b in factors), strict=True)]
+        if tangent:
+            inside = operator.columns(operator.codes(right))
+            right = [b.astype(i.dtype) - i for b, i in zip(right, inside, strict=True)]
+        total = layout.combine(left.T[None], right)
+    dense = [(b, t.dense) for b, t in zip(bars, terms, strict=True) if t.dense is not None]
+    for bar, gradient in dense:
+        if tangent:
+            within = layout.combine(
+                _linalg.symmetrize(layout.dot(gradient, leaves)[0])[None], leaves
+            )
+            gradient = [g.astype(i.dtype) - i for g, i in zip(gradient, within, strict=True)]
+        total = [x + bar * g.astype(x.dtype) for x, g in zip(total, gradient, strict=True)]
+    out = [x.astype(w.dtype) for x, w in zip(total, leaves, strict=True)]
+    bar_theta = tuple(
+        jax.tree.map(lambda x, b=b: b * x, t.theta) for b, t in zip(bars, terms, strict=True)
+    )
+    return None, layout.tree(out), bar_theta, None, None
+
+
+composite.defvjp(_forward, _backward)
+
+
+def _purpose(p: Any) -> Purpose:
+    if isinstance(p, Purpose):
+        return p
+    weight, function = p if isinstance(p, tuple) and len(p) == 2 else (1.0, p)
+    check(
+        callable(function),
+        f"learner: {p!r} is not a purpose; pass one of lro.online's, a function of (operator, "
+        "batch), or a pair (weight, function).",
+    )
+    return Custom(weight, function)
+
+
+def _nonzero(weight: Any) -> bool:
+    return callable(weight) or isinstance(weight, jax.Array) or weight != 0
+
+
+def _clean(layout: Layout, columns: Columns) -> tuple[Stream, jax.Array]:
+    """A stream with vectors that are not finite set to zero, and which ones are."""
+    fine = jnp.stack([jnp.all(jnp.isfinite(c), axis=1) for c in columns]).all(axis=0)
+    columns = [jnp.where(fine[:, None], c, 0) for c in columns]
+    return Stream(columns, _mean(fine, layout.dtype)), fine
+
+
+def _mean(some: jax.Array, dtype: Any) -> jax.Array:
+    return some.astype(dtype) / jnp.maximum(1, jnp.sum(some))
+
+
+def _stepped(t, steps, dtype, leaf, start, block):
+    """``T (A + U)`` of a block of columns."""
+    step = jax.lax.dynamic_slice_in_dim(steps[leaf], start, block.shape[1], 1)
+    return t @ (block.astype(dtype) + step.astype(dtype))
+
+
+def _sparing(state: LearnerState) -> LearnerState:
+    return state._replace(operator=dataclasses.replace(state.operator, rows=()))

@@ -1,0 +1,275 @@
+"""Operator: the symmetric low-rank ``G = A^T H A``, read by products alone."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout
+from lowrank_optax._types import Columns, check, check_count, check_least
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    r"""A symmetric operator of low rank, ``G = A^T H A``, over vectors or trees of arrays.
+
+    ``A`` encodes, ``A^T`` decodes, and ``H`` holds the second moments ``E z z^T`` of the codes
+    ``z = A v``. With ``S = A A^T``, ``Q^T = S^{-1/2} A`` has orthonormal rows and
+
+    .. math:: G = Q N Q^T, \qquad N = S^{1/2} H S^{1/2}
+
+    through which powers and solves go; ``G`` is never formed. Everything takes one vector, shaped
+    like the example, or ``k`` of them along a leading axis of every leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> op = lro.online.Operator.of(jnp.eye(2, 3), jnp.diag(jnp.array([4., 16.])))
+      >>> v = jnp.array([1., 1., 1.])
+      >>> print(op.encode(v), op(v), op.power(v, -0.5))
+      [1. 1.] [ 4. 16.  0.] [0.5  0.25 0.  ]
+
+    Attributes:
+      rows: ``A``, an array ``(r, leaf.size)`` for every leaf of the example.
+      h: ``H``, ``(r, r)``, in squared units of the codes.
+      gram: ``S``, ``(r, r)``.
+      layout: the example's structure and shapes (static).
+
+    Cost: memory ``r d``; every product ``4 r d`` flops, with ``O(r³)`` for powers and solves.
+    """
+
+    rows: Any
+    h: jax.Array
+    gram: jax.Array
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, rows: Any, h: jax.Array, example: Any = None) -> "Operator":
+        """The operator of given rows, whose leaves are ``(r, *shape)``, and ``(r, r)`` moments.
+
+        Args:
+          rows: ``A``.
+          h: ``H``.
+          example: a vector, for its structure and dtypes; by default the first row.
+
+        Raises:
+          ValueError: where rows, moments and example do not fit together.
+
+        Cost: ``2 r² d`` flops, for ``S``.
+        """
+        first = jax.tree.map(lambda x: x[0], rows) if example is None else example
+        layout = Layout.of(first, None, owner="Operator")
+        columns, many = layout.columns(rows, "Operator")
+        rank = columns[0].shape[0] if columns else 0
+        check(
+            many and jnp.shape(h) == (rank, rank),
+            f"Operator: rows have rank {rank} and h has shape {jnp.shape(h)}; pass leaves "
+            "(r, *shape) and (r, r) moments.",
+        )
+        h = jnp.asarray(h, layout.dtype)
+        return cls(layout.tree(columns), h, layout.gram(columns)[0], layout)
+
+    @property
+    def rank(self) -> int:
+        """The number ``r`` of codes."""
+        return self.h.shape[-1]
+
+    def encode(self, v: Any) -> jax.Array:
+        """``z = A v``, ``(r,)``, or ``(k, r)`` for ``k`` vectors."""
+        columns, many = self.layout.columns(v, "encode")
+        z = self.codes(columns)
+        return z if many else z[0]
+
+    def decode(self, z: jax.Array) -> Any:
+        """``A^T z``, shaped like the example; ``(k, r)`` codes give ``k`` vectors."""
+        check(
+            jnp.ndim(z) in (1, 2) and jnp.shape(z)[-1] == self.rank,
+            f"decode: z has shape {jnp.shape(z)}; pass ({self.rank},) or (k, {self.rank}).",
+        )
+        many = jnp.ndim(z) == 2
+        columns = self.columns(jnp.atleast_2d(z))
+        return self.layout.vectors(columns) if many else self._one(columns)
+
+    def __call__(self, v: Any) -> Any:
+        """``G v``."""
+        return self._through(v, self.h)
+
+    apply = __call__
+
+    def power(self, v: Any, p: float) -> Any:
+        """``G^p v`` on the span of ``A``, and zero outside it, for negative ``p`` as well."""
+        return self._through(v, self._whitened(partial(_power, power=p)))
+
+    def solve(self, v: Any, damping: float) -> Any:
+        """``(G + damping I)^{-1} v``; ``damping > 0``, in units of ``G``."""
+        check_least("solve", "damping", damping, strict=True)
+
+        def shrink(n: jax.Array) -> jax.Array:
+            return jnp.linalg.solve(n + damping * jnp.eye(self.rank, dtype=n.dtype), n)
+
+        columns, many = self.layout.columns(v, "solve")
+        inside = self.columns(self.codes(columns) @ self._whitened(shrink))
+        out = [(c - x.astype(c.dtype)) / damping for c, x in zip(columns, inside, strict=True)]
+        return self.layout.vectors(out) if many else self._one(out)
+
+    def project(self, v: Any) -> Any:
+        """``Q Q^T v``, the part of ``v`` inside the span of ``A``."""
+        return self._through(v, self._whitened(lambda n: jnp.eye(self.rank, dtype=n.dtype)))
+
+    def residual(self, v: Any) -> Any:
+        """``v - Q Q^T v``."""
+        return jax.tree.map(jnp.subtract, v, self.project(v))
+
+    def eigenvalues(self) -> jax.Array:
+        """Those of ``G`` that are not zero by construction, ``(r,)``, descending."""
+        return _linalg.eigh(self._normal())[0]
+
+    def eigenvectors(self) -> Any:
+        """``Q^T`` rotated to the eigenvectors of ``G``: leaves ``(r, *shape)``, in their order."""
+        v = _linalg.eigh(self._normal())[1]
+        return self.layout.vectors(self.columns(v @ self._root(-0.5)))
+
+    def codes(self, columns: Columns) -> jax.Array:
+        """``(k, r)`` codes of columns."""
+        return self.layout.dot(self.layout.leaves(self.rows), columns)[0].T
+
+    def columns(self, z: jax.Array) -> Columns:
+        """Columns ``A^T z`` of ``(k, r)`` codes."""
+        return self.layout.combine(z[None], self.layout.leaves(self.rows))
+
+    def _one(self, columns: Columns) -> Any:
+        return self.layout.unflatten([c[0] for c in columns])
+
+    def _through(self, v: Any, middle: jax.Array) -> Any:
+        columns, many = self.layout.columns(v, "Operator")
+        out = self.columns(self.codes(columns) @ middle)
+        return self.layout.vectors(out) if many else self._one(out)
+
+    def _root(self, power: float) -> jax.Array:
+        return _power(self.gram, power)
+
+    def _normal(self) -> jax.Array:
+        root = self._root(0.5)
+        return _linalg.symmetrize(root @ self.h @ root)
+
+    def _whitened(self, function) -> jax.Array:
+        """``S^{-1/2} f(N) S^{-1/2}``."""
+        back = self._root(-0.5)
+        return back @ function(self._normal()) @ back
+
+
+def merge(
+    a: Operator, b: Operator, rank: int | None = None, weights: tuple[float, float] = (1.0, 1.0)
+) -> Operator:
+    r"""The best operator of a rank for ``w_a G_a + w_b G_b``: two sketches of one stream as one.
+
+    The rows ``[√(w_a Λ_a) Q_a^T; √(w_b Λ_b) Q_b^T]`` are decomposed as one concatenated matrix
+    through their Gram matrix, and its leading singular vectors kept. Exact when the rank suffices.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> one = lro.online.Operator.of(jnp.eye(1, 3), jnp.array([[4.]]))
+      >>> two = lro.online.Operator.of(jnp.eye(2, 3), jnp.diag(jnp.array([1., 9.])))
+      >>> print(lro.online.merge(one, two).eigenvalues().round(3))
+      [9. 5.]
+
+    Args:
+      a: an operator with positive semidefinite ``H``.
+      b: another over the same vectors.
+      rank: of the result; by default the larger of the two.
+      weights: how much each counts, e.g. the numbers of vectors seen where moments are averages.
+
+    Returns:
+      An operator with orthonormal rows and diagonal moments.
+
+    Raises:
+      ValueError: for operators over vectors of different shapes, or a rank beyond both together.
+
+    Cost: ``2 (r_a + r_b)² d + 2 (r_a + r_b) r d`` flops.
+
+    Source: Brand, "Fast low-rank modifications of the thin singular value decomposition", 2006;
+    Iwen and Ong, "A distributed and incremental SVD algorithm", SIAM J. Matrix Anal. Appl. 2016.
+    """
+    check(
+        a.layout.shapes == b.layout.shapes and a.layout.treedef == b.layout.treedef,
+        f"merge: operators over vectors of shapes {a.layout.shapes} and {b.layout.shapes}; pass "
+        "two over the same vectors.",
+    )
+    rank = max(a.rank, b.rank) if rank is None else rank
+    check_count("merge", "rank", rank)
+    check(
+        rank <= a.rank + b.rank,
+        f"merge: rank is {rank}; the operators hold {a.rank} + {b.rank} directions.",
+    )
+    rows, roots = [], []
+    for op, weight in zip((a, b), weights, strict=True):
+        check_least("merge", "weights", weight)
+        rows.append(op.layout.leaves(op.rows))
+        roots.append(weight**0.5 * _power(op.h, 0.5))
+    layout = a.layout
+    stacked = [jnp.concatenate(pair) for pair in zip(*rows, strict=True)]
+    root = jax.scipy.linalg.block_diag(*roots)
+    gram = layout.gram(stacked)[0]
+    lam, v = _linalg.eigh(_linalg.symmetrize(root @ gram @ root))
+    lam, live = _linalg.regularize(lam[:rank], lam[:rank] > 0)
+    scale = jnp.where(live, 1 / jnp.sqrt(jnp.where(live, lam, 1)), 0)
+    out = layout.combine(((scale[:, None] * v[:rank]) @ root)[None], stacked)
+    return Operator(layout.tree(out), jnp.diag(lam), layout.gram(out)[0], layout)
+
+
+def signed_pca(rank: int, *streams: tuple[float, Any]) -> Operator:
+    r"""The leading eigenvectors of ``sum_i w_i E[u_i u_i^T]``: quadratic purposes in closed form.
+
+    With orthonormal rows, ``sum_i w_i E‖u_i - A^T A u_i‖²`` over several streams, of weights of
+    either sign, is least in the span of the eigenvectors with the algebraically largest
+    eigenvalues. The vectors' Gram matrix gives them: nothing ``d × d``.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> keep, avoid = jnp.array([[1., 1.]]), jnp.array([[1., 0.]])
+      >>> op = lro.online.signed_pca(1, (1.0, keep), (-5.0, avoid))
+      >>> print(jnp.abs(op.eigenvectors()).round(1))
+      [[0.2 1. ]]
+
+    Args:
+      rank: eigenvectors to keep, ``r``.
+      streams: pairs of a weight and vectors along a leading axis of every leaf.
+
+    Returns:
+      An operator with orthonormal rows and the eigenvalues as moments, in descending order.
+
+    Raises:
+      ValueError: without streams, or for streams of different shapes.
+
+    Cost: ``2 n² d`` flops for ``n`` vectors in all, and ``eigh`` of size ``n``.
+    """
+    check_count("signed_pca", "rank", rank)
+    check(streams, "signed_pca: no streams; pass pairs (weight, vectors).")
+    layout = Layout.of(jax.tree.map(lambda x: x[0], streams[0][1]), None, owner="signed_pca")
+    parts = [layout.columns(vectors, "signed_pca")[0] for _, vectors in streams]
+    stacked = [jnp.concatenate(columns) for columns in zip(*parts, strict=True)]
+    weights = jnp.concatenate(
+        [
+            jnp.full(c[0].shape[0], w / c[0].shape[0])
+            for (w, _), c in zip(streams, parts, strict=True)
+        ]
+    )
+    check(
+        rank <= weights.shape[0],
+        f"signed_pca: rank is {rank}, but there are {weights.shape[0]} vectors; pass at most that.",
+    )
+    size, u = _linalg.eigh(_linalg.symmetrize(layout.gram(stacked)[0]))
+    _, live = _linalg.regularize(size, size > 0)
+    root = jnp.sqrt(jnp.where(live, size, 0))
+    # In the orthonormal coordinates Λ^{-1/2} U^T X the matrix is Λ^{1/2} U^T D U Λ^{1/2}.
+    lam, v = _linalg.eigh(_linalg.symmetrize((root[:, None] * u * weights) @ (u.T * root)))
+    order = jnp.argsort(-jnp.where(jnp.abs(v) @ live > 0.5, lam, -jnp.inf))[:rank]
+    out = layout.combine(((v[order] * _linalg.safe_divide(1.0, root)) @ u)[None], stacked)
+    return Operator(layout.tree(out), jnp.diag(lam[order]), layout.gram(out)[0], layout)
+
+
+def _power(a: jax.Array, power: float) -> jax.Array:
+    return _linalg.matrix_power(a, power, damping=0, rdamping=0)
