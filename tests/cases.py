@@ -5,7 +5,7 @@ import functools
 import jax
 import optax
 
-from lowrank_optax import SCALAR, SECOND_MOMENT, VECTOR, basis, curvature, inner
+from lowrank_optax import SCALAR, SECOND_MOMENT, VECTOR, basis, curvature, inner, online
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """`jax.jit` for what is compiled once and hardly run: compiling is most of what tests cost."""
@@ -39,6 +39,7 @@ MORE_BASES = {
     "grouse": basis.GROUSE(4),
     "hebbian": basis.Hebbian(4),
     "histogram": basis.Histogram(4),
+    "learned": online.Learned(online.learner(4, (online.Dynamics(),), optax.adam(1e-2))),
     "low_rank_factor": basis.LowRankFactor(4),
     "nystrom": basis.Nystrom(4),
     "opast": basis.OPAST(4),

@@ -18,8 +18,8 @@ LAYERS = (
     {"_types"},
     {"_linalg"},
     {"_tree"},
-    {"curvature", "basis", "inner", "online", "spectral", "diagnose"},
-    {"transform"},
+    {"curvature", "basis", "inner", "spectral", "diagnose"},
+    {"transform", "online"},
     {"alias"},
     {"training"},
 )

@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
+import lowrank_optax as lro
 from lowrank_optax import online
 
 RNG = np.random.default_rng
@@ -591,3 +592,65 @@ def test_nothing_is_copied_or_square():
     state = learn.init(jax.random.key(0), jnp.zeros(d))
     compiled = jax.jit(learn.update, donate_argnums=0).lower(state, jnp.zeros(d)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * r * d * 4
+
+
+# In the engine -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [None, lro.per_leaf], ids=["one", "leaf"])
+def test_a_learned_basis_steps_in_its_eigenbasis(groups, x64):
+    """Updates of L^-1/2 are G^-1/2 g with the learner's own operator, group by group."""
+    learn = online.learner(3, (online.Dynamics(1.0),), optax.MultiSteps(optax.adam(1e-2), 2))
+    tx = lro.scale_by_lre(
+        lro.curvature.Covariance(),
+        online.Learned(learn, eig_tol=1e-9),
+        lro.inner.LInvSqrt(),
+        groups=groups,
+    )
+    params = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(5)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    rng = RNG(17)
+    for _ in range(9):
+        g = {"a": jnp.asarray(rng.normal(size=(2, 3))), "b": jnp.asarray(rng.normal(size=5))}
+        updates, state = update(g, state, params)
+    learners = state.basis.learners
+    assert len(learners) == (1 if groups is None else 2) and int(learners[0].count) == 9
+    parts = [["a", "b"]] if groups is None else [["a"], ["b"]]
+    for names, inside in zip(parts, learners, strict=True):
+        expected = inside.operator.power([jnp.ravel(g[n]) for n in names], -0.5)
+        for name, x in zip(names, expected, strict=True):
+            np.testing.assert_allclose(updates[name].ravel(), x, rtol=1e-6)
+
+
+def test_a_learned_basis_moves_the_inner_state_by_c(x64):
+    learn = online.learner(2, (), optax.adam(3e-2), decay=0.8)
+    basis = online.Learned(learn, eig_tol=0.0)
+    layout = lro._tree.Layout.of(jnp.zeros(6), None)
+    state = basis.init(layout, jax.random.key(0))
+    q = lambda state: np.asarray(state.t[0] @ state.learners[0].operator.rows[0])
+    rng = RNG(18)
+    for i in range(6):
+        y = [jnp.asarray(rng.normal(size=(2, 6)))]
+        new = basis.absorb(
+            layout,
+            state,
+            lro.Increment(y, jnp.array([[1.0, 0.5]])),
+            jnp.ones(1, bool),
+            jax.random.key(i),
+        )
+        np.testing.assert_allclose(new.c[0], q(new.state) @ q(state).T, atol=1e-9)
+        np.testing.assert_allclose(new.u[0], q(new.state) @ np.asarray(y[0]).T, atol=1e-9)
+        state = new.state
+    np.testing.assert_allclose(q(state) @ q(state).T, np.eye(2), atol=1e-9)
+
+
+def test_a_learned_basis_says_what_it_cannot_do():
+    with pytest.raises(ValueError, match="pass lro.online.learner"):
+        online.Learned(4)
+    with pytest.raises(ValueError, match="need the streams old"):
+        online.Learned(LEARN(2, (online.OldTask(1.0),)))
+    basis, layout = online.Learned(LEARN(2)), lro._tree.Layout.of(jnp.zeros(3), None)
+    signed = lro.Increment([jnp.ones((1, 3))], jnp.ones((1, 1)), signed=True)
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="weights of both signs"):
+        basis.absorb(layout, basis.init(layout, key), signed, jnp.ones(1, bool), key)

@@ -84,20 +84,23 @@ class Learner:
         """A random orthonormal ``A`` for vectors shaped like ``example``."""
         layout = Layout.of(example, None, self.dtype, owner="learner.init")
         r, d, dtype = self.rank, sum(layout.sizes), layout.dtype
-        check(r <= d, f"learner.init: rank is {r}, but vectors have {d} entries; pass at most {d}.")
+        check(
+            r <= d or not layout.sizes,
+            f"learner.init: rank is {r}, but vectors have {d} entries; pass at most {d}.",
+        )
         keys = jax.random.split(key, len(layout.sizes) + len(self.purposes))
         rows = [
             jax.random.normal(k, (r, size), dtype).astype(t)
             for k, size, t in zip(keys, layout.sizes, layout.rows, strict=False)
         ]
+        gram = lambda rows: layout.gram(rows)[0] if rows else jnp.eye(r, dtype=dtype)
         for _ in range(2):  # the second removes what rounding left
-            t = _linalg.cholesky_inverse(layout.gram(rows)[0])
+            t = _linalg.cholesky_inverse(gram(rows))
             rows = [
-                x.astype(w.dtype) for x, w in zip(layout.combine(t[None], rows), rows, strict=True)
+                x.astype(dt)
+                for x, dt in zip(layout.combine(t[None], rows), layout.rows, strict=True)
             ]
-        operator = Operator(
-            layout.tree(rows), jnp.zeros((r, r), dtype), layout.gram(rows)[0], layout
-        )
+        operator = Operator(layout.tree(rows), jnp.zeros((r, r), dtype), gram(rows), layout)
         theta = tuple(
             p.theta(k, r, dtype)
             for p, k in zip(self.purposes, keys[len(layout.sizes) :], strict=True)
@@ -107,7 +110,7 @@ class Learner:
             operator,
             theta,
             tuple(p.memory(r, dtype) for p in self.purposes),
-            self.optimizer.init((operator.rows, theta)),
+            self.optimizer.init((_widened(operator.rows, dtype), theta)),
             jnp.zeros((), dtype),
             layout.tree(layout.zeros(1)) if self._pairs else (),
             jnp.zeros((), bool),
@@ -162,14 +165,13 @@ class Learner:
         columns: Columns,
         after: Columns | None,
         extra: dict[str, Columns],
+        on: jax.Array | None = None,
     ) -> tuple[LearnerState, Info]:
-        """`update` for vectors given as columns."""
+        """`update` for vectors given as columns; ``on``, ``(k,)``, says which of them count."""
         old, layout = state.operator, state.operator.layout
-        stream, fine = _clean(layout, columns)
+        stream, fine = _clean(layout, columns, on)
         others = {name: _clean(layout, c) for name, c in extra.items()}
-        lost = sum(
-            jnp.sum(~ok, dtype=jnp.int32) for ok in (fine, *(ok for _, ok in others.values()))
-        )
+        lost = [~fine if on is None else on & ~fine, *(~ok for _, ok in others.values())]
         some = jnp.any(fine)
         # An average corrected for its start: the first vector counts fully.
         rate = (1 - self.decay) / (1 - self.decay ** (state.count + 1.0).astype(layout.dtype))
@@ -187,10 +189,11 @@ class Learner:
         weights = tuple(
             p.weight(state.count) if callable(p.weight) else p.weight for p in self.purposes
         )
+        wide = _widened(old.rows, layout.dtype)
         (loss, values), grads = jax.value_and_grad(composite, argnums=(3, 4), has_aux=True)(
-            self.purposes, self.orthonormal, weights, old.rows, state.theta, view, state.memory
+            self.purposes, self.orthonormal, weights, wide, state.theta, view, state.memory
         )
-        steps, opt_state = self.optimizer.update(grads, state.opt_state, (old.rows, state.theta))
+        steps, opt_state = self.optimizer.update(grads, state.opt_state, (wide, state.theta))
         size = sum(jnp.sum(jnp.square(x.astype(layout.dtype))) for x in jax.tree.leaves(steps))
         ok = some & jnp.isfinite(loss) & jnp.isfinite(size) & jnp.isfinite(optax.tree.norm(grads))
         memory = tuple(
@@ -218,9 +221,9 @@ class Learner:
         new = jax.tree.map(partial(jnp.where, ok), _sparing(new), _sparing(state))
         new = new._replace(
             operator=dataclasses.replace(new.operator, rows=keep),
-            skipped=state.skipped + lost,
+            skipped=state.skipped + sum(jnp.sum(x, dtype=jnp.int32) for x in lost),
             failed=state.failed + (some & ~ok),
-            after=fine[-1],
+            after=fine[-1] if on is None else jnp.where(on[-1], fine[-1], state.after),
         )
         return new, Info(loss, values, moved, c)
 
@@ -319,7 +322,7 @@ def learner(
         ones.
       decay: ``β`` of the running averages, per update.
       relative: whether losses are divided by ``E‖v‖²`` and so free of units.
-      dtype: of the stored rows, by default the vectors'.
+      dtype: of the stored rows, by default the vectors'. The optimizer works in float32 at least.
 
     Returns:
       An object with ``init(key, example)``, ``update(state, vectors, **streams)`` and
@@ -439,9 +442,12 @@ def _nonzero(weight: Any) -> bool:
     return callable(weight) or isinstance(weight, jax.Array) or weight != 0
 
 
-def _clean(layout: Layout, columns: Columns) -> tuple[Stream, jax.Array]:
-    """A stream with vectors that are not finite set to zero, and which ones are."""
+def _clean(
+    layout: Layout, columns: Columns, on: jax.Array | None = None
+) -> tuple[Stream, jax.Array]:
+    """A stream with vectors that are not finite, or not ``on``, set to zero; and which remain."""
     fine = jnp.stack([jnp.all(jnp.isfinite(c), axis=1) for c in columns]).all(axis=0)
+    fine = fine if on is None else fine & on
     columns = [jnp.where(fine[:, None], c, 0) for c in columns]
     return Stream(columns, _mean(fine, layout.dtype)), fine
 
@@ -454,6 +460,11 @@ def _stepped(t, steps, dtype, leaf, start, block):
     """``T (A + U)`` of a block of columns."""
     step = jax.lax.dynamic_slice_in_dim(steps[leaf], start, block.shape[1], 1)
     return t @ (block.astype(dtype) + step.astype(dtype))
+
+
+def _widened(rows: Any, dtype: Any) -> Any:
+    """Rows as the optimizer sees them: an ``eps`` like Adam's is zero in 16 bits."""
+    return jax.tree.map(lambda w: w.astype(dtype), rows)
 
 
 def _sparing(state: LearnerState) -> LearnerState:

@@ -125,12 +125,16 @@ class Operator:
 
     def eigenvalues(self) -> jax.Array:
         """Those of ``G`` that are not zero by construction, ``(r,)``, descending."""
-        return _linalg.eigh(self._normal())[0]
+        return self.eigenbasis()[0]
 
     def eigenvectors(self) -> Any:
-        """``Q^T`` rotated to the eigenvectors of ``G``: leaves ``(r, *shape)``, in their order."""
-        v = _linalg.eigh(self._normal())[1]
-        return self.layout.vectors(self.columns(v @ self._root(-0.5)))
+        """The eigenvectors of ``G`` as leaves ``(r, *shape)``, in the order of `eigenvalues`."""
+        return self.layout.vectors(self.columns(self.eigenbasis()[1]))
+
+    def eigenbasis(self) -> tuple[jax.Array, jax.Array]:
+        """Eigenvalues ``(r,)`` of ``G``, and ``T``, ``(r, r)``: its eigenvectors are ``T A``."""
+        lam, v = _linalg.eigh(self._normal())
+        return lam, v @ _power(self.gram, -0.5)
 
     def codes(self, columns: Columns) -> jax.Array:
         """``(k, r)`` codes of columns."""
@@ -148,16 +152,13 @@ class Operator:
         out = self.columns(self.codes(columns) @ middle)
         return self.layout.vectors(out) if many else self._one(out)
 
-    def _root(self, power: float) -> jax.Array:
-        return _power(self.gram, power)
-
     def _normal(self) -> jax.Array:
-        root = self._root(0.5)
+        root = _power(self.gram, 0.5)
         return _linalg.symmetrize(root @ self.h @ root)
 
     def _whitened(self, function) -> jax.Array:
         """``S^{-1/2} f(N) S^{-1/2}``."""
-        back = self._root(-0.5)
+        back = _power(self.gram, -0.5)
         return back @ function(self._normal()) @ back
 
 

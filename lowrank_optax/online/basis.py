@@ -1,0 +1,161 @@
+"""Learned: an online operator as the basis of `scale_by_lre`."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout
+from lowrank_optax._types import Absorbed, Columns, Eigenbasis, Increment, Vector, check
+from lowrank_optax.basis import Basis
+from lowrank_optax.basis._basis import Spectrum
+from lowrank_optax.online.learner import Learner, LearnerState
+
+
+class LearnedState(NamedTuple):
+    """State of `Learned` for ``n`` groups.
+
+    Attributes:
+      learners: the learner's state for each group, which holds the rows ``A``.
+      t: ``(n, r, r)``, with ``Q^T = T A`` the eigenvectors of ``G``; zero rows in dead slots.
+      lam: ``(n, r)`` eigenvalues of ``G``, 0 in dead slots.
+    """
+
+    learners: tuple[LearnerState, ...]
+    t: jax.Array
+    lam: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(Basis, Spectrum):
+    r"""The eigenbasis of an operator that is learnt for a purpose, on its own slow schedule.
+
+    The corrections' columns ``√w_j y_j`` are the stream. Every group has a learner of its own; the
+    step sees the eigenvectors ``Q`` of ``G = A^T H A`` and its eigenvalues. They turn with ``H`` at
+    every correction, the subspace when the learner's optimizer moves it.
+
+    Example:
+      >>> import optax, lowrank_optax as lro
+      >>> learner = lro.online.learner(
+      ...     8, (lro.online.Dynamics(1.0),), optax.MultiSteps(optax.adam(3e-3), 8))
+      >>> tx = lro.lre(1e-2, basis=lro.online.Learned(learner), complement=1.0)
+
+    Args:
+      learner: made by `learner`; its purposes can look at the stream of corrections alone.
+      eig_tol: directions with eigenvalues below ``eig_tol * max`` are dead. For the other options
+        see `lowrank_optax.basis.GGT`.
+
+    Raises:
+      ValueError: for something else than a learner, purposes that need other streams, corrections
+        with weights of both signs, or groups with fewer parameters than the rank.
+
+    Cost: the learner's, two ``eigh`` of size ``r``, and one more pass over the rows.
+    """
+
+    learner: Learner
+    provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues"})
+
+    def __post_init__(self):
+        Spectrum.__post_init__(self)
+        check(
+            isinstance(self.learner, Learner),
+            f"Learned: learner is {self.learner!r}; pass lro.online.learner(...).",
+        )
+        names = sorted({name for p in self.learner.purposes for name in p.streams})
+        check(
+            not names,
+            f"Learned: the learner's purposes need the streams {', '.join(names)}, but a basis "
+            "sees the corrections alone; pass purposes that look at the main stream.",
+        )
+
+    def coordinates(self, layout: Layout) -> int:
+        return self.learner.rank
+
+    def init(self, layout: Layout, key: jax.Array) -> LearnedState:
+        r = self.learner.rank
+        keys = jax.random.split(key, layout.n)
+        zeros = lambda *shape: jnp.zeros((layout.n, *shape), layout.dtype)
+        states = tuple(
+            self.learner.init(k, example)
+            for k, example in zip(keys, _groups(layout, _example(layout)), strict=True)
+        )
+        return LearnedState(states, zeros(r, r), zeros(r))
+
+    def absorb(
+        self,
+        layout: Layout,
+        state: LearnedState,
+        correction: Increment,
+        accept: jax.Array,
+        key: jax.Array,
+    ) -> Absorbed:
+        check(
+            not correction.signed,
+            "Learned keeps positive semidefinite moments, but the corrections have weights of both "
+            "signs; combine them with Eigen, RandomizedEigen, GGT or FullMatrix.",
+        )
+        root = jnp.sqrt(jnp.maximum(correction.weights, 0))
+        columns = [
+            c * w[:, None].astype(c.dtype)
+            for c, w in zip(correction.columns, layout.spread(root), strict=True)
+        ]
+        on = accept[:, None] & (correction.weights > 0)
+        each = zip(_groups(layout, columns), state.learners, state.t, on, accept, strict=True)
+        groups = [self._absorb(*group) for group in each]
+        learners = tuple(g[0] for g in groups)
+        t, lam, c, failed = (jnp.stack(x) for x in zip(*(g[1:] for g in groups), strict=True))
+        new = LearnedState(learners, t, lam)
+        return Absorbed(new, c, self.project(layout, new, correction.columns), failed)
+
+    def eigenbasis(self, state: LearnedState) -> Eigenbasis:
+        return Eigenbasis(*jax.vmap(self.used)(state.lam))
+
+    def project(self, layout: Layout, state: LearnedState, vector: Vector | Columns) -> jax.Array:
+        return jnp.einsum("nrm,nm...->nr...", state.t, layout.dot(_rows(layout, state), vector))
+
+    def unproject(self, layout: Layout, state: LearnedState, u: jax.Array) -> Vector | Columns:
+        return layout.combine(jnp.einsum("n...r,nrm->n...m", u, state.t), _rows(layout, state))
+
+    def check_state(self, layout: Layout, state: LearnedState) -> None:
+        sizes = [s.operator.layout.sizes for s in state.learners]
+        got = [tuple(x) for x in _groups(layout, list(layout.sizes))]
+        check(
+            sizes == got,
+            f"scale_by_lre: the gradients' leaves have {got} entries in each group, but init saw "
+            f"{sizes}; pass gradients shaped like the parameters, or call init again.",
+        )
+
+    def _absorb(self, columns: Columns, state: LearnerState, t, on, accept):
+        """One group: its learner, ``T``, eigenvalues and ``C = Q_new^T Q_old``."""
+        new, info = self.learner.step(state, columns, None, {}, on)
+        op = new.operator
+        lam, turned = op.eigenbasis()
+        lam, live = self.stored(lam, lam > 0)
+        fine = _linalg.finite(lam, turned)
+        turned = jnp.where(fine, jnp.where(live[:, None], turned, 0), t)
+        # A_new A_old^T, from A_new A_old^+.
+        c = turned @ info.change @ state.operator.gram @ t.T
+        failed = accept & (~fine | (new.failed > state.failed))
+        return new, turned, jnp.where(fine, lam, 0), c, failed
+
+
+def _example(layout: Layout) -> list[Any]:
+    return [
+        jax.ShapeDtypeStruct((size,), t) for size, t in zip(layout.sizes, layout.rows, strict=True)
+    ]
+
+
+def _groups(layout: Layout, leaves: list[Any]) -> list[list[Any]]:
+    """One entry a leaf, by group."""
+    return [
+        [x for x, group in zip(leaves, layout.group, strict=True) if group == g]
+        for g in range(layout.n)
+    ]
+
+
+def _rows(layout: Layout, state: LearnedState) -> Columns:
+    """The learners' rows in the order of the leaves."""
+    each = [iter(s.operator.rows) for s in state.learners]
+    return [next(each[group]) for group in layout.group]
