@@ -1,7 +1,8 @@
-"""Pure functions of an optimizer's state: the spectrum and what becomes of the gradient in it.
+"""Pure functions of a state: the spectrum and what becomes of the gradient in it.
 
-All take any state that contains a `ScaleByLREState`, a chain's or a TrainState's `opt_state`
-included, and run inside jit. ``n`` is the number of groups, ``r`` of coordinates.
+They take any state that contains a `ScaleByLREState`, a chain's or a TrainState's `opt_state`
+included, and `operator` takes an online operator; all run inside jit. ``n`` is the number of groups,
+``r`` of coordinates.
 """
 
 from typing import Any, NamedTuple
@@ -64,6 +65,47 @@ def summary(state: Any) -> Summary:
         cosine=state.metrics.cosine,
         **state.events._asdict(),
     )
+
+
+class OperatorSummary(NamedTuple):
+    """What an online operator holds, as a single group: `plot` draws a history of these as well.
+
+    Attributes:
+      spectrum: ``(1, r)`` eigenvalues of ``G = A^T H A``, in descending order.
+      effective_rank: ``(1,)``, `effective_rank` of the spectrum.
+      captured_energy: ``(1,)``, share of the vectors' squared norm inside the span of ``A``.
+      orthogonality_error: ``(1,)``, ``max|A A^T - I|``: large for rows of free length.
+    """
+
+    spectrum: jax.Array
+    effective_rank: jax.Array
+    captured_energy: jax.Array
+    orthogonality_error: jax.Array
+
+
+def operator(op: Any, vectors: Any) -> OperatorSummary:
+    """An `online.Operator`'s spectrum and what it captures of vectors.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> op = lro.online.Operator.of(jnp.eye(2, 3), jnp.diag(jnp.array([4., 1.])))
+      >>> s = lro.diagnose.operator(op, jnp.array([1., 1., 2 ** 0.5]))
+      >>> print(s.spectrum, s.captured_energy)
+      [[4. 1.]] [0.5]
+
+    Args:
+      op: an operator.
+      vectors: one vector, shaped like the operator's example, or several along a leading axis.
+
+    Cost: two passes over the rows.
+    """
+    total = jnp.sum(jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(vectors)]))
+    inside = jax.tree.leaves(op.project(vectors))
+    energy = jnp.sum(jnp.stack([jnp.sum(jnp.square(x)) for x in inside]))
+    lam = op.eigenvalues()
+    error = jnp.max(jnp.abs(op.gram - jnp.eye(op.rank, dtype=op.gram.dtype)))
+    captured = energy / jnp.where(total > 0, total, 1)
+    return OperatorSummary(lam[None], effective_rank(lam)[None], captured[None], error[None])
 
 
 def find(state: Any) -> Any:

@@ -27,6 +27,11 @@ class LearnedState(NamedTuple):
     t: jax.Array
     lam: jax.Array
 
+    @property
+    def gram(self) -> jax.Array:
+        """``A A^T``, ``(n, r, r)``."""
+        return jnp.stack([s.operator.gram for s in self.learners])
+
 
 @dataclasses.dataclass(frozen=True)
 class Learned(Basis, Spectrum):
