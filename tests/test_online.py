@@ -215,8 +215,8 @@ def test_factors_are_the_gradient(name, x64):
         np.testing.assert_allclose(np.vdot(got, direction), (up - down) / (2 * eps), rtol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["reconstruction", "edits", "custom"])
-def test_tangent_gradients_leave_rows_orthonormal_to_first_order(name, x64):
+@pytest.mark.parametrize("name, k", [("reconstruction", 1), ("edits", 5), ("custom", 2)])
+def test_tangent_gradients_leave_rows_orthonormal_to_first_order(name, k, x64):
     rng = RNG(4)
     q = np.linalg.qr(rng.normal(size=(7, 3)))[0].T
     op = online.Operator.of(tree(q), jnp.eye(3))
@@ -224,9 +224,9 @@ def test_tangent_gradients_leave_rows_orthonormal_to_first_order(name, x64):
         [jnp.asarray(rng.normal(size=(k, 4))), jnp.asarray(rng.normal(size=(k, 3)))],
         jnp.full(k, 1 / k),
     )
-    batch = stream(5)
+    batch = stream(k)
     view = online.purposes.View(
-        op, batch, op.codes(batch.columns), None, {"edits": stream(2)}, jnp.ones(()), ()
+        op, batch, op.codes(batch.columns), None, {"edits": stream(k)}, jnp.ones(()), ()
     )
     gradients = [
         jax.grad(

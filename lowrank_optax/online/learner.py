@@ -395,19 +395,17 @@ def _backward(purposes, tangent, saved, cotangents):
     weights, rows, theta, view, memory = saved
     terms = _values(purposes, weights, rows, theta, view, memory)[2]
     bars = [cotangents[0] * w + v for w, v in zip(weights, cotangents[1], strict=True)]
-    layout, operator = view.operator.layout, dataclasses.replace(view.operator, rows=rows)
-    leaves = layout.leaves(rows)
+    layout, leaves = view.operator.layout, view.operator.layout.leaves(rows)
     total = [jnp.zeros(w.shape, layout.dtype) for w in leaves]
     factors = [
-        (b * t.left, t.right) for b, t in zip(bars, terms, strict=True) if t.left is not None
+        (b * t.left, t.right, t.inside)
+        for b, t in zip(bars, terms, strict=True)
+        if t.left is not None
     ]
     if factors:
-        left = jnp.concatenate([a for a, _ in factors])
-        right = [jnp.concatenate(c) for c in zip(*(b for _, b in factors), strict=True)]
-        if tangent:
-            inside = operator.columns(operator.codes(right))
-            right = [b.astype(i.dtype) - i for b, i in zip(right, inside, strict=True)]
-        total = layout.combine(left.T[None], right)
+        left, inside = (jnp.concatenate([f[i] for f in factors]) for i in (0, 2))
+        right = [jnp.concatenate(c) for c in zip(*(f[1] for f in factors), strict=True)]
+        total = _outer(layout, left, right, inside if tangent else None, leaves)
     dense = [(b, t.dense) for b, t in zip(bars, terms, strict=True) if t.dense is not None]
     for bar, gradient in dense:
         if tangent:
@@ -424,6 +422,19 @@ def _backward(purposes, tangent, saved, cotangents):
 
 
 composite.defvjp(_forward, _backward)
+
+
+def _outer(layout, left, right, inside, rows) -> Columns:
+    """``sum_j a_j b_j^T``, of the ``b_j`` less ``A^T A b_j`` where their codes are given."""
+    if inside is None:
+        return layout.combine(left.T[None], right)
+    if left.shape[0] < left.shape[1]:  # few vectors are projected at less than their sum
+        within = layout.combine(inside[None], rows)
+        right = [b.astype(i.dtype) - i for b, i in zip(right, within, strict=True)]
+        return layout.combine(left.T[None], right)
+    total = layout.combine(left.T[None], right)
+    within = layout.combine((left.T @ inside)[None], rows)
+    return [g - i for g, i in zip(total, within, strict=True)]
 
 
 def _purpose(p: Any) -> Purpose:

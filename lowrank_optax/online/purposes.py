@@ -92,6 +92,7 @@ class Terms(NamedTuple):
       value: the loss.
       left: ``(j, r)``, the ``a_j``.
       right: the ``b_j``, ``(j, leaf.size)`` for every leaf.
+      inside: ``(j, r)``, their codes ``A b_j``.
       theta: the gradient of the purpose's own parameters.
       dense: a gradient that is not a sum of few products, ``(r, leaf.size)`` for every leaf.
     """
@@ -99,6 +100,7 @@ class Terms(NamedTuple):
     value: jax.Array
     left: jax.Array | None = None
     right: Columns | None = None
+    inside: jax.Array | None = None
     theta: Any = ()
     dense: Columns | None = None
 
@@ -221,7 +223,7 @@ class Avoidance(Purpose):
         stream, codes = _of(view, self.stream)
         value = jnp.sum(stream.weights * jnp.sum(codes**2, axis=1)) / view.energy
         left = 2 / view.energy * stream.weights[:, None] * codes
-        return Terms(value, left, stream.columns)
+        return Terms(value, left, stream.columns, codes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,10 +389,12 @@ class Dynamics(Purpose):
         e = _less(targets, view.operator.columns(fz))
         value = jnp.sum(weights * view.operator.layout.squares(e)) / view.energy
         scale = -2 * weights / view.energy
-        bar, before = back(scale[:, None] * view.operator.codes(e))
+        within = view.operator.codes(e)
+        bar, before = back(scale[:, None] * within)
         left = jnp.concatenate([scale[:, None] * fz, before])
         right = [jnp.concatenate(pair) for pair in zip(e, sources, strict=True)]
-        return Terms(value, left, right, () if self.f is None else bar)
+        inside = jnp.concatenate([within, codes])
+        return Terms(value, left, right, inside, () if self.f is None else bar)
 
     def _predict(self, theta: Any, codes: jax.Array) -> jax.Array:
         if self.f is None:
@@ -557,15 +561,16 @@ def _pairs(view: View) -> Pairs:
 
 def _through(view: View, columns: Columns, codes: jax.Array, cotangent: Columns):
     """Factors of a loss of ``A^T A v``, from its cotangents ``c``: ``z c^T + (A c) v^T``."""
-    left = jnp.concatenate([codes, view.operator.codes(cotangent)])
-    return left, [
+    within = view.operator.codes(cotangent)
+    right = [
         jnp.concatenate([c.astype(v.dtype), v]) for c, v in zip(cotangent, columns, strict=True)
     ]
+    return jnp.concatenate([codes, within]), right, jnp.concatenate([within, codes])
 
 
 def _moments(view: View, d: jax.Array):
     """Factors of a loss of ``H`` from ``D = ∂L/∂H``: ``2 D z v^T``."""
-    return 2 * view.stream.weights[:, None] * (view.codes @ d), view.stream.columns
+    return 2 * view.stream.weights[:, None] * (view.codes @ d), view.stream.columns, view.codes
 
 
 def _less(a: Columns, b: Columns) -> Columns:
