@@ -1,0 +1,274 @@
+"""What every tracker offers, and the base of those that are a rule over rows of their own."""
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout, cast_like
+from lowrank_optax._types import Columns, Vector, check, check_count, check_decay
+from lowrank_optax.online.operator import Operator
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrackerState:
+    """State of a tracker.
+
+    Attributes:
+      memory: the algorithm's own.
+      seen: vectors taken in so far.
+      skipped: vectors left out: not finite, too large for their squares, or failed in the algebra.
+      key: a random key, never changed; draws fold ``seen`` into it.
+      layout: the example's structure and shapes (static).
+    """
+
+    memory: Any
+    seen: jax.Array
+    skipped: jax.Array
+    key: jax.Array
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracker(abc.ABC):
+    """A rule that follows the ``rank`` leading eigenpairs of ``E v v^T`` along a stream of ``v``.
+
+    Rows are kept in float32 at least. Under ``jax.jit``, ``lax.scan`` and ``jax.vmap`` as outside.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tracker = lro.online.trackers.Brand(1)
+      >>> state = tracker.init(jax.random.key(0), jnp.zeros(2))
+      >>> state = tracker.update(state, jnp.array([[3., 4.], [6., 8.], [jnp.nan, 0.]]))
+      >>> print(tracker.operator(state).eigenvalues(), state.seen, state.skipped)
+      [62.5] 2 1
+    """
+
+    rank: int
+
+    def __post_init__(self):
+        check_count(type(self).__name__, "rank", self.rank)
+
+    def init(self, key: jax.Array, example: Any) -> TrackerState:
+        """The state before the first vector.
+
+        Args:
+          key: for random starts and sketches.
+          example: a vector or tree of floating-point arrays, or their shapes; only read for these.
+
+        Raises:
+          ValueError: for a rank above the number of entries, and leaves that are not real floats.
+        """
+        owner = type(self).__name__
+        kinds = [x.dtype for x in jax.tree.leaves(example) if hasattr(x, "dtype")]
+        rows = jnp.result_type(jnp.float32, *kinds)
+        layout = Layout.of(example, None, rows=rows, owner=owner)
+        check(
+            self.rank <= layout.dims[0],
+            f"{owner}: rank is {self.rank} and vectors have {layout.dims[0]} entries; pass a rank "
+            "of at most that.",
+        )
+        memory = self._fresh(layout, key)
+        zero = lambda: jnp.zeros((), jnp.int32)
+        return TrackerState(memory, zero(), zero(), key, layout)
+
+    def update(self, state: TrackerState, v: Any) -> TrackerState:
+        """Takes in a vector shaped like the example, or ``k`` along a leading axis of every leaf.
+
+        Vectors that are not finite are left out and counted.
+
+        Raises:
+          ValueError: for another structure or other shapes than the example's.
+        """
+        columns, _ = state.layout.columns(v, type(self).__name__)
+        return self._update(state, columns)
+
+    @abc.abstractmethod
+    def operator(self, state: TrackerState) -> Operator:
+        """What was found: orthonormal rows, leading first, and ``H = diag(lam)``.
+
+        ``lam`` are second moments ``E|q^T v|²`` per vector, or a running estimate of them.
+        """
+
+    def start(
+        self, operator: Operator, count: int | jax.Array, key: jax.Array | None = None
+    ) -> TrackerState:
+        """The state of a tracker that goes on from an operator, as if after ``count`` vectors.
+
+        With `merge` this joins trackers of two parts of a stream and goes on with both.
+
+        Args:
+          operator: with non-negative eigenvalues in second moments per vector; of these the
+            leading ones are kept.
+          count: how many vectors the operator stands for, above 0.
+          key: as for `init`; by default ``jax.random.key(0)``.
+
+        Raises:
+          ValueError: for a rank above the number of entries, or a count that is not one.
+        """
+        check_count(type(self).__name__, "count", count)
+        layout = operator.layout
+        shapes = zip(layout.shapes, layout.dtypes, strict=True)
+        example = layout.tree([jax.ShapeDtypeStruct(*each) for each in shapes])
+        state = self.init(jax.random.key(0) if key is None else key, example)
+        rows, _ = state.layout.columns(operator.eigenvectors(), "start")
+        lam = jnp.maximum(operator.eigenvalues(), 0).astype(state.layout.dtype)
+        count = jnp.asarray(count, jnp.int32)
+        memory = self._resumed(state, rows, lam, count)
+        return dataclasses.replace(state, memory=memory, seen=count)
+
+    def _update(self, state: TrackerState, columns: Columns, *others: Columns) -> TrackerState:
+        dtype = state.layout.dtype
+        squares = [jnp.sum(c.astype(dtype) ** 2, axis=1) for c in columns]
+        fine = jnp.isfinite(sum(squares, jnp.zeros(columns[0].shape[0], dtype)))
+        columns = [jnp.where(fine[:, None], c, 0) for c in columns]
+        memory, taken = self._take(state, columns, fine, *others)
+        return dataclasses.replace(
+            state,
+            memory=memory,
+            seen=state.seen + jnp.sum(taken, dtype=jnp.int32),
+            skipped=state.skipped + jnp.sum(~taken, dtype=jnp.int32),
+        )
+
+    @abc.abstractmethod
+    def _fresh(self, layout: Layout, key: jax.Array) -> Any:
+        """The memory before the first vector."""
+
+    @abc.abstractmethod
+    def _resumed(self, state: TrackerState, rows: Columns, lam: jax.Array, count: jax.Array) -> Any:
+        """The memory after ``count`` vectors of moments ``lam`` along orthonormal ``rows``."""
+
+    @abc.abstractmethod
+    def _take(
+        self, state: TrackerState, columns: Columns, fine: jax.Array, *others: Columns
+    ) -> tuple[Any, jax.Array]:
+        """The memory after finite columns, of which only those in ``fine``, ``(k,)``, count.
+
+        Also returns which were taken in.
+        """
+
+
+class RowMemory(NamedTuple):
+    """Memory of an `OnRows` tracker.
+
+    Attributes:
+      rows: an array ``(r, leaf.size)`` for every leaf, and whatever else grows with ``d``.
+      small: what does not.
+      weight: how many vectors the moments stand for: ``sum_t beta^t``.
+    """
+
+    rows: Any
+    small: Any
+    weight: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class OnRows(Tracker):
+    """A rule for one vector over rows of its own; several vectors are taken in one by one.
+
+    A vector after which the small numbers are not finite is skipped. The operator is that of the
+    rows and the moments ``H`` along them, ``A^T H A``, in its own eigenvectors.
+    """
+
+    @property
+    def decay(self) -> float:
+        """Of moments, for every vector."""
+        return 1.0
+
+    @abc.abstractmethod
+    def begin(
+        self, layout: Layout, rows: Columns, lam: jax.Array, weight: jax.Array
+    ) -> tuple[Any, Any]:
+        """Rows and small memory from orthonormal rows with moments ``lam``, 0 where unknown."""
+
+    @abc.abstractmethod
+    def step(
+        self, layout: Layout, rows: Any, small: Any, v: Vector, weight: jax.Array, *others: Vector
+    ) -> tuple[Any, Any]:
+        """Rows and small memory after a vector; ``weight`` counts it in."""
+
+    @abc.abstractmethod
+    def read(
+        self, layout: Layout, rows: Any, small: Any, weight: jax.Array
+    ) -> tuple[Columns, jax.Array]:
+        """Rows ``A`` of about unit length, and ``H``, ``(r, r)``."""
+
+    def operator(self, state: TrackerState) -> Operator:
+        layout, memory = state.layout, state.memory
+        rows, h = self.read(layout, memory.rows, memory.small, jnp.maximum(memory.weight, 1))
+        found = Operator(layout.tree(rows), h, layout.gram(rows)[0], layout)
+        rows, _ = layout.columns(found.eigenvectors(), "operator")
+        h = jnp.diag(found.eigenvalues())
+        return Operator(layout.tree(rows), h, layout.gram(rows)[0], layout)
+
+    def _fresh(self, layout: Layout, key: jax.Array) -> RowMemory:
+        rows, zeros = random_rows(layout, key, self.rank), jnp.zeros(self.rank, layout.dtype)
+        return RowMemory(*self.begin(layout, rows, zeros, zeros[0]), zeros[0])
+
+    def _resumed(
+        self, state: TrackerState, rows: Columns, lam: jax.Array, count: jax.Array
+    ) -> RowMemory:
+        layout, r = state.layout, self.rank
+        more = max(0, r - lam.shape[0])
+        # Directions that the operator does not name are random and orthogonal to those it does.
+        spare = random_rows(layout, state.key, r)
+        pairs = zip(rows, spare, strict=True)
+        rows = orthonormal(layout, [jnp.concatenate([c[:r], w[:more]]) for c, w in pairs])
+        lam = jnp.pad(lam[:r], (0, more))
+        decay = jnp.asarray(self.decay, layout.dtype)
+        t = count.astype(layout.dtype)
+        weight = jnp.where(decay < 1, (1 - decay**t) / jnp.where(decay < 1, 1 - decay, 1), t)
+        return RowMemory(*self.begin(layout, rows, lam, weight), weight)
+
+    def _take(
+        self, state: TrackerState, columns: Columns, fine: jax.Array, *others: Columns
+    ) -> tuple[RowMemory, jax.Array]:
+        layout = state.layout
+
+        def one(old: RowMemory, given):
+            v, fine, *others = given
+            weight = self.decay * old.weight + 1
+            new = RowMemory(*self.step(layout, old.rows, old.small, v, weight, *others), weight)
+            ok = fine & _linalg.finite(*jax.tree.leaves(new.small))
+            return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old), ok
+
+        return lax.scan(one, state.memory, (columns, fine, *others))
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgetting(OnRows):
+    """`OnRows` whose moments decay by ``beta``; ``None`` never forgets."""
+
+    beta: float | None = None
+
+    def __post_init__(self):
+        OnRows.__post_init__(self)
+        if self.beta is not None:
+            check_decay(type(self).__name__, "beta", self.beta)
+
+    @property
+    def decay(self) -> float:
+        return 1.0 if self.beta is None else self.beta
+
+
+def random_rows(layout: Layout, key: jax.Array, count: int) -> Columns:
+    """Orthonormal rows of a random subspace."""
+    keys = jax.random.split(key, len(layout.sizes))
+    rows = [
+        jax.random.normal(k, (count, size), t)
+        for k, size, t in zip(keys, layout.sizes, layout.rows, strict=True)
+    ]
+    return orthonormal(layout, rows)
+
+
+def orthonormal(layout: Layout, rows: Columns) -> Columns:
+    """Independent rows orthonormalised from the first on: CholeskyQR2, see `_linalg`."""
+    for _ in range(2):
+        t = _linalg.cholesky_inverse(layout.gram(rows)[0])
+        rows = cast_like(layout.combine(t[None], rows), rows)
+    return rows

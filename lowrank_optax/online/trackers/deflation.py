@@ -1,0 +1,173 @@
+"""Trackers that find one eigenvector after the other: each sees what those before it leave."""
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout
+from lowrank_optax._types import Columns, Vector, check_least
+from lowrank_optax.online.trackers._tracker import Forgetting
+
+
+@dataclasses.dataclass(frozen=True)
+class Ascent(Forgetting):
+    r"""Hebb's rule, one row after the other, with steps relative to the moments.
+
+    .. math:: \eta = \frac{c}{\max_i \sum_t a_i^2 + c ‖v‖^2}, \qquad a = A v
+
+    Without forgetting it falls like ``c / (lam_max t)``; at the start it is the ``1/‖v‖²`` of
+    normalised least mean squares.
+    """
+
+    learning_rate: float = 8.0
+
+    def __post_init__(self):
+        Forgetting.__post_init__(self)
+        owner = type(self).__name__
+        check_least(owner, "learning_rate", self.learning_rate, strict=True)
+
+    @abc.abstractmethod
+    def ascend(
+        self, layout: Layout, w: Vector, rest: Vector, a: jax.Array, eta: jax.Array
+    ) -> Vector:
+        """A row after ``v``, of which ``rest`` remained to it, with ``a = w · v``."""
+
+    def begin(self, layout, rows, lam, weight):
+        return rows, lam * weight
+
+    def step(self, layout, rows, small, v, weight):
+        most, size = self.decay * jnp.max(small), layout.inner(v, v)[0]
+        eta = _linalg.safe_divide(self.learning_rate, most + self.learning_rate * size)
+
+        def one(rest: Vector, w: Vector):
+            a = layout.inner(w, v)[0]
+            return _plus(rest, -a, w), (self.ascend(layout, w, rest, a, eta), a)
+
+        _, (rows, a) = lax.scan(one, v, rows)
+        return rows, self.decay * small + a**2
+
+    def read(self, layout, rows, small, weight):
+        return rows, jnp.diag(small / weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sanger(Ascent):
+    r"""The generalised Hebbian algorithm.
+
+    .. math:: w_i \leftarrow w_i + \eta\, a_i (v - \sum_{j \le i} a_j w_j), \qquad a = A v
+
+    Args:
+      rank: how many eigenvectors, ``r``.
+      beta: decay of the moments that scale the step, see `Ascent`; ``None`` sums.
+      learning_rate: ``c``, without unit. It has to exceed about half the ratio of the largest
+        eigenvalue to the smallest difference between two that are to be told apart.
+
+    Raises:
+      ValueError: for a rank below 1, and numbers out of range.
+
+    Cost: memory ``r d``; ``6 r d`` flops a vector.
+
+    Source: Sanger, "Optimal unsupervised learning in a single-layer linear feedforward neural
+    network", Neural Networks 1989.
+    """
+
+    def ascend(self, layout, w, rest, a, eta):
+        return _plus(w, eta * a, _plus(rest, -a, w))
+
+
+@dataclasses.dataclass(frozen=True)
+class EigenGame(Ascent):
+    r"""The mu-EigenGame: players on spheres, each penalised for aligning with those before it.
+
+    .. math:: \nabla_i = a_i (v - \sum_{j < i} a_j w_j), \qquad
+              w_i \leftarrow \mathrm{unit}(w_i + \eta (\nabla_i - (\nabla_i \cdot w_i) w_i))
+
+    Args:
+      rank: how many players, ``r``.
+      beta: as in `Sanger`.
+      learning_rate: as in `Sanger`.
+
+    Raises:
+      ValueError: as `Sanger`.
+
+    Cost: memory ``r d``; ``12 r d`` flops a vector.
+
+    Source: Gemp, McWilliams, Vernade and Graepel, "EigenGame unloaded: when playing games is better
+    than optimizing", ICLR 2022.
+    """
+
+    def ascend(self, layout, w, rest, a, eta):
+        new = _plus(w, eta * a, _plus(rest, -layout.inner(rest, w)[0], w))
+        length = jnp.sqrt(layout.inner(new, new)[0])
+        return _plus([jnp.zeros_like(x) for x in w], _linalg.safe_divide(1.0, length), new)
+
+
+@dataclasses.dataclass(frozen=True)
+class CCIPCA(Forgetting):
+    r"""Candid covariance-free incremental PCA: rows are eigenvectors times their eigenvalues.
+
+    With ``u_1 = v`` and ``t`` vectors seen, one row after the other
+
+    .. math:: w_i \leftarrow (1 - \rho) w_i + \rho\, u_i (u_i \cdot w_i) / ‖w_i‖, \qquad
+              \rho = \min\{1, (1 + l) / t\}
+
+    .. math:: u_{i+1} = u_i - (u_i \cdot w_i) w_i / ‖w_i‖^2
+
+    A row starts as the first rest that reaches it.
+
+    Args:
+      rank: how many eigenvectors, ``r``.
+      beta: forgetting: ``t`` is replaced by ``sum_s beta^s``; ``None`` does not.
+      amnesia: ``l``, which prefers the new to the old by a power of time, for the first
+        were sorted along rows that had not settled; 0 is a plain average.
+
+    Raises:
+      ValueError: for a rank below 1, and numbers out of range.
+
+    Cost: memory ``r d``; ``10 r d`` flops a vector.
+
+    Source: Weng, Zhang and Hwang, "Candid covariance-free incremental principal component
+    analysis", IEEE Transactions on Pattern Analysis and Machine Intelligence 2003.
+    """
+
+    amnesia: float = 2.0
+
+    def __post_init__(self):
+        Forgetting.__post_init__(self)
+        check_least("CCIPCA", "amnesia", self.amnesia)
+
+    def begin(self, layout, rows, lam, weight):
+        return [w * lam[:, None].astype(w.dtype) for w in rows], lam
+
+    def step(self, layout, rows, small, v, weight):
+        size = layout.inner(v, v)[0]
+        # A rest of rounding errors has no direction.
+        enough = 1e3 * jnp.finfo(layout.dtype).eps * size
+        gain = jnp.minimum(1.0, (1 + self.amnesia) / weight)
+
+        def one(u: Vector, row):
+            w, length = row
+            along = _linalg.safe_divide(layout.inner(u, w)[0], length)
+            left = layout.inner(u, u)[0]
+            fresh = (length == 0) & (left > enough)
+            keep = jnp.where(length == 0, 0, 1 - gain)
+            take = jnp.where(length == 0, fresh, gain * along)
+            w = _plus([keep.astype(x.dtype) * x for x in w], take, u)
+            squared = layout.inner(w, w)[0]
+            u = _plus(u, -_linalg.safe_divide(layout.inner(u, w)[0], squared), w)
+            return u, (w, jnp.sqrt(squared))
+
+        return lax.scan(one, v, (rows, small))[1]
+
+    def read(self, layout, rows, small, weight):
+        scale = _linalg.safe_divide(1.0, small)[:, None]
+        return [(scale * w).astype(w.dtype) for w in rows], jnp.diag(small)
+
+
+def _plus(x: Columns, factor: jax.Array, y: Columns) -> Columns:
+    """``x + factor y``, leaf by leaf, in the dtypes of ``x``."""
+    return [a + factor.astype(a.dtype) * b.astype(a.dtype) for a, b in zip(x, y, strict=True)]

@@ -1,0 +1,221 @@
+"""Trackers of a whole subspace by least squares or power iterations, on plain rows."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout, repeat
+from lowrank_optax._types import check_count
+from lowrank_optax.online.trackers._tracker import (
+    Forgetting,
+    OnRows,
+    TrackerState,
+    orthonormal,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PAST(Forgetting):
+    r"""Projection approximation subspace tracking: recursive least squares for ``v ~ W^T a``.
+
+    .. math:: a = W v, \quad C \leftarrow \beta C + a a^T, \quad
+              W \leftarrow W + C^{-1} a\, (v - W^T a)^T
+
+    ``C`` itself is kept instead of a recursion for its inverse, which loses its symmetry. ``W``
+    becomes orthonormal only in the limit; `OPAST` keeps it so.
+
+    Args:
+      rank: dimension of the subspace, ``r``.
+      beta: forgetting; ``None`` does not.
+
+    Raises:
+      ValueError: for a rank below 1, and numbers out of range.
+
+    Cost: memory ``r d``; ``6 r d + O(r³)`` flops a vector.
+
+    Source: Yang, "Projection approximation subspace tracking", IEEE Transactions on Signal
+    Processing 1995.
+    """
+
+    def begin(self, layout, rows, lam, weight):
+        return rows, jnp.diag(lam * weight)
+
+    def step(self, layout, rows, small, v, weight):
+        a = layout.dot(rows, v)[0]
+        # It starts from what a vector of this size without direction has in a random subspace.
+        start = layout.inner(v, v)[0] / layout.dims[0]
+        eye = jnp.eye(self.rank, dtype=a.dtype)
+        c = jnp.where(jnp.trace(small) == 0, start * eye, self.decay * small) + jnp.outer(a, a)
+        g = _solve(c, a)
+        inside = layout.combine(a[None], rows)
+        rest = [x - y.astype(x.dtype) for x, y in zip(v, inside, strict=True)]
+        rows = [w + jnp.outer(g.astype(w.dtype), e) for w, e in zip(rows, rest, strict=True)]
+        return rows, c
+
+    def read(self, layout, rows, small, weight):
+        return rows, small / weight
+
+
+@dataclasses.dataclass(frozen=True)
+class PETRELS(Forgetting):
+    r"""Parallel estimation by recursive least squares from vectors with missing entries.
+
+    Codes fit the entries that are there, ``P``; then every coordinate ``j`` that is there takes a
+    step of its own recursive least squares, with its own ``R_j``.
+
+    .. math:: a = \arg\min_a ‖P (v - W^T a)‖, \quad R_j \leftarrow \beta R_j + a a^T, \quad
+              w_j \leftarrow w_j + R_j^{-1} a\, (v_j - w_j \cdot a)
+
+    A coordinate forgets when it is seen (the source's forgets at all times), and never more than
+    it knew at the start. A stream whose rank is below ``rank`` leaves rows undetermined.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tracker = lro.online.trackers.PETRELS(1)
+      >>> state = tracker.init(jax.random.key(0), jnp.zeros(3))
+      >>> state = tracker.update(state, jnp.array([1., jnp.nan, 2.]), jnp.array([1, 0, 1]))
+      >>> print(state.seen)
+      1
+
+    Args:
+      rank: dimension of the subspace, ``r``.
+      beta: forgetting; ``None`` does not.
+
+    Raises:
+      ValueError: for a rank below 1, and numbers out of range.
+
+    Cost: memory ``r² d + r d``, a small matrix for every entry of a vector; ``8 r² d`` flops a
+    vector.
+
+    Source: Chi, Eldar and Calderbank, "PETRELS: parallel subspace estimation and tracking by
+    recursive least squares from partial observations", IEEE Transactions on Signal Processing 2013.
+    """
+
+    def update(self, state: TrackerState, v: Any, mask: Any = None) -> TrackerState:
+        """Takes in a vector, or ``k``, whose missing entries can hold anything.
+
+        Args:
+          state: of the tracker.
+          v: shaped like the example, or with a leading axis.
+          mask: shaped like ``v``, false or 0 where an entry is missing; ``None`` for no such.
+
+        Raises:
+          ValueError: for other shapes than the example's, or a mask of another shape than ``v``.
+        """
+        columns, many = state.layout.columns(v, "PETRELS")
+        if mask is None:
+            there = [jnp.ones_like(c) for c in columns]
+        else:
+            there, also = state.layout.columns(mask, "PETRELS: mask")
+            if also != many or there[0].shape != columns[0].shape:
+                raise ValueError("PETRELS: mask and v differ in shape; pass a mask shaped like v.")
+            there = [(t != 0).astype(t.dtype) for t in there]
+        columns = [jnp.where(t != 0, c, 0) for c, t in zip(columns, there, strict=True)]
+        return self._update(state, columns, there)
+
+    def begin(self, layout, rows, lam, weight):
+        unit = jnp.mean(lam)
+        known = jnp.diag(1 / (1 + _linalg.safe_divide(lam * weight, unit)))
+        inverse = [jnp.tile(known.astype(w.dtype), (w.shape[1], 1, 1)) for w in rows]
+        return (rows, inverse), (jnp.diag(lam * weight), unit)
+
+    def step(self, layout, rows, small, v, weight, there):
+        (rows, inverse), (moments, unit) = rows, small
+        seen = [w * t for w, t in zip(rows, there, strict=True)]
+        a = _solve(layout.dot(rows, seen)[0], layout.dot(rows, v)[0])
+        # Inverses are in units of a first code's square, so that they start as the identity.
+        many = jnp.maximum(sum(jnp.sum(t) for t in there), 1)
+        unit = jnp.where(unit == 0, layout.inner(v, v)[0] / many, unit)
+        x = _linalg.safe_divide(a, jnp.sqrt(unit))
+        leaves = zip(rows, inverse, v, there, strict=True)
+        done = [self._coordinates(*leaf, a, x, unit) for leaf in leaves]
+        moments = self.decay * moments + jnp.outer(a, a)
+        return ([d[0] for d in done], [d[1] for d in done]), (moments, unit)
+
+    def _coordinates(self, w, inverse, v, there, a, x, unit):
+        """One leaf's rows ``(r, size)`` and inverses ``(size, r, r)`` after codes ``a``."""
+        decay = jnp.where(jnp.trace(inverse, axis1=1, axis2=2) < self.rank, self.decay, 1.0)
+        decay = jnp.where(there != 0, decay, 1.0).astype(w.dtype)[:, None]
+        px = inverse @ x.astype(w.dtype) * there[:, None]
+        gain = px / (decay + px @ x.astype(w.dtype)[:, None])
+        rest = there * (v - a.astype(w.dtype) @ w)
+        step = gain * rest[:, None] * _linalg.safe_divide(1.0, jnp.sqrt(unit)).astype(w.dtype)
+        return w + step.T, (inverse - gain[:, :, None] * px[:, None]) / decay[:, :, None]
+
+    def read(self, layout, rows, small, weight):
+        rows, scale = _unit_rows(layout, rows[0])
+        return rows, scale[:, None] * small[0] * scale / weight
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisyPower(OnRows):
+    r"""The noisy power method: one power iteration for every block of vectors.
+
+    .. math:: S = \frac1b \sum_{t=1}^{b} (Q^T v_t) v_t^T, \qquad Q^T \leftarrow \mathrm{orth}(S)
+
+    Eigenvalues are the singular values of ``S``. Vectors of a block that is not full have no
+    effect yet; before the first is, the subspace is random and eigenvalues are zero.
+
+    Args:
+      rank: dimension of the subspace, ``r``.
+      block: vectors a block, ``b``; about an eighth of a stream is a good choice. Blocks are
+        counted in vectors, whatever comes at once.
+
+    Raises:
+      ValueError: for a rank or block below 1.
+
+    Cost: memory ``2 r d``; ``4 r d`` flops a vector and ``10 r² d`` a block.
+
+    Source: Hardt and Price, "The noisy power method: a meta algorithm with applications",
+    NeurIPS 2014; Mitliagkas, Caramanis and Jain, "Memory limited, streaming PCA", NeurIPS 2013.
+    """
+
+    block: int = 256
+
+    def __post_init__(self):
+        OnRows.__post_init__(self)
+        check_count("NoisyPower", "block", self.block)
+
+    def begin(self, layout, rows, lam, weight):
+        return (rows, layout.zeros(self.rank)), (jnp.diag(lam), jnp.zeros((), jnp.int32))
+
+    def step(self, layout, rows, small, v, weight):
+        (q, s), (h, count) = rows, small
+        a = layout.dot(q, v)[0] / self.block
+        s = [w + jnp.outer(a.astype(w.dtype), x) for w, x in zip(s, v, strict=True)]
+        count = count + 1
+
+        def full(_, carry):
+            q, s, h = carry
+            # A multiple of Q shifts all eigenvalues, and leaves no row without a direction.
+            shift = 1e-3 * jnp.sqrt(jnp.trace(layout.gram(s)[0]))
+            pairs = zip(s, q, strict=True)
+            new = orthonormal(layout, [x + shift.astype(w.dtype) * w for x, w in pairs])
+            along = layout.dot(s, new)[0]  # S = along @ new, hence |S| in the new rows:
+            size = _linalg.matrix_power(along.T @ along, 0.5, damping=0, rdamping=0)
+            fine = _linalg.finite(size) & (shift > 0)
+            q = [jnp.where(fine, x, w) for x, w in zip(new, q, strict=True)]
+            return q, layout.zeros(self.rank), jnp.where(fine, size, h)
+
+        q, s, h = repeat(count >= self.block, full, (q, s, h))
+        return (q, s), (h, jnp.where(count >= self.block, 0, count))
+
+    def read(self, layout, rows, small, weight):
+        return rows[0], small[0]
+
+
+def _solve(c: jax.Array, a: jax.Array) -> jax.Array:
+    """``c^{-1} a`` for a positive semidefinite ``c``, singular where nothing was seen yet."""
+    ridge = 10 * jnp.finfo(c.dtype).eps * jnp.trace(c)
+    ridge = jnp.where(ridge > 0, ridge, 1)
+    return jnp.linalg.solve(c + ridge * jnp.eye(c.shape[0], dtype=c.dtype), a)
+
+
+def _unit_rows(layout: Layout, rows):
+    """Rows of unit length, and the lengths they had."""
+    scale = jnp.sqrt(jnp.diagonal(layout.gram(rows)[0]))
+    one = _linalg.safe_divide(1.0, scale)[:, None]
+    return [(one * w).astype(w.dtype) for w in rows], scale
