@@ -291,6 +291,27 @@ def rewrite(
     return done, gram, layout.gather(crosses, (height, count)) if cross else empty
 
 
+def random_rows(layout: Layout, key: jax.Array, count: int) -> Columns:
+    """Orthonormal rows of a random subspace, for at most as many as a vector has entries."""
+    keys = jax.random.split(key, max(1, len(layout.sizes)))
+    rows = [
+        jax.random.normal(k, (count, size), layout.dtype).astype(t)
+        for k, size, t in zip(keys, layout.sizes, layout.rows, strict=False)
+    ]
+    return orthonormal(layout, rows)
+
+
+def orthonormal(layout: Layout, rows: Columns) -> Columns:
+    """Independent rows orthonormalised from the first on: CholeskyQR2, not in place.
+
+    Cost: ``8 d r²`` flops, and a copy of the rows.
+    """
+    for _ in range(2):
+        t = jax.vmap(_linalg.cholesky_inverse)(layout.gram(rows))
+        rows = cast_like(layout.combine(t, rows), rows)
+    return rows
+
+
 def cholesky_qr(
     rows: Columns, layout: Layout, gram: jax.Array, when: jax.Array
 ) -> tuple[Columns, jax.Array, jax.Array, jax.Array]:

@@ -1,8 +1,8 @@
 """Pure functions of a state: the spectrum and what becomes of the gradient in it.
 
 They take any state that contains a `ScaleByLREState`, a chain's or a TrainState's `opt_state`
-included, and `operator` takes an online operator; all run inside jit. ``n`` is the number of groups,
-``r`` of coordinates.
+included, and `operator` takes an online operator; all run inside jit. ``n`` is the number of
+groups, ``r`` of coordinates.
 """
 
 from typing import Any, NamedTuple

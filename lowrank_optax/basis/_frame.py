@@ -72,6 +72,13 @@ class Seen(NamedTuple):
     columns: jax.Array
     key: jax.Array
 
+    def seated(self, rank: int) -> jax.Array:
+        """The old basis in ``[Q, fresh]``, fresh directions in dead slots: ``(rank, r + k)``."""
+        live = self.live[:rank, None]
+        turn = jnp.cumsum(~live)[:, None] == jnp.cumsum(self.fresh)
+        old = jnp.eye(rank, self.live.shape[0], dtype=bool) & live
+        return jnp.concatenate([old, ~live & self.fresh & turn], axis=1).astype(self.y.dtype)
+
 
 class Turn(NamedTuple):
     """What a method makes of a correction.

@@ -24,7 +24,7 @@ class Tracker(Average):
 
     def turn(self, memory: Any, lam: jax.Array, seen: Seen, signed: bool) -> Turn:
         decay, x = self.blend(seen, signed)
-        rows = _seated(seen, self.rank)
+        rows = seen.seated(self.rank)
         a = rows @ x
         moments = jnp.diag(decay * lam[: self.rank]) + a @ a.T
         lam, v = _linalg.eigh(_linalg.symmetrize(moments))
@@ -70,7 +70,8 @@ class OPAST(Tracker):
     is symmetric by construction, and its ``lam`` are the eigenvalues. With every coordinate
     seen this is also PETRELS made orthonormal; coordinates that are missing would need one ``S``
     for every mask, hence one ``T`` for every block of coordinates, which a basis with a single
-    small ``T`` cannot hold. Give masked blocks ``groups`` of their own.
+    small ``T`` cannot hold: `lowrank_optax.online.trackers.PETRELS` keeps one for every
+    coordinate. Give masked blocks ``groups`` of their own.
 
     Example:
       >>> import lowrank_optax as lro
@@ -144,12 +145,3 @@ class GROUSE(Tracker):
         g = _linalg.safe_divide(self.learning_rate * a, jnp.max(lam))
         # A geodesic beyond a quarter turn leads back.
         return _linalg.lean(rows, g, x - rows.T @ a, lambda s: jnp.minimum(s, jnp.pi / 4)), memory
-
-
-def _seated(seen: Seen, rank: int) -> jax.Array:
-    """The old basis in ``[Q, fresh]``, with fresh directions in dead slots: ``(r, slots + k)``."""
-    live = seen.live[:rank, None]
-    turn = jnp.cumsum(~live)[:, None] == jnp.cumsum(seen.fresh)
-    return jnp.concatenate(
-        [jnp.eye(rank, seen.live.shape[0], dtype=bool) & live, ~live & seen.fresh & turn], axis=1
-    ).astype(seen.y.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, repeat, rewrite
+from lowrank_optax._tree import Layout, random_rows, repeat, rewrite
 from lowrank_optax._types import Columns, check, check_count, check_decay
 from lowrank_optax.online.operator import Operator
 from lowrank_optax.online.purposes import (
@@ -88,23 +88,11 @@ class Learner:
             r <= d or not layout.sizes,
             f"learner.init: rank is {r}, but vectors have {d} entries; pass at most {d}.",
         )
-        keys = jax.random.split(key, len(layout.sizes) + len(self.purposes))
-        rows = [
-            jax.random.normal(k, (r, size), dtype).astype(t)
-            for k, size, t in zip(keys, layout.sizes, layout.rows, strict=False)
-        ]
-        gram = lambda rows: layout.gram(rows)[0] if rows else jnp.eye(r, dtype=dtype)
-        for _ in range(2):  # the second removes what rounding left
-            t = _linalg.cholesky_inverse(gram(rows))
-            rows = [
-                x.astype(dt)
-                for x, dt in zip(layout.combine(t[None], rows), layout.rows, strict=True)
-            ]
-        operator = Operator(layout.tree(rows), jnp.zeros((r, r), dtype), gram(rows), layout)
-        theta = tuple(
-            p.theta(k, r, dtype)
-            for p, k in zip(self.purposes, keys[len(layout.sizes) :], strict=True)
-        )
+        first, *keys = jax.random.split(key, 1 + len(self.purposes))
+        rows = random_rows(layout, first, r)
+        gram = layout.gram(rows)[0] if rows else jnp.eye(r, dtype=dtype)
+        operator = Operator(layout.tree(rows), jnp.zeros((r, r), dtype), gram, layout)
+        theta = tuple(p.theta(k, r, dtype) for p, k in zip(self.purposes, keys, strict=True))
         count = lambda: jnp.zeros((), jnp.int32)
         return LearnerState(
             operator,

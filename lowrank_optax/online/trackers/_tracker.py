@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, cast_like
+from lowrank_optax._tree import Layout, orthonormal, random_rows
 from lowrank_optax._types import Columns, Vector, check, check_count, check_decay
 from lowrank_optax.online.operator import Operator
 
@@ -254,21 +254,3 @@ class Forgetting(OnRows):
     @property
     def decay(self) -> float:
         return 1.0 if self.beta is None else self.beta
-
-
-def random_rows(layout: Layout, key: jax.Array, count: int) -> Columns:
-    """Orthonormal rows of a random subspace."""
-    keys = jax.random.split(key, len(layout.sizes))
-    rows = [
-        jax.random.normal(k, (count, size), t)
-        for k, size, t in zip(keys, layout.sizes, layout.rows, strict=True)
-    ]
-    return orthonormal(layout, rows)
-
-
-def orthonormal(layout: Layout, rows: Columns) -> Columns:
-    """Independent rows orthonormalised from the first on: CholeskyQR2, see `_linalg`."""
-    for _ in range(2):
-        t = _linalg.cholesky_inverse(layout.gram(rows)[0])
-        rows = cast_like(layout.combine(t[None], rows), rows)
-    return rows

@@ -12,7 +12,6 @@ from lowrank_optax._tree import Layout, cast_like
 from lowrank_optax._types import Columns, Increment, check, check_count
 from lowrank_optax.basis._average import Average
 from lowrank_optax.basis._frame import Seen, Turn
-from lowrank_optax.basis.trackers import _seated
 from lowrank_optax.online.operator import Operator
 from lowrank_optax.online.trackers._tracker import Tracker, TrackerState
 
@@ -253,7 +252,7 @@ class HistoryBasis(Average):
     def turn(self, memory: Any, lam: jax.Array, seen: Seen, signed: bool) -> Turn:
         decay, x = self.blend(seen, signed)
         b = jnp.diag(decay * jnp.pad(lam, (0, x.shape[1]))) + x @ x.T
-        z = s = _seated(seen, self.rank)
+        z = s = seen.seated(self.rank)
         for _ in range(self.iterations):
             s = z @ b
             z = _linalg.orthonormalize_rows(s)

@@ -7,14 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, repeat
+from lowrank_optax._tree import Layout, orthonormal, repeat
 from lowrank_optax._types import check_count
-from lowrank_optax.online.trackers._tracker import (
-    Forgetting,
-    OnRows,
-    TrackerState,
-    orthonormal,
-)
+from lowrank_optax.online.trackers._tracker import Forgetting, OnRows, TrackerState
 
 
 @dataclasses.dataclass(frozen=True)
