@@ -5,7 +5,7 @@ is kept), `inner` (what runs inside). `lre` is the recipe to start from,
 and the methods people know are beside it under their names.
 """
 
-from lowrank_optax import basis, curvature, diagnose, inner, online
+from lowrank_optax import basis, curvature, diagnose, inner, online, spectral
 from lowrank_optax._tree import per_leaf
 from lowrank_optax._types import (
     MATRIX,
@@ -66,6 +66,7 @@ __all__ = [
     "per_leaf",
     "scale_by_lre",
     "sophia_h",
+    "spectral",
 ]
 
 

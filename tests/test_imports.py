@@ -26,7 +26,12 @@ LAYERS = (
 ABOVE = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 CORE = {"jax", "optax", "numpy", "chex"}
-EXTRAS = {"training": {"flax"}, "plot": {"matplotlib"}}
+EXTRAS = {
+    "training": {"flax"},
+    "plot": {"matplotlib"},
+    "spectral.networks": {"flax"},
+    "spectral.estimator": {"sklearn"},
+}
 APPLICATIONS = {"__main__", "_tasks"}
 """Programs on top of everything, which no module imports but they each other."""
 
@@ -77,7 +82,7 @@ def test_core_needs_little():
             continue
         packages = {other.split(".")[0] for other in imported(path)} - {"lowrank_optax"}
         foreign = packages - sys.stdlib_module_names
-        assert foreign <= CORE | EXTRAS.get(top, set()), f"{name} imports {foreign}"
+        assert foreign <= CORE | EXTRAS.get(name, set()), f"{name} imports {foreign}"
 
 
 def test_public_interfaces_only():

@@ -1,0 +1,93 @@
+"""The interface of scikit-learn."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import optax
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from lowrank_optax._types import check
+from lowrank_optax.spectral.decomposition import Decomposition
+from lowrank_optax.spectral.fit import fit
+from lowrank_optax.spectral.methods import Method, NestedLoRA
+from lowrank_optax.spectral.networks import MLP
+from lowrank_optax.spectral.operators import Operator
+
+
+class SpectralEmbedding(TransformerMixin, BaseEstimator):
+    """Eigenfunctions of an operator made from data, as features of new points.
+
+    Args:
+      operator: data ``(n, d)`` to an operator whose points are rows, such as
+        ``lambda X: KernelIntegral(kernel, X)``, or ``lambda X: Koopman(X[:-1], X[1:])``.
+      n_components: modes, where ``network`` is not given.
+      network: as for `fit`; by default an `MLP`.
+      method: as for `fit`.
+      optimizer: as for `fit`.
+      steps: as for `fit`.
+      batch_size: as for `fit`.
+      random_state: the seed of the fit.
+
+    Attributes:
+      decomposition_: the `Decomposition`, after Rayleigh-Ritz.
+      eigenvalues_: ``(L,)``.
+      errors_: ``(L,)`` standard errors of the eigenvalues.
+
+    Raises:
+      ValueError: by ``fit``, for an operator that is not a function of the data.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from lowrank_optax import spectral
+      >>> kernel = lambda x, y: jnp.exp(-jnp.sum((x - y) ** 2))
+      >>> model = spectral.estimator.SpectralEmbedding(
+      ...     lambda X: spectral.operators.KernelIntegral(kernel, X), n_components=2, steps=20)
+      >>> X = np.random.default_rng(0).normal(size=(64, 3))
+      >>> model.fit_transform(X).shape
+      (64, 2)
+    """
+
+    def __init__(
+        self,
+        operator: Callable[[np.ndarray], Operator],
+        n_components: int = 2,
+        *,
+        network: Any = None,
+        method: Method = NestedLoRA(),
+        optimizer: optax.GradientTransformation | None = None,
+        steps: int = 2000,
+        batch_size: int = 512,
+        random_state: int = 0,
+    ):
+        self.operator = operator
+        self.n_components = n_components
+        self.network = network
+        self.method = method
+        self.optimizer = optimizer
+        self.steps = steps
+        self.batch_size = batch_size
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None) -> "SpectralEmbedding":
+        """Learns the modes from data ``(n, d)``; ``y`` is not used."""
+        X = validate_data(self, X, dtype=np.float32)
+        check(callable(self.operator), "SpectralEmbedding: pass operator, a function of the data.")
+        self.decomposition_: Decomposition = fit(
+            self.operator(X),
+            MLP(self.n_components) if self.network is None else self.network,
+            method=self.method,
+            optimizer=self.optimizer,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            seed=self.random_state,
+        ).ritz()
+        self.eigenvalues_ = self.decomposition_.eigenvalues
+        self.errors_ = self.decomposition_.errors
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        """The modes at data ``(n, d)``: ``(n, L)``."""
+        check_is_fitted(self)
+        return self.decomposition_(validate_data(self, X, dtype=np.float32, reset=False))

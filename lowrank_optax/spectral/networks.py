@@ -1,0 +1,152 @@
+"""Flax modules for functions of a point; any other module or pair of functions does as well."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class ScaleFeatures(nn.Module):
+    r"""Coordinates on several scales at once, bounded whatever the size of the domain, and waves.
+
+    .. math:: c = \big(x_i / \sqrt{s^2 + |x|^2},\; |x| / \sqrt{s^2 + |x|^2}\big)_{i, s}, \qquad
+              \sin \omega^T c,\; \cos \omega^T c, \quad \omega \sim N(0, frequency^2)
+
+    The features of ``|x|`` have the kink at the origin that singular potentials ask for. Without
+    the waves, networks start out nearly constant and their modes all alike.
+
+    Attributes:
+      scales: ``s``, in units of the coordinates.
+      kink: whether the features of ``|x|`` are among them.
+      waves: how many frequencies.
+      frequency: their standard deviation; ``c`` has no unit.
+      seed: of the frequencies.
+    """
+
+    scales: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+    kink: bool = True
+    waves: int = 128
+    frequency: float = 1.0
+    seed: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        square = jnp.sum(x**2)
+        rows = jnp.concatenate([x, _length(square)[None]]) if self.kink else x
+        s = jnp.asarray(self.scales)[:, None]
+        scaled = (rows / jnp.sqrt(s**2 + square)).ravel()
+        waves = FourierFeatures(self.waves, self.frequency, self.seed)
+        return jnp.concatenate([scaled, waves(scaled)])
+
+
+class FourierFeatures(nn.Module):
+    """Sines and cosines of random frequencies, fixed by their seed.
+
+    Attributes:
+      count: of the frequencies.
+      scale: standard deviation of the angular frequencies, in inverse units of the coordinates.
+      seed: of the frequencies.
+      kink: whether ``x`` and ``|x|`` join them.
+
+    Source: Tancik et al., "Fourier features let networks learn high frequency functions in low
+    dimensional domains", NeurIPS 2020.
+    """
+
+    count: int = 256
+    scale: float = 1.0
+    seed: int = 0
+    kink: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.count, x.shape[-1])
+        phase = self.scale * jax.random.normal(jax.random.key(self.seed), shape) @ x
+        waves = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)])
+        if not self.kink:
+            return waves
+        return jnp.concatenate([waves, x, _length(jnp.sum(x**2))[None]])
+
+
+class Envelope(nn.Module):
+    """``e^{-|x| / s}``, with a trainable ``s`` for every mode.
+
+    Attributes:
+      modes: how many.
+      scale: of ``s`` at the start.
+    """
+
+    modes: int
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        start = nn.initializers.constant(jnp.log(self.scale))
+        log = self.param("log_scale", start, (self.modes,))
+        return jnp.exp(-_length(jnp.sum(x**2)) * jnp.exp(-log))
+
+
+class MLP(nn.Module):
+    """A multilayer perceptron of one point: ``(d,) -> (L,)``.
+
+    Attributes:
+      modes: ``L``.
+      widths: of the hidden layers.
+      activation: twice differentiable, for differential operators.
+      features: a module before the first layer, or ``None``.
+      shared: one trunk for all modes; otherwise every mode has a network of its own, all in one
+        batched product.
+      envelope: a module of ``(L,)`` factors, or ``None``.
+
+    Source: Ryu et al., "Operator SVD with Neural Networks via Nested Low-Rank Approximation",
+    ICML 2024 (one softplus network a mode).
+    """
+
+    modes: int
+    widths: tuple[int, ...] = (64, 64, 64)
+    activation: Callable[[jax.Array], jax.Array] = nn.softplus
+    features: nn.Module | None = None
+    shared: bool = False
+    envelope: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = jnp.atleast_1d(x) if self.features is None else self.features(x)
+        if self.shared:
+            out = Trunk(self.widths, self.modes, self.activation)(h)
+        else:
+            many = nn.vmap(
+                Trunk,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=None,  # pyright: ignore[reportArgumentType]
+                axis_size=self.modes,
+            )
+            out = many(self.widths, 1, self.activation)(h)[:, 0]
+        return out if self.envelope is None else out * self.envelope(x)
+
+
+class Trunk(nn.Module):
+    """Dense layers.
+
+    Attributes:
+      widths: of the hidden layers.
+      outputs: of the last one.
+      activation: between them.
+    """
+
+    widths: tuple[int, ...]
+    outputs: int
+    activation: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Any:
+        for width in self.widths:
+            x = self.activation(nn.Dense(width)(x))
+        return nn.Dense(self.outputs)(x)
+
+
+def _length(square: jax.Array) -> jax.Array:
+    """``|x|``, with finite derivatives at the origin."""
+    return jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny ** 0.5))

@@ -1,0 +1,273 @@
+"""Differential operators: Schrödinger, Langevin, Fokker-Planck."""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_optax._types import check, check_least
+from lowrank_optax.spectral.laplacian import Jet, laplacian
+from lowrank_optax.spectral.operators._operator import Function, Operator
+from lowrank_optax.spectral.operators.proposals import Proposal
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxMask:
+    r"""A factor that vanishes on the faces of a box.
+
+    .. math:: \prod_i (1 - e^{-(\ell - x_i)}) (1 - e^{-(x_i + \ell)})
+
+    Args:
+      half_width: ``l``.
+
+    Raises:
+      ValueError: for a width that is not positive.
+    """
+
+    half_width: float
+
+    def __post_init__(self):
+        check_least("BoxMask", "half_width", self.half_width, strict=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.prod(jnp.expm1(x - self.half_width) * jnp.expm1(-x - self.half_width))
+
+
+@dataclasses.dataclass(frozen=True)
+class RootMask:
+    r"""A factor that vanishes outside a box, and at its faces with a slope.
+
+    .. math:: \prod_i \max\big((\sqrt{2 \ell^2 - x_i^2} - \ell) / \ell,\; 0\big)
+
+    Args:
+      half_width: ``l``.
+
+    Raises:
+      ValueError: for a width that is not positive.
+    """
+
+    half_width: float
+
+    def __post_init__(self):
+        check_least("RootMask", "half_width", self.half_width, strict=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        within = jnp.minimum(jnp.abs(x / self.half_width), 1.0)
+        return jnp.prod(jnp.sqrt(2 - within**2) - 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Differential(Operator):
+    """An operator of second order on functions of ``R^d``, by importance sampling.
+
+    The batch is ``(x, log q)``: points ``(B, d)`` and the log density they were drawn from.
+    """
+
+    def init(self) -> Any:
+        return self._proposal.init()
+
+    def sample(self, key: jax.Array, size: int, state: Any = None) -> tuple[jax.Array, jax.Array]:
+        proposal = self._proposal
+        state = proposal.init() if state is None else state
+        x = proposal.draw(key, size, state)
+        return x, jax.vmap(lambda x: proposal.log_density(x, state))(x)
+
+    def adapt(self, state: Any, batch: Any, f: jax.Array) -> Any:
+        # Densities of the span: rows of an orthonormalised f, squared and summed.
+        gram = f.T @ f / len(f)
+        gram = gram + 1e-4 * jnp.diag(jnp.diagonal(gram))
+        leverage = jnp.sum(f * jnp.linalg.solve(gram, f.T).T, axis=1)
+        return self._proposal.adapt(state, batch[0], leverage)
+
+    def efficiency(self, state: Any) -> jax.Array:
+        return self._proposal.efficiency(state)
+
+    def points(self, batch: Any) -> tuple[Any, ...]:
+        return (batch[0],)
+
+    def apply(self, function: Function, batch: Any) -> tuple[jax.Array, jax.Array]:
+        return jax.vmap(lambda x, log_q: self._at(function, x, log_q))(*batch)
+
+    @property
+    @abc.abstractmethod
+    def _proposal(self) -> Proposal: ...
+
+    @abc.abstractmethod
+    def _at(self, function: Function, x: jax.Array, log_q: jax.Array) -> Any:
+        """``f`` and ``T f`` at one point, over the square root of its density."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schrodinger(Differential):
+    r"""``T = shift - scale * H`` with ``H = -Δ + V``: the lowest energies come first.
+
+    A network's output ``n`` stands for the function ``psi = sqrt(p) m n``, with ``p`` the density
+    of the proposal before it adapts and ``m`` a mask. Points come from the adapted density ``q``,
+    and the batch sees ``psi / sqrt(q)``:
+
+    .. math:: \frac{T \psi}{\sqrt q} = \sqrt{p/q}\,\big[(shift - scale V)\, h + scale (\Delta h
+              + 2 \nabla u \cdot \nabla h + (\Delta u + |\nabla u|^2) h)\big], \quad
+              h = m n,\; u = \tfrac12 \log p
+
+    with the Laplacian exact. Residuals mean little where the potential is singular.
+
+    Args:
+      potential: a `Potential`, or any function of one point ``(d,)``.
+      proposal: where points are drawn, such as ``geometric(d, smallest, largest)``.
+      shift: added to the spectrum; `NestedLoRA` finds what is above zero.
+      scale: of the energies.
+      mask: a factor that enforces a boundary, such as `BoxMask`.
+
+    Raises:
+      ValueError: for a scale that is not positive.
+
+    Cost: ``d + 2`` evaluations of the network a point, forward only.
+
+    Source: Ryu et al., "Operator SVD with Neural Networks via Nested Low-Rank Approximation",
+    ICML 2024.
+    """
+
+    potential: Callable[[jax.Array], jax.Array]
+    proposal: Proposal
+    shift: float = 0.0
+    scale: float = 1.0
+    mask: Callable[[jax.Array], jax.Array] | None = None
+
+    def __post_init__(self):
+        check_least("Schrodinger", "scale", self.scale, strict=True)
+        check(callable(self.potential), "Schrodinger: pass a potential, a function of one point.")
+
+    @property
+    def _proposal(self) -> Proposal:
+        return self.proposal
+
+    def _envelope(self, x: jax.Array) -> jax.Array:
+        return self.proposal.log_density(x, self.proposal.init()) / 2
+
+    def _masked(self, function: Function) -> Function:
+        mask = self.mask
+        return function if mask is None else lambda x: mask(x) * function(x)
+
+    def dress(self, function: Function) -> Function:
+        masked = self._masked(function)
+        return lambda x: jnp.exp(self._envelope(x)) * masked(x)
+
+    def _at(self, function: Function, x: jax.Array, log_q: jax.Array) -> Any:
+        h = laplacian(self._masked(function), x)
+        u = laplacian(self._envelope, x)
+        curved = u.laplacian + jnp.sum(u.gradient**2)
+        kinetic = h.laplacian + 2 * u.gradient @ h.gradient + curved * h.value
+        ratio = jnp.exp(u.value - log_q / 2)
+        local = self.shift - self.scale * self.potential(x)
+        return ratio * h.value, ratio * (local * h.value + self.scale * kinetic)
+
+    def energies(self, eigenvalues: Any) -> np.ndarray:
+        """Energies of ``H`` from eigenvalues of ``T``."""
+        return (self.shift - np.asarray(eigenvalues)) / self.scale
+
+    def truth(self, k: int) -> np.ndarray:
+        """The ``k`` largest eigenvalues of ``T``, where the potential knows them.
+
+        Raises:
+          ValueError: for a potential without a closed form.
+        """
+        known = getattr(self.potential, "energies", lambda k, d: None)
+        energies = known(k, self.proposal.dimension)
+        check(energies is not None, f"{self.potential!r} has no energies in closed form.")
+        return self.shift - self.scale * np.asarray(energies)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Langevin(Differential):
+    r"""The generator of overdamped Langevin dynamics, self-adjoint in the Boltzmann weight.
+
+    .. math:: T f = shift\, f - \frac{\nabla U \cdot \nabla f}{\gamma}
+              + \frac{\Delta f}{\beta\gamma}, \qquad \langle f, h\rangle = \int f h\, e^{-\beta U}
+
+    The weight need not be normalised. Eigenvalues are ``shift - rate``, with rate 0 for the
+    constant function.
+
+    Args:
+      potential: ``U``, a function of one point ``(d,)``.
+      proposal: where points are drawn.
+      beta: inverse temperature.
+      friction: ``gamma``.
+      shift: added to the spectrum; `NestedLoRA` finds what is above zero.
+
+    Raises:
+      ValueError: for a temperature or friction that is not positive.
+
+    Cost: ``d + 2`` evaluations of the network a point, forward only.
+
+    Source: Pavliotis, "Stochastic Processes and Applications", 2014, chapter 4.
+    """
+
+    potential: Callable[[jax.Array], jax.Array]
+    proposal: Proposal
+    beta: float = 1.0
+    friction: float = 1.0
+    shift: float = 0.0
+
+    def __post_init__(self):
+        owner = type(self).__name__
+        check_least(owner, "beta", self.beta, strict=True)
+        check_least(owner, "friction", self.friction, strict=True)
+        check(callable(self.potential), f"{owner}: pass a potential, a function of one point.")
+
+    @property
+    def _proposal(self) -> Proposal:
+        return self.proposal
+
+    def _at(self, function: Function, x: jax.Array, log_q: jax.Array) -> Any:
+        h: Jet = laplacian(function, x)
+        energy, force = jax.value_and_grad(self.potential)(x)
+        root = jnp.exp(-(self.beta * energy + log_q) / 2)
+        drift = -(force @ h.gradient) / self.friction
+        spread = h.laplacian / (self.beta * self.friction)
+        return root * h.value, root * (self.shift * h.value + drift + spread)
+
+    def truth(self, k: int, half_width: float = 4.0, cells: int = 1000) -> np.ndarray:
+        """The ``k`` largest eigenvalues in one dimension, from a fine grid.
+
+        Jumps between neighbouring cells at the rates ``e^{-beta (U' - U)/2} / (beta gamma h²)``,
+        which are in detailed balance and make a symmetric tridiagonal matrix.
+
+        Args:
+          k: how many.
+          half_width: of the interval, reflecting at its ends.
+          cells: of the grid; the error falls with their square.
+
+        Raises:
+          ValueError: in more than one dimension.
+
+        Source: Donati, Heida, Keller and Weber, "Estimation of the infinitesimal generator by
+        square-root approximation", 2018.
+        """
+        check(self.proposal.dimension == 1, "truth: there is a grid in one dimension only.")
+        edges = np.linspace(-half_width, half_width, cells + 1)
+        x = (edges[1:] + edges[:-1]) / 2
+        u = np.asarray(jax.vmap(self.potential)(jnp.asarray(x)[:, None]), np.float64)
+        speed = 1 / (self.beta * self.friction * (edges[1] - edges[0]) ** 2)
+        half = np.exp(-self.beta * np.diff(u) / 2)
+        out = np.concatenate([half, [0]]) + np.concatenate([[0], 1 / half])
+        matrix = speed * (np.diag(-out) + np.eye(cells, k=1) + np.eye(cells, k=-1))
+        return self.shift + np.linalg.eigvalsh(matrix)[::-1][:k]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FokkerPlanck(Langevin):
+    r"""The adjoint of `Langevin`, on densities.
+
+    .. math:: T \rho = shift\, \rho + \nabla\cdot(\rho \nabla U)/\gamma + \Delta\rho/(\beta\gamma),
+              \qquad \langle \rho, h\rangle = \int \rho h\, e^{\beta U}
+
+    A network's output ``n`` stands for ``rho = e^{-beta U} n``, and ``T rho = e^{-beta U} L n``
+    with ``L`` the generator, so that both have the same eigenvalues and the same batches.
+    """
+
+    def dress(self, function: Function) -> Function:
+        return lambda x: jnp.exp(-self.beta * self.potential(x)) * function(x)

@@ -1,0 +1,109 @@
+"""Integral operators of kernels, with the integral replaced by a mean over the batch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._types import check
+from lowrank_optax.spectral.operators._operator import Function, Operator, check_rows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelIntegral(Operator):
+    r"""``(T f)(x) = E_y[k(x, y) f(y)]`` under the distribution of the data.
+
+    The mean is over the other half of the batch, which leaves out a point's pairing with itself and
+    keeps both halves of the batch unbiased.
+
+    Args:
+      kernel: two points to a number, symmetric.
+      data: ``(n, ...)`` points.
+
+    Raises:
+      ValueError: for data that are not finite, or a batch of fewer than 2 points.
+
+    Cost: ``B²/2`` kernel values a batch.
+
+    Source: Deng, Shi and Zhu, "NeuralEF: deconstructing kernels by deep neural networks", ICML
+    2022.
+    """
+
+    kernel: Callable[[Any, Any], jax.Array]
+    data: Any
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self):
+        owner = type(self).__name__
+        object.__setattr__(
+            self, "data", check_rows(owner, "data", self.data, max(1, jnp.ndim(self.data)))
+        )
+
+    def sample(self, key: jax.Array, size: int, state: Any = None) -> jax.Array:
+        """Points drawn at random; a permutation of all where there are no more."""
+        if size >= len(self.data):
+            return jax.random.permutation(key, self.data)
+        return self.data[jax.random.randint(key, (size,), 0, len(self.data))]
+
+    def apply(self, function: Function, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        check(len(batch) >= 2, f"{type(self).__name__}: pass a batch of at least 2 points.")
+        f = jax.vmap(function)(batch)
+        half = len(batch) // 2
+        one, two = slice(None, half), slice(half, None)
+        return f, jnp.concatenate(
+            [
+                self._mean(batch[one], batch[two], f[two]),
+                self._mean(batch[two], batch[one], f[one]),
+            ]
+        )
+
+    def _mean(self, x: jax.Array, y: jax.Array, f: jax.Array) -> jax.Array:
+        """``mean_j k(x_i, y_j) f_j``."""
+        rows = jax.vmap(lambda a: jax.vmap(lambda b: self.kernel(a, b))(y))(x)
+        return rows @ f / len(y)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NeuralTangentKernel(KernelIntegral):
+    r"""The kernel ``k(x, y) = sum_p dF(x)/dp · dF(y)/dp`` of a network, never formed.
+
+    .. math:: (T f)(x) = J(x)\, E_y[J(y)^T f(y)]
+
+    by one product with the transposed Jacobian and one with the Jacobian for every mode. A network
+    of several outputs is summed over them.
+
+    Args:
+      model: ``(params, x) -> F``, of any shape.
+      params: where it is linearised.
+      data: ``(n, ...)`` points.
+
+    Cost: ``L`` gradients and ``L`` forward derivatives of the network over the batch.
+
+    Source: Jacot, Gabriel and Hongler, "Neural tangent kernel: convergence and generalization in
+    neural networks", NeurIPS 2018.
+    """
+
+    kernel: Any = dataclasses.field(init=False, default=None)
+    data: Any
+    model: Callable[[Any, Any], jax.Array]
+    params: Any
+
+    def _mean(self, x: jax.Array, y: jax.Array, f: jax.Array) -> jax.Array:
+        out = jax.eval_shape(lambda x: self.model(self.params, x), x[0])
+        many = max(1, out.size)
+        at = lambda points: (
+            lambda params: jax.vmap(lambda x: jnp.reshape(self.model(params, x), many))(points)
+        )
+        back = jax.vjp(at(y), self.params)[1]
+
+        def mode(weights: jax.Array) -> jax.Array:
+            # The trace over outputs: one direction of the parameters for each.
+            def output(unit: jax.Array) -> jax.Array:
+                (along,) = back(weights[:, None] * unit)
+                return jax.jvp(at(x), (self.params,), (along,))[1] @ unit
+
+            return jnp.sum(jax.vmap(output)(jnp.eye(many)), 0)
+
+        return jax.vmap(mode, in_axes=1, out_axes=1)(f) / len(y)

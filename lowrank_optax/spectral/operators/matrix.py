@@ -1,0 +1,132 @@
+"""Matrices, whose points are indices."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_optax._types import check, check_count
+from lowrank_optax.spectral.operators._operator import Function, Operator, check_rows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matrix(Operator):
+    """A symmetric matrix: functions of an index ``0 .. n-1``, every index of weight ``1/n``.
+
+    Args:
+      matrix: ``(n, n)``, or a function of columns ``(n, L)`` that multiplies them.
+      size: ``n``, needed with a function.
+      everything: make every batch all indices once, so that nothing is random. Goes with moments of
+        the `WholeBatch`: leaving points out of a finite population would bias it.
+
+    Raises:
+      ValueError: for an array that is not square and symmetric, or a missing size.
+
+    Cost: the functions are evaluated at all ``n`` indices; with an array only the batch's rows are
+    multiplied.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> operator = spectral.operators.Matrix(jnp.diag(jnp.array([3.0, 1.0])), everything=True)
+      >>> f, tf = operator.apply(lambda i: jnp.ones(1), operator.sample(jax.random.key(0), 2))
+      >>> print(tf[:, 0])
+      [3. 1.]
+    """
+
+    matrix: Any
+    size: Any = None
+    everything: bool = False
+
+    def __post_init__(self):
+        if callable(self.matrix):
+            check_count("Matrix", "size", self.size)
+            return
+        a = check_rows("Matrix", "matrix", self.matrix, 2)
+        check(
+            a.shape[0] == a.shape[1] and bool(jnp.allclose(a, a.T, atol=1e-5 * jnp.abs(a).max())),
+            f"Matrix: matrix of shape {a.shape} is not symmetric; pass (A + A^T)/2, or a "
+            "RectangularMatrix.",
+        )
+        object.__setattr__(self, "matrix", a)
+        object.__setattr__(self, "size", a.shape[0])
+
+    def sample(self, key: jax.Array, size: int, state: Any = None) -> jax.Array:
+        if self.everything:
+            return jnp.arange(self.size)
+        return jax.random.randint(key, (size,), 0, self.size)
+
+    def apply(self, function: Function, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        f = jax.vmap(function)(jnp.arange(self.size))
+        product: Any = self.matrix
+        if callable(self.matrix):
+            return f[batch], product(f)[batch]
+        return f[batch], product[batch] @ f
+
+    def truth(self, k: int) -> np.ndarray:
+        """The ``k`` largest eigenvalues, dense, where the matrix was given as an array."""
+        check(not callable(self.matrix), "Matrix: only an array has its eigenvalues computed.")
+        return np.linalg.eigvalsh(np.asarray(self.matrix, np.float64))[::-1][:k]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RectangularMatrix(Operator):
+    """A matrix ``K`` from functions of a column's index to functions of a row's.
+
+    Rows weigh ``1/m``, columns ``1/n``, and ``T = sqrt(m/n) K`` so that singular values are those
+    of ``K``: ``T g = sqrt(m/n) K g``, ``T* f = sqrt(n/m) K^T f``.
+
+    Args:
+      matrix: ``(m, n)``, or a function of columns ``(n, L)`` that multiplies them.
+      transpose: with a function, the one that multiplies ``(m, L)`` by ``K^T``.
+      shape: with functions, ``(m, n)``.
+      everything: as for `Matrix`.
+
+    Raises:
+      ValueError: for an array that is not a matrix, or functions without transpose and shape.
+    """
+
+    matrix: Any
+    transpose: Any = None
+    shape: Any = None
+    everything: bool = False
+    sides: ClassVar[int] = 2
+
+    def __post_init__(self):
+        if callable(self.matrix):
+            check(
+                self.transpose is not None and self.shape is not None,
+                "RectangularMatrix: a function came alone; pass transpose and shape with it.",
+            )
+            return
+        a = check_rows("RectangularMatrix", "matrix", self.matrix, 2)
+        object.__setattr__(self, "matrix", lambda g: a @ g)
+        object.__setattr__(self, "transpose", lambda f: a.T @ f)
+        object.__setattr__(self, "shape", a.shape)
+
+    def sample(self, key: jax.Array, size: int, state: Any = None) -> Any:
+        """Row and column indices."""
+        rows, columns = jax.random.split(key)
+        m, n = self.shape
+        if self.everything:
+            return jnp.arange(m), jnp.arange(n)
+        return (
+            jax.random.randint(rows, (size,), 0, m),
+            jax.random.randint(columns, (size,), 0, n),
+        )
+
+    def points(self, batch: Any) -> tuple[Any, ...]:
+        return batch
+
+    def apply(self, f: Function, g: Function, batch: Any) -> tuple[jax.Array, ...]:
+        (m, n), (rows, columns) = self.shape, batch
+        left, right = jax.vmap(f)(jnp.arange(m)), jax.vmap(g)(jnp.arange(n))
+        ratio = (m / n) ** 0.5
+        return (
+            left[rows],
+            ratio * self.matrix(right)[rows],
+            right[columns],
+            self.transpose(left)[columns] / ratio,
+        )

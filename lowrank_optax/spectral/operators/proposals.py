@@ -1,0 +1,196 @@
+"""Where the points of a differential operator are drawn."""
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._types import check, check_count, check_decay, check_least
+
+
+class Proposal(abc.ABC):
+    """A density on ``R^d`` that may learn from the functions seen at its points.
+
+    Attributes:
+      dimension: ``d``.
+    """
+
+    dimension: int
+
+    def init(self) -> Any:
+        """What it knows before the first batch."""
+        return ()
+
+    @abc.abstractmethod
+    def draw(self, key: jax.Array, size: int, state: Any) -> jax.Array:
+        """Points ``(size, d)``."""
+
+    @abc.abstractmethod
+    def log_density(self, x: jax.Array, state: Any) -> jax.Array:
+        """At one point ``(d,)``."""
+
+    def adapt(self, state: Any, x: jax.Array, leverage: jax.Array) -> Any:
+        """After a batch ``(B, d)`` at which the functions' normalised density is ``leverage``."""
+        return state
+
+    def efficiency(self, state: Any) -> jax.Array:
+        """Effective sample size as a fraction of the batch, where it is known."""
+        return jnp.ones(())
+
+
+@dataclasses.dataclass(frozen=True)
+class Box(Proposal):
+    """Uniform on ``[-half_width, half_width]^d``.
+
+    Args:
+      dimension: ``d``.
+      half_width: in units of the coordinates.
+
+    Raises:
+      ValueError: for a dimension below 1 or a width that is not positive.
+    """
+
+    dimension: int
+    half_width: float
+
+    def __post_init__(self):
+        check_count("Box", "dimension", self.dimension)
+        check_least("Box", "half_width", self.half_width, strict=True)
+
+    def draw(self, key: jax.Array, size: int, state: Any) -> jax.Array:
+        shape = (size, self.dimension)
+        return jax.random.uniform(key, shape, minval=-self.half_width, maxval=self.half_width)
+
+    def log_density(self, x: jax.Array, state: Any) -> jax.Array:
+        return -self.dimension * jnp.log(2 * self.half_width) + 0 * jnp.sum(x)
+
+
+class Adapted(NamedTuple):
+    """What a mixture knows: its log weights ``(K,)`` and the effective sample size."""
+
+    log_weights: jax.Array
+    efficiency: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiScale(Proposal):
+    r"""A mixture of Gaussians around one centre, ``sum_k a_k N(c, s_k² I)``, that adapts ``a``.
+
+    The density it goes for is that of the modes' span, ``pi = sum_l phi_l² / L``: samples of it
+    keep the Gram matrix of any functions of the span closest to its mean. Every batch moves the
+    weights towards the shares ``mean_i (pi/q)(x_i) rho_k(x_i)`` of the scales in ``pi``, the step
+    that brings the mixture closest to it in Kullback-Leibler divergence. A floor keeps every scale
+    alive, for modes not yet found.
+
+    Args:
+      dimension: ``d``.
+      scales: ``s_k``; one makes it a plain Gaussian.
+      center: ``c``, ``(d,)``, or the origin.
+      floor: the total of the weights' lower bounds; 1 switches adaptation off.
+      rate: of an exponential average over batches.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    Cost: ``K`` densities a point; ``L³`` flops a batch.
+
+    Source: Douc et al., "Convergence of adaptive mixtures of importance sampling schemes", 2007;
+    Cohen and Migliorati, "Optimal weighted least-squares methods", 2017.
+    """
+
+    dimension: int
+    scales: tuple[float, ...]
+    center: tuple[float, ...] | None = None
+    floor: float = 0.3
+    rate: float = 0.02
+
+    def __post_init__(self):
+        check_count("MultiScale", "dimension", self.dimension)
+        object.__setattr__(self, "scales", tuple(float(s) for s in self.scales))
+        check(self.scales, "MultiScale: scales is empty; pass at least one.")
+        for scale in self.scales:
+            check_least("MultiScale", "scales", scale, strict=True)
+        check_decay("MultiScale", "floor", self.floor, closed=True)
+        check_decay("MultiScale", "rate", self.rate, closed=True)
+        if self.center is not None:
+            object.__setattr__(self, "center", tuple(float(c) for c in self.center))
+            check(
+                len(self.center) == self.dimension,
+                f"MultiScale: center has {len(self.center)} entries; pass {self.dimension}.",
+            )
+
+    def init(self) -> Adapted:
+        return Adapted(jnp.full(len(self.scales), -jnp.log(len(self.scales))), jnp.ones(()))
+
+    def draw(self, key: jax.Array, size: int, state: Adapted) -> jax.Array:
+        which, normal = jax.random.split(key)
+        k = jax.random.categorical(which, state.log_weights, shape=(size,))
+        noise = jax.random.normal(normal, (size, self.dimension))
+        return self._center + jnp.asarray(self.scales)[k][:, None] * noise
+
+    def log_density(self, x: jax.Array, state: Adapted) -> jax.Array:
+        return jax.nn.logsumexp(self._terms(x, state))
+
+    def adapt(self, state: Adapted, x: jax.Array, leverage: jax.Array) -> Adapted:
+        terms = jax.vmap(lambda x: jax.nn.softmax(self._terms(x, state)))(x)
+        count = len(self.scales)
+        share = leverage @ terms / jnp.sum(leverage)
+        share = self.floor / count + (1 - self.floor) * share
+        mixed = (1 - self.rate) * jnp.exp(state.log_weights) + self.rate * share
+        seen = jnp.sum(leverage) ** 2 / (len(leverage) * jnp.sum(leverage**2))
+        efficiency = (1 - self.rate) * state.efficiency + self.rate * seen
+        ok = jnp.all(jnp.isfinite(share)) & jnp.isfinite(seen)
+        return Adapted(
+            jnp.where(ok, jnp.log(mixed / jnp.sum(mixed)), state.log_weights),
+            jnp.where(ok, efficiency, state.efficiency),
+        )
+
+    def efficiency(self, state: Adapted) -> jax.Array:
+        return state.efficiency
+
+    @property
+    def _center(self) -> jax.Array:
+        return jnp.zeros(self.dimension) if self.center is None else jnp.asarray(self.center)
+
+    def _terms(self, x: jax.Array, state: Adapted) -> jax.Array:
+        s = jnp.asarray(self.scales)
+        square = jnp.sum((x - self._center) ** 2)
+        normal = -square / (2 * s**2) - self.dimension * jnp.log(s * (2 * jnp.pi) ** 0.5)
+        return state.log_weights + normal
+
+
+def gaussian(dimension: int, scale: float) -> MultiScale:
+    """``N(0, scale² I)``.
+
+    Args:
+      dimension: ``d``.
+      scale: standard deviation along every coordinate.
+
+    Raises:
+      ValueError: for a dimension below 1 or a scale that is not positive.
+    """
+    return MultiScale(dimension, (scale,))
+
+
+def geometric(dimension: int, smallest: float, largest: float) -> MultiScale:
+    """A `MultiScale` whose scales double from ``smallest`` up to at least ``largest``.
+
+    Args:
+      dimension: ``d``.
+      smallest: of the scales.
+      largest: the last of them is at least this.
+
+    Raises:
+      ValueError: unless ``0 < smallest <= largest``.
+    """
+    check(
+        0 < smallest <= largest,
+        f"geometric: smallest {smallest!r} and largest {largest!r} came; pass 0 < smallest <= "
+        "largest.",
+    )
+    scales = [smallest]
+    while scales[-1] < largest:
+        scales.append(2 * scales[-1])
+    return MultiScale(dimension, tuple(scales))

@@ -1,0 +1,228 @@
+"""The fit: faults, resuming, stopping, what it gives back."""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_optax as lro
+from lowrank_optax import spectral as s
+from lowrank_optax.spectral import operators as ops
+
+OPERATOR = ops.Schrodinger(ops.Harmonic(), ops.geometric(1, 0.5, 2.0), shift=6.0)
+NETWORK = s.Network(
+    lambda key, x: jax.random.normal(key, (2, 2, 5)),
+    lambda w, x: jnp.sum(w[0] * jnp.tanh(w[1] * x[0] + jnp.arange(5.0) - 2), axis=1),
+)
+
+
+def run(**options):
+    options = {"steps": 40, "batch_size": 32, "evaluate_every": 10, "evaluate_batches": 2} | options
+    return s.fit(options.pop("operator", OPERATOR), options.pop("network", NETWORK), **options)
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+@pytest.mark.parametrize("method", [s.NestedLoRA(), s.ALLO()], ids=["lora", "allo"])
+def test_resumes_bit_for_bit(tmp_path, method):
+    class Killed(Exception):
+        pass
+
+    def kill(record):
+        if record["step"] == 20:
+            raise Killed
+
+    path = str(tmp_path / "fit.npz")
+    whole = run(method=method)
+    with pytest.raises(Killed):
+        run(method=method, checkpoint=path, progress=kill)
+    resumed = run(method=method, checkpoint=path)
+    assert [r["step"] for r in resumed.history] == [10, 20, 30, 40]
+    assert same(whole.params, resumed.params) and same(whole.moments, resumed.moments)
+    again = run(method=method, checkpoint=path)  # a finished fit is read, not run
+    assert same(whole.params, again.params)
+    with pytest.raises(ValueError, match="another fit"):
+        run(method=method, checkpoint=path, seed=1)
+    with pytest.raises(ValueError, match="another fit"):
+        run(method=method, checkpoint=path, network=s.networks.MLP(3, (4,)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Failing(ops.Matrix):
+    """Gives NaN for batches whose first index is a chosen one."""
+
+    at: int = 0
+
+    def apply(self, function, batch):
+        f, tf = super().apply(function, batch)
+        return f, jnp.where(batch[0] == self.at, jnp.nan, tf)
+
+
+TABLE = (lambda key, i: jax.random.normal(key, (4, 2)), lambda rows, i: rows[i])
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    operator = Failing(np.diag([4.0, 2, 1, 0.5]), at=3)
+    adam = optax.adam(optax.cosine_decay_schedule(0.05, 400))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # its evaluations meet the index too
+        found = s.fit(operator, TABLE, optimizer=adam, steps=400, evaluate_batches=1, batch_size=8)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.params))
+
+
+def test_nan_stops_with_the_last_good_parameters():
+    bad = lambda x: jnp.where(jnp.abs(x[0]) < 10, jnp.nan, 0.0)
+    with pytest.warns(RuntimeWarning, match="not finite|diverge"):
+        found = run(operator=ops.Schrodinger(bad, ops.gaussian(1, 1.0)))
+    assert "stopped at step" in found.message and found.step == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.params))
+
+
+def test_divergence_stops_with_the_parameters_before():
+    with pytest.warns(RuntimeWarning, match="diverge|not finite"):
+        found = run(optimizer=optax.sgd(-0.2), steps=4000, evaluate_every=20, ema=0.0)
+    assert found.step < 4000 and f"step {found.step}" in found.message
+    assert np.isfinite(found.eigenvalues).all()
+
+
+def test_patience_stops_a_fit_that_stands_still():
+    still = ops.Schrodinger(ops.Harmonic(), ops.gaussian(1, 1.0))  # its points do not adapt
+    found = run(operator=still, optimizer=optax.sgd(0.0), patience=2, steps=1000)
+    assert found.step == 30 and "no better" in found.message
+
+
+def test_progress_and_history():
+    seen = []
+    found = run(progress=seen.append)
+    assert tuple(seen) == found.history
+    assert {"step", "seconds", "eigenvalues", "ritz", "norm", "efficiency"} == seen[0].keys()
+    assert 0 < seen[-1]["efficiency"] <= 1
+
+
+def test_two_sides_and_our_optimizers():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2000, 2))
+    y = 0.9 * x[:, :1] + 0.4 * rng.normal(size=(2000, 1))
+    found = s.fit(
+        ops.CanonicalDependence(x, y),
+        (s.networks.MLP(1, (16,)), s.networks.MLP(1, (16,), shared=True)),
+        method=s.NestedLoRA(s.JointNesting()),
+        optimizer=lro.lre(0.02, basis=lro.basis.GGT(10)),
+        steps=150,
+        batch_size=256,
+    )
+    correlation = 0.9 / np.hypot(0.9, 0.4)
+    np.testing.assert_allclose(found.singular_values, [1, correlation], atol=0.04)
+    assert np.corrcoef(found(x)[:, 1], x[:, 0])[0, 1] ** 2 > 0.95
+    assert np.corrcoef(found(y, side=1)[:, 1], y[:, 0])[0, 1] ** 2 > 0.95
+
+
+def test_errors_cover_the_noise_of_the_evaluation():
+    """The jackknife's error against the spread over evaluations with other keys."""
+    from lowrank_optax.spectral.decomposition import functions_of
+    from lowrank_optax.spectral.methods import moments
+
+    found = run(steps=1)
+
+    @jax.jit
+    def one(key):
+        batch = OPERATOR.sample(key, 64, OPERATOR.init())
+        return moments((OPERATOR.apply(*functions_of(found.networks, found.params), batch),))
+
+    keys = jax.random.split(jax.random.key(7), (60, 16))
+    many = jax.lax.map(jax.vmap(one), keys)
+    read = [
+        s.Decomposition.of(
+            OPERATOR, found.networks, found.params, jax.tree.map(lambda a, i=i: a[i], many)
+        )
+        for i in range(60)
+    ]
+    spread = np.std([d.eigenvalues for d in read], 0)
+    errors = np.mean([d.errors for d in read], 0)
+    np.testing.assert_allclose(errors, spread, rtol=0.4)
+
+
+def test_modes_are_normal_and_ritz_modes_diagonalise():
+    found = run()
+    np.testing.assert_allclose(np.diagonal(found.gram), 1, rtol=1e-6)
+    turned = found.ritz()
+    np.testing.assert_allclose(turned.gram, np.eye(2), atol=1e-6)
+    assert turned.eigenvalues[0] >= found.eigenvalues[0]
+    assert (np.diff(found.eigenvalues) <= 0).all()
+    assert "Decomposition(" in repr(found)
+
+
+def test_save_and_load(tmp_path):
+    path, found = str(tmp_path / "found.npz"), run().ritz()
+    found.save(path)
+    read = s.Decomposition.load(path, OPERATOR, NETWORK)
+    x = np.linspace(-1, 1, 5)[:, None]
+    np.testing.assert_array_equal(found(x), read(x))
+    np.testing.assert_array_equal(found.eigenvalues, read.eigenvalues)
+    assert read.history == found.history and read.step == 40
+    with pytest.raises(ValueError, match="network"):
+        s.Decomposition.load(path, OPERATOR, s.networks.MLP(3, (4,)))
+
+
+def test_metrics():
+    f = np.linalg.qr(np.asarray(jax.random.normal(jax.random.key(0), (30, 4)), np.float64))[0]
+    turn = np.linalg.qr(np.asarray(jax.random.normal(jax.random.key(1), (2, 2)), np.float64))[0]
+    assert s.subspace_distance(f[:, :2] @ turn, 3 * f[:, :2]) < 1e-12
+    np.testing.assert_allclose(s.subspace_distance(f[:, :2], f[:, 2:]), 1)
+    np.testing.assert_allclose(s.align(f[:, :2] @ turn, f[:, :2]), f[:, :2], atol=1e-12)
+    tilted = np.cos(0.1) * f[:, :1] + np.sin(0.1) * f[:, 1:2]
+    np.testing.assert_allclose(s.angles(-tilted, f[:, :1]), 0.1)
+    weights = np.linspace(1, 2, 30)
+    moved = f / np.sqrt(weights)[:, None]
+    np.testing.assert_allclose(s.subspace_distance(moved[:, :2], moved[:, 2:], weights), 1)
+
+
+def test_estimator_is_a_transformer():
+    from sklearn.base import clone
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    kernel = lambda x, y: jnp.exp(-jnp.sum((x - y) ** 2) / 4)
+    model = s.estimator.SpectralEmbedding(
+        lambda x: ops.KernelIntegral(kernel, x), n_components=2, steps=100, batch_size=64
+    )
+    x = np.random.default_rng(0).normal(size=(128, 2)).astype(np.float32)
+    piped = make_pipeline(StandardScaler(), clone(model)).fit(x)
+    z = piped.transform(x)
+    fitted = piped[-1]
+    assert z.shape == (128, 2) and fitted.eigenvalues_.shape == fitted.errors_.shape == (2,)
+    np.testing.assert_allclose(z.T @ z / 128, np.eye(2), atol=0.25)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: run(steps=0), "steps"),
+        (lambda: run(ema=1.0), "ema"),
+        (lambda: run(patience=0), "patience"),
+        (lambda: run(network=lambda x: x), "network"),
+        (lambda: run(network=(NETWORK, NETWORK)), "one"),
+        (lambda: run(batch_size=1), "2"),
+        (lambda: s.JointNesting((1.0, -1.0)), "positive"),
+        (lambda: s.JointNesting((1.0,)).masks(2), "modes"),
+        (lambda: s.SpIN(decay=1.0), "decay"),
+        (lambda: s.TracePenalty(0.0), "penalty"),
+        (lambda: s.UStatistic(0), "group"),
+        (
+            lambda: s.fit(
+                ops.CanonicalDependence(np.ones((4, 1)), np.ones((4, 1))), NETWORK, method=s.SpIN()
+            ),
+            "self-adjoint",
+        ),
+        (lambda: s.relative_error([1.0], [1.0, 2.0]), "shapes"),
+    ],
+)
+def test_wrong_values_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
