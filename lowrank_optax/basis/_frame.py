@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, cast_like, combine, repeat, rewrite, write
@@ -170,18 +171,28 @@ class Frame(Basis, Spectrum):
     ) -> Absorbed:
         """In chunks of what fits between two rotations."""
         rank, size = self.rank, self.capacity
-        chunks = [
-            correction._replace(
-                columns=[c[i : i + size] for c in correction.columns],
-                weights=correction.weights[:, i : i + size],
+        count = correction.weights.shape[1]
+
+        def part(start, width: int) -> Increment:
+            cut = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=width)
+            return correction._replace(
+                columns=[cut(c, axis=0) for c in correction.columns],
+                weights=cut(correction.weights, axis=1),
             )
-            for i in range(0, correction.weights.shape[1], size)
-        ]
-        done = self._chunk(layout, state, chunks[0], accept, key, True)
-        for i, chunk in enumerate(chunks[1:]):
-            new = self._chunk(layout, done.state, chunk, accept, jax.random.fold_in(key, i), False)
-            u = jnp.concatenate([new.c @ done.u, new.u], axis=-1)
-            done = Absorbed(new.state, new.c @ done.c, u, done.failed | new.failed)
+
+        def more(i, carry: Absorbed, width: int = size) -> Absorbed:
+            turn = jax.random.fold_in(key, i - 1)
+            new = self._chunk(layout, carry.state, part(i * size, width), accept, turn, False)
+            u = lax.dynamic_update_slice_in_dim(new.c @ carry.u, new.u, i * size, 2)
+            return Absorbed(new.state, new.c @ carry.c, u, carry.failed | new.failed)
+
+        done = self._chunk(layout, state, part(0, min(size, count)), accept, key, True)
+        done = done._replace(u=jnp.pad(done.u, ((0, 0), (0, 0), (0, max(0, count - size)))))
+        whole, rest = divmod(count, size)
+        if whole > 1:
+            done = lax.fori_loop(1, whole, more, done)
+        if rest and whole:
+            done = more(whole, done, rest)
         state = done.state
         return Absorbed(
             state._replace(updates=state.updates + (accept & ~done.failed)),
