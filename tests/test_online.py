@@ -83,11 +83,13 @@ def test_merge_is_the_svd_of_the_concatenation(x64):
     np.testing.assert_allclose(kept.gram, np.eye(2), atol=1e-9)
 
 
-def test_signed_pca_is_the_dense_one(x64):
+@pytest.mark.parametrize("n", [30, 1])
+def test_signed_pca_is_the_dense_one(n, x64):
+    """With more vectors than entries, and with fewer."""
     rng = RNG(0)
-    c, keep, avoid = rng.normal(size=(30, 7)), rng.normal(size=(9, 7)), rng.normal(size=(4, 7))
+    c, keep, avoid = rng.normal(size=(n, 7)), rng.normal(size=(3, 7)), rng.normal(size=(2, 7))
     op = online.signed_pca(3, (1.0, tree(c)), (0.7, tree(keep)), (-3.0, tree(avoid)))
-    dense = c.T @ c / 30 + 0.7 * keep.T @ keep / 9 - 3 * avoid.T @ avoid / 4
+    dense = c.T @ c / n + 0.7 * keep.T @ keep / 3 - 3 * avoid.T @ avoid / 2
     lam, q = np.linalg.eigh(dense)
     np.testing.assert_allclose(op.eigenvalues(), lam[::-1][:3], rtol=1e-9)
     v = rng.normal(size=7)
@@ -488,6 +490,21 @@ def test_a_slow_schedule_moves_rarely():
     _, info = train(learn, x, 1, 1)
     np.testing.assert_array_equal(np.flatnonzero(np.asarray(info.moved)[0]), [4, 9, 14, 19])
     assert np.all(np.asarray(info.change)[0, :4] == np.eye(2))
+
+
+def test_rows_can_be_given_to_start_from(x64):
+    rows = RNG(19).normal(size=(2, 5))
+    for learn in (LEARN(2), LEARN(2, (online.Whitening(1.0),))):
+        op = learn.operator(learn.init(jax.random.key(0), jnp.zeros(5), rows))
+        v = RNG(20).normal(size=5)
+        span = np.linalg.qr(rows.T)[0]
+        np.testing.assert_allclose(op.project(v), span @ span.T @ v, rtol=1e-9)
+        if learn.orthonormal:
+            np.testing.assert_allclose(op.gram, np.eye(2), atol=1e-12)
+        else:
+            np.testing.assert_array_equal(op.rows, rows)
+    with pytest.raises(ValueError, match="rows hold 3 vectors; pass 2"):
+        LEARN(2).init(jax.random.key(0), jnp.zeros(5), jnp.ones((3, 5)))
 
 
 def test_weights_can_be_schedules(x64):

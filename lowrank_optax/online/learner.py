@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, random_rows, repeat, rewrite
+from lowrank_optax._tree import Layout, orthonormal, random_rows, repeat, rewrite
 from lowrank_optax._types import Columns, check, check_count, check_decay
 from lowrank_optax.online.operator import Operator
 from lowrank_optax.online.purposes import (
@@ -80,8 +80,18 @@ class Learner:
     relative: bool
     dtype: Any
 
-    def init(self, key: jax.Array, example: Any) -> LearnerState:
-        """A random orthonormal ``A`` for vectors shaped like ``example``."""
+    def init(self, key: jax.Array, example: Any, rows: Any = None) -> LearnerState:
+        """The state before the first vector.
+
+        Args:
+          key: for the start of ``A`` and of what else purposes learn.
+          example: a vector or tree of floating-point arrays, or their shapes.
+          rows: where ``A`` starts, leaves ``(r, *shape)``, such as an operator's `eigenvectors`; by
+            default random and orthonormal. They are made orthonormal where ``A`` is to be.
+
+        Raises:
+          ValueError: for a rank above the number of entries, or rows of other shapes.
+        """
         layout = Layout.of(example, None, self.dtype, owner="learner.init")
         r, d, dtype = self.rank, sum(layout.sizes), layout.dtype
         check(
@@ -89,7 +99,7 @@ class Learner:
             f"learner.init: rank is {r}, but vectors have {d} entries; pass at most {d}.",
         )
         first, *keys = jax.random.split(key, 1 + len(self.purposes))
-        rows = random_rows(layout, first, r)
+        rows = random_rows(layout, first, r) if rows is None else self._given(layout, rows)
         gram = layout.gram(rows)[0] if rows else jnp.eye(r, dtype=dtype)
         operator = Operator(layout.tree(rows), jnp.zeros((r, r), dtype), gram, layout)
         theta = tuple(p.theta(k, r, dtype) for p, k in zip(self.purposes, keys, strict=True))
@@ -106,6 +116,14 @@ class Learner:
             count(),
             count(),
         )
+
+    def _given(self, layout: Layout, rows: Any) -> Columns:
+        columns, many = layout.columns(rows, "learner.init")
+        check(
+            many and columns[0].shape[0] == self.rank,
+            f"learner.init: rows hold {columns[0].shape[0]} vectors; pass {self.rank}.",
+        )
+        return orthonormal(layout, columns) if self.orthonormal else columns
 
     def operator(self, state: LearnerState) -> Operator:
         """The operator as it is now."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout
@@ -226,7 +227,7 @@ def signed_pca(rank: int, *streams: tuple[float, Any]) -> Operator:
 
     With orthonormal rows, ``sum_i w_i E‖u_i - A^T A u_i‖²`` over several streams, of weights of
     either sign, is least in the span of the eigenvectors with the algebraically largest
-    eigenvalues. The vectors' Gram matrix gives them: nothing ``d × d``.
+    eigenvalues. With fewer vectors than entries their Gram matrix gives them: nothing ``d × d``.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -245,7 +246,7 @@ def signed_pca(rank: int, *streams: tuple[float, Any]) -> Operator:
     Raises:
       ValueError: without streams, or for streams of different shapes.
 
-    Cost: ``2 n² d`` flops for ``n`` vectors in all, and ``eigh`` of size ``n``.
+    Cost: ``2 n d min(n, d)`` flops for ``n`` vectors in all, and ``eigh`` of size ``min(n, d)``.
     """
     check_count("signed_pca", "rank", rank)
     check(streams, "signed_pca: no streams; pass pairs (weight, vectors).")
@@ -258,10 +259,20 @@ def signed_pca(rank: int, *streams: tuple[float, Any]) -> Operator:
             for (w, _), c in zip(streams, parts, strict=True)
         ]
     )
+    most = min(weights.shape[0], sum(layout.sizes))
     check(
-        rank <= weights.shape[0],
-        f"signed_pca: rank is {rank}, but there are {weights.shape[0]} vectors; pass at most that.",
+        rank <= most,
+        f"signed_pca: rank is {rank}, but the vectors span {most} dimensions; pass at most that.",
     )
+    few = _dual if weights.shape[0] < sum(layout.sizes) else _primal
+    lam, out = few(layout, stacked, weights.astype(layout.dtype), rank)
+    return Operator(layout.tree(out), jnp.diag(lam), layout.gram(out)[0], layout)
+
+
+def _dual(
+    layout: Layout, stacked: Columns, weights: jax.Array, rank: int
+) -> tuple[jax.Array, Columns]:
+    """Leading eigenpairs of ``X^T D X`` through ``X X^T``."""
     size, u = _linalg.eigh(_linalg.symmetrize(layout.gram(stacked)[0]))
     _, live = _linalg.regularize(size, size > 0)
     root = jnp.sqrt(jnp.where(live, size, 0))
@@ -269,7 +280,17 @@ def signed_pca(rank: int, *streams: tuple[float, Any]) -> Operator:
     lam, v = _linalg.eigh(_linalg.symmetrize((root[:, None] * u * weights) @ (u.T * root)))
     order = jnp.argsort(-jnp.where(jnp.abs(v) @ live > 0.5, lam, -jnp.inf))[:rank]
     out = layout.combine(((v[order] * _linalg.safe_divide(1.0, root)) @ u)[None], stacked)
-    return Operator(layout.tree(out), jnp.diag(lam[order]), layout.gram(out)[0], layout)
+    return lam[order], out
+
+
+def _primal(
+    layout: Layout, stacked: Columns, weights: jax.Array, rank: int
+) -> tuple[jax.Array, Columns]:
+    """Leading eigenpairs of ``X^T D X``, which is smaller than ``X X^T``."""
+    x = jnp.concatenate([c.astype(layout.dtype) for c in stacked], axis=1)
+    lam, v = _linalg.eigh(_linalg.symmetrize((x.T * weights) @ x))
+    splits = [int(i) for i in np.cumsum(layout.sizes)[:-1]]
+    return lam[:rank], jnp.split(v[:rank], splits, axis=1)
 
 
 def _power(a: jax.Array, power: float) -> jax.Array:
