@@ -13,7 +13,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m lowrank_optax", description="Low-rank eigenbasis optimizers.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_spectrum(commands)
     args = parser.parse_args(argv)
     try:
         return args.command(args)
@@ -82,9 +83,7 @@ def _positive(text: str) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    missing = [m for m in ("flax", "matplotlib", "rich", "sklearn") if not _installed(m)]
-    if missing:
-        raise Refusal(f"train needs {', '.join(missing)}: pip install 'lowrank_optax[demo]'")
+    _need("train", "flax", "matplotlib", "rich", "sklearn")
     # The eigenproblems are too small for LAPACK to gain from a second thread, and on a machine that
     # is busy its threads wait for each other many times longer than one takes.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -113,6 +112,12 @@ def _train(args: argparse.Namespace) -> int:
     return 130 if stopped else 0
 
 
+def _need(command: str, *modules: str) -> None:
+    missing = [module for module in modules if not _installed(module)]
+    if missing:
+        raise Refusal(f"{command} needs {', '.join(missing)}: pip install 'lowrank_optax[demo]'")
+
+
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
@@ -120,10 +125,9 @@ def _installed(module: str) -> bool:
 def _task(name: str, data_dir: Path | None) -> Any:
     from lowrank_optax import _tasks
 
-    if name not in _tasks.TASKS:
-        raise Refusal(f"there is no task {name!r}; choose from {', '.join(_tasks.TASKS)}")
+    make = _choice("task", name, _tasks.TASKS)
     try:
-        return _tasks.TASKS[name](data_dir)
+        return make(data_dir)
     except _tasks.DataError as error:
         raise Refusal(str(error)) from error
 
@@ -381,13 +385,10 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     caption = "At the learning rate of the lowest training loss; medians over seeds."
-    style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False}
-    table = Table(title=_title(result), caption=caption, **style)
+    table = _table(_title(result), caption)
     table.add_column("", min_width=9)
     for name in ("rate", "loss", "range", "held-out", "accuracy", "ms/step", "state"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -404,6 +405,14 @@ def _print_table(result: dict[str, Any]) -> None:
             f"{row['state_bytes'] / 1e6:.1f} MB",
         )
     Console().print(table)
+
+
+def _table(title: str, caption: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False}
+    return Table(title=title, caption=caption, **style)
 
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
@@ -440,6 +449,105 @@ def _write_png(path: Path, result: dict[str, Any]) -> None:
         ax.set_ylabel("training loss")
     figure.suptitle(f"{_title(result)} (median, lowest to highest)")
     figure.savefig(path)
+
+
+# spectrum ---------------------------------------------------------------------------------------
+
+
+def _add_spectrum(commands: Any) -> None:
+    summary = "learn the leading eigenfunctions of an operator whose spectrum is known"
+    parser = commands.add_parser(
+        "spectrum",
+        help=summary,
+        description=f"{summary.capitalize()}, with the library's defaults, and print the "
+        "eigenvalues beside the true ones. Writes results.json and modes.png.",
+    )
+    parser.add_argument(
+        "--operator",
+        default="hydrogen2d",
+        help="hydrogen2d, hydrogen3d, oscillator1d, oscillator2d, well1d, well2d, doublewell or "
+        "langevin",
+    )
+    parser.add_argument("--modes", type=_positive, default=4, help="default: 4")
+    parser.add_argument("--steps", type=_positive, default=1600, help="default: 1600")
+    parser.add_argument("--batch", type=_positive, default=512, help="points a step; default: 512")
+    parser.add_argument(
+        "--method",
+        default="nested-lora",
+        help="nested-lora, nested-lora-joint, orbital, neural-ef or spin",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/OPERATOR")
+    parser.set_defaults(command=_spectrum)
+
+
+def _spectrum(args: argparse.Namespace) -> int:
+    _need("spectrum", "flax", "matplotlib", "rich")
+    from lowrank_optax import _spectrum
+
+    problem = _choice("operator", args.operator, _spectrum.OPERATORS)()
+    method = _choice("method", args.method, _spectrum.METHODS)
+    if args.batch < 2:
+        raise Refusal("--batch 1: pass at least 2 points")
+    truth = problem.truth(args.modes)
+    if truth[-1] <= 0:
+        # Below zero a low-rank approximation is better without the mode.
+        above = int(np.sum(truth > 0))
+        raise Refusal(f"{args.operator} has {above} modes above zero; --modes {args.modes} is more")
+    out = args.out or Path("runs", args.operator)
+    _check_writable(out)
+    start = time.perf_counter()
+    fit = lro.spectral.fit(
+        problem.operator,
+        args.modes,
+        method=method,
+        steps=args.steps,
+        batch_size=args.batch,
+        seed=args.seed,
+        evaluate_batches=64,
+        progress=lambda record: print(_line(record), flush=True),
+    ).ritz()  # modes that are not yet orthogonal would show an eigenvalue twice
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "command")}
+    result = {
+        "settings": settings | {"formula": problem.formula},
+        "message": fit.message,
+        "seconds": time.perf_counter() - start,
+        "modes": _spectrum.rows(fit, truth),
+        "history": fit.history,
+        "versions": _versions(),
+        "machine": _machine(),
+    }
+    title = f"{args.operator}: {problem.formula}, {fit.step:,} steps of {args.batch}"
+    _write_json(out / "results.json", result)
+    _spectrum.write_png(out / "modes.png", fit, title)
+    _print_modes(title, result)
+    print(f"Functions and figures are in {out}")
+    return 0
+
+
+def _choice(what: str, name: str, table: Mapping[str, Any]) -> Any:
+    if name not in table:
+        raise Refusal(f"there is no {what} {name!r}; choose from {', '.join(table)}")
+    return table[name]
+
+
+def _line(record: dict[str, Any]) -> str:
+    values = " ".join(f"{value:.4g}" for value in record["ritz"])
+    return f"step {record['step']}, {record['seconds']:.0f} s: {values}"
+
+
+def _print_modes(title: str, result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    errors = [row["relative_error"] for row in result["modes"]]
+    caption = f"Median relative error {np.median(errors):.2g}; {result['message']}."
+    table = _table(title, caption)
+    for name in ("mode", "eigenvalue", "truth", "relative error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, row in enumerate(result["modes"]):
+        value = f"{row['eigenvalue']:.5g} ± {row['standard_error']:.1g}"
+        table.add_row(str(i + 1), value, f"{row['truth']:.5g}", f"{row['relative_error']:.1e}")
+    Console().print(table)
 
 
 if __name__ == "__main__":

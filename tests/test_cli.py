@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lowrank_optax import __main__ as cli
-from lowrank_optax import _tasks
+from lowrank_optax import _spectrum, _tasks
 
 # A shell starts its background jobs, perhaps these tests, with Ctrl-C ignored.
 INTERRUPTIBLE = """
@@ -220,6 +220,42 @@ class TestRefusals:
         line = refused(capsys, "train")
         assert "flax, rich" in line
         assert "lowrank_optax[demo]" in line
+
+    def test_unknown_operator_and_method(self, capsys, tmp_path):
+        out = ("--out", str(tmp_path / "new"))
+        line = refused(capsys, "spectrum", "--operator", "hydrogen", *out)
+        assert "'hydrogen'" in line and all(name in line for name in _spectrum.OPERATORS)
+        line = refused(capsys, "spectrum", "--method", "lora", *out)
+        assert "'lora'" in line and all(name in line for name in _spectrum.METHODS)
+        assert not (tmp_path / "new").exists()
+
+    def test_modes_and_points_there_are_not(self, capsys):
+        few = ("spectrum", "--operator", "oscillator1d", "--modes")
+        assert "8 modes" in refused(capsys, *few, "9")
+        assert "'0'" in refused(capsys, *few, "0")
+        assert "2 points" in refused(capsys, "spectrum", "--batch", "1")
+
+    def test_missing_extras_of_spectrum(self, capsys, monkeypatch):
+        monkeypatch.setattr(cli, "_installed", lambda module: module != "flax")
+        assert "flax: pip install" in refused(capsys, "spectrum")
+
+
+def test_spectrum_leaves_results_and_a_picture(tmp_path, capsys):
+    """With the defaults, nothing chosen but the operator and sizes, it is right to a percent."""
+    sizes = ["--modes", "1", "--steps", "200", "--batch", "64", "--seed", "3"]
+    out = ["--out", str(tmp_path)]
+    assert cli.main(["spectrum", "--operator", "oscillator1d", *sizes, *out]) == 0
+    printed = capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["modes.png", "results.json"]
+    assert (tmp_path / "modes.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["settings"]["seed"] == 3 and result["settings"]["modes"] == 1
+    assert result["history"][-1]["step"] == 200
+    (row,) = result["modes"]
+    assert row["truth"] == pytest.approx(15 / 16)
+    error = abs(row["eigenvalue"] / row["truth"] - 1)
+    assert row["relative_error"] == pytest.approx(error, abs=1e-6) and error < 0.01
+    assert f"{row['truth']:.5g}" in printed and row["standard_error"] > 0
 
 
 def test_start_imports_the_core_alone():

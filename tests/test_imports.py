@@ -32,7 +32,7 @@ EXTRAS = {
     "spectral.networks": {"flax"},
     "spectral.estimator": {"sklearn"},
 }
-APPLICATIONS = {"__main__", "_tasks"}
+APPLICATIONS = {"__main__", "_spectrum", "_tasks"}
 """Programs on top of everything, which no module imports but they each other."""
 
 

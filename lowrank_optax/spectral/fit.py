@@ -76,8 +76,9 @@ def fit(
 
     Args:
       operator: an `Operator`.
-      network: a flax module or a pair ``(init(key, point), apply(params, point) -> (L,))``; two of
-        them, or one for both, where the operator has two sides.
+      network: a number of modes, for `networks.default`; or a flax module or a pair
+        ``(init(key, point), apply(params, point) -> (L,))``; two of them, or one for both, where
+        the operator has two sides.
       method: a `Method`.
       optimizer: any optax transformation; by default Adam with a rate that falls from 3e-3 to 0
         along a cosine over ``steps``.
@@ -122,6 +123,10 @@ def fit(
         check_count("fit", "patience", patience)
     if optimizer is None:
         optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    if isinstance(network, int):
+        from lowrank_optax.spectral import networks as modules  # extra: flax
+
+        network = modules.default(operator, network)
     networks = networks_of(network, operator.sides)
     first, training, evaluation = jax.random.split(jax.random.key(seed), 3)
     state = jax.jit(partial(_start, operator, networks, method, optimizer, batch_size))(first)

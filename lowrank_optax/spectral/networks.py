@@ -1,11 +1,15 @@
 """Flax modules for functions of a point; any other module or pair of functions does as well."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from lowrank_optax._types import check, check_count
+from lowrank_optax.spectral.operators import Operator
 
 
 class ScaleFeatures(nn.Module):
@@ -14,7 +18,9 @@ class ScaleFeatures(nn.Module):
     .. math:: c = \big(x_i / \sqrt{s^2 + |x|^2},\; |x| / \sqrt{s^2 + |x|^2}\big)_{i, s}, \qquad
               \sin \omega^T c,\; \cos \omega^T c, \quad \omega \sim N(0, frequency^2)
 
-    The features of ``|x|`` have the kink at the origin that singular potentials ask for. Without
+    The features of ``|x|`` have the kink at the origin that singular potentials ask for. On a line
+    the second derivative of a kink is a point mass that samples never see, and operators of second
+    order are not self-adjoint on such functions: switch it off there. Without
     the waves, networks start out nearly constant and their modes all alike.
 
     Attributes:
@@ -125,6 +131,50 @@ class MLP(nn.Module):
             )
             out = many(self.widths, 1, self.activation)(h)[:, 0]
         return out if self.envelope is None else out * self.envelope(x)
+
+
+def default(operator: Operator, modes: int) -> MLP | tuple[MLP, ...]:
+    r"""What `fit` takes where it is given a number of modes; a pair for an operator with two sides.
+
+    .. math:: MLP(ScaleFeatures(s = 2\rho, \rho, \dots, \rho / 32),\; kink = [d > 1]),
+              \qquad \rho = \text{the power of two nearest } \sqrt{E[x_i^2]}
+
+    so that the network follows the operator's points, whatever their unit.
+
+    Args:
+      operator: one whose points are vectors ``(d,)``.
+      modes: ``L``; each has a perceptron of its own.
+
+    Raises:
+      ValueError: for a number of modes below 1, or points of another kind.
+
+    Cost: one batch of points.
+
+    Example:
+      >>> from lowrank_optax import spectral
+      >>> well = spectral.operators.Langevin(
+      ...     spectral.operators.DoubleWell(), spectral.operators.gaussian(1, 1.0))
+      >>> spectral.networks.default(well, 2).features.scales
+      (2.0, 1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
+    """
+    check_count("fit", "network", modes)
+    draw = jax.jit(lambda key: operator.points(operator.sample(key, 1024, operator.init())))
+    networks = tuple(_fitting(points, modes) for points in draw(jax.random.key(0)))
+    return networks if operator.sides == 2 else networks[0]
+
+
+def _fitting(points: Any, modes: int) -> MLP:
+    check(
+        isinstance(points, jax.Array)
+        and points.ndim == 2
+        and jnp.issubdtype(points.dtype, jnp.floating),
+        "fit: a number of modes came for network, and the operator's points are not vectors; pass "
+        "a flax module or a pair (init, apply).",
+    )
+    size = math.sqrt(float(jnp.mean(points**2)))
+    unit = 2.0 ** round(math.log2(size)) if 0 < size < math.inf else 1.0
+    scales = tuple(unit * 2.0**k for k in range(1, -6, -1))
+    return MLP(modes, features=ScaleFeatures(scales, kink=points.shape[1] > 1))
 
 
 class Trunk(nn.Module):

@@ -34,6 +34,7 @@ from lowrank_optax.spectral.operators.proposals import (
     Box,
     MultiScale,
     Proposal,
+    classical,
     gaussian,
     geometric,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "RectangularMatrix",
     "RootMask",
     "Schrodinger",
+    "classical",
     "gaussian",
     "geometric",
     "lagged_pairs",

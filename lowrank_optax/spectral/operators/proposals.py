@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -194,3 +195,53 @@ def geometric(dimension: int, smallest: float, largest: float) -> MultiScale:
     while scales[-1] < largest:
         scales.append(2 * scales[-1])
     return MultiScale(dimension, tuple(scales))
+
+
+def classical(
+    potential: Callable[[jax.Array], jax.Array],
+    dimension: int,
+    energy: float,
+    largest: float = 32.0,
+) -> MultiScale:
+    """A `geometric` that reaches as far as a classical particle of an energy, ``V(x) <= energy``.
+
+    Functions of lower energy live there and fall off beyond it, so that for a `Schrodinger` with
+    its ``shift / scale`` as the energy no length has to be chosen.
+
+    Args:
+      potential: ``V``, a function of one point ``(d,)``.
+      dimension: ``d``.
+      energy: in units of the potential.
+      largest: where the search begins, and where the scales end if the particle is free there; it
+        serves units in which lengths are of order one, such as ``H = -Δ - 1/r``.
+
+    Raises:
+      ValueError: for a dimension below 1, a length that is not positive, or an energy that is too
+        low for any point that was tried.
+
+    Cost: ``2560 + 20 d`` values of the potential, along the axes and in directions at random.
+
+    Example:
+      >>> from lowrank_optax.spectral import operators
+      >>> operators.classical(operators.Harmonic(), 2, 16.0).scales
+      (0.5, 1.0, 2.0, 4.0)
+      >>> operators.classical(operators.Hydrogen(), 2, 0.0).scales[-1]
+      32.0
+    """
+    check_count("classical", "dimension", dimension)
+    check_least("classical", "largest", largest, strict=True)
+    axes = jnp.eye(dimension)
+    anywhere = jax.random.normal(jax.random.key(0), (256, dimension))
+    anywhere = anywhere / jnp.linalg.norm(anywhere, axis=1, keepdims=True)
+    directions = jnp.concatenate([axes, -axes, anywhere])
+    # Rounding must not decide whether a turning point at one of the lengths is within.
+    lengths = largest * 2.0 ** -jnp.arange(10)
+    values = jax.vmap(jax.vmap(potential))(lengths[:, None, None] * directions * (1 - 1e-6))
+    within = jnp.any(values <= energy, axis=1)
+    check(
+        bool(jnp.any(within)),
+        f"classical: the potential exceeds energy {energy!r} at every point that was tried; pass "
+        "a higher one (a Schrodinger's shift / scale).",
+    )
+    reach = float(lengths[jnp.argmax(within)])
+    return geometric(dimension, min(0.5, reach / 4), reach)
