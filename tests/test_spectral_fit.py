@@ -226,3 +226,10 @@ def test_estimator_is_a_transformer():
 def test_wrong_values_are_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_batches_of_everything_need_moments_of_everything():
+    operator = ops.Matrix(jnp.eye(3), everything=True)
+    table = (lambda key, i: jnp.ones((3, 2)), lambda rows, i: rows[i])
+    with pytest.raises(ValueError, match="moments=WholeBatch"):
+        s.fit(operator, table, steps=1)

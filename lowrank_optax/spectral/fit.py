@@ -21,7 +21,7 @@ from lowrank_optax.spectral.decomposition import (
     initialize,
     networks_of,
 )
-from lowrank_optax.spectral.methods import Method, NestedLoRA, moments, surrogate
+from lowrank_optax.spectral.methods import Method, NestedLoRA, WholeBatch, moments, surrogate
 from lowrank_optax.spectral.operators import Operator
 
 FAULTS = 10
@@ -121,6 +121,12 @@ def fit(
     check_count("fit", "evaluate_every", every)
     if patience is not None:
         check_count("fit", "patience", patience)
+    check(
+        not getattr(operator, "everything", False)
+        or isinstance(getattr(method, "moments", WholeBatch()), WholeBatch),
+        f"fit: the operator's batches are everything it has, in order, and {method!r} estimates "
+        "moments from parts of them; pass moments=WholeBatch(), or leave out everything=True.",
+    )
     if optimizer is None:
         optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
     if isinstance(network, int):
