@@ -100,21 +100,21 @@ def test_the_whole_product_builds_or_says_what_to_combine():
 
 
 @pytest.mark.parametrize(
-    "module, registry, base",
+    "modules, registry, base",
     [
-        (lro.curvature, CURVATURES, lro.curvature.Curvature),
-        (lro.basis, BASES | MORE_BASES, lro.basis.Basis),
-        (lro.inner, INNERS, None),
+        ((lro.curvature,), CURVATURES, lro.curvature.Curvature),
+        ((lro.basis, lro.online), BASES | MORE_BASES, lro.basis.Basis),
+        ((lro.inner,), INNERS, None),
     ],
     ids=["curvature", "basis", "inner"],
 )
-def test_no_part_is_left_out(module, registry, base):
+def test_no_part_is_left_out(modules, registry, base):
     tried = {
         type(p)
         for part in registry.values()
         for p in (part if isinstance(part, tuple) else (part,))
     }
-    parts = (getattr(module, name) for name in module.__all__)
+    parts = (getattr(module, name) for module in modules for name in module.__all__)
     public = {
         x
         for x in parts
