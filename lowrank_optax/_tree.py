@@ -123,7 +123,7 @@ class Layout:
             check(
                 one or (len(got) > 0 and got[1:] == shape and len(count) == 1),
                 f"{owner}: the leaf {name or 'of the vector'} has shape {got}; pass {shape}, or "
-                f"(k, *{shape}) for k vectors at once, the same k in every leaf.",
+                f"({', '.join(map(str, ('k', *shape)))}) for k vectors, the same k in every leaf.",
             )
         head = (1,) if one else (shapes[0][0],)
         return [
