@@ -24,12 +24,23 @@ from lowrank_optax._types import (
 from lowrank_optax.alias import (
     adahessian,
     full_matrix_adam,
+    galore,
     gauss_newton,
     ggt,
     lowrank_newton,
     lre,
     natural_gradient,
+    polar_soap,
+    soap,
     sophia_h,
+)
+from lowrank_optax.least_squares import LevenbergMarquardtState, levenberg_marquardt
+from lowrank_optax.matrix import (
+    MatricesState,
+    ScaleByMatrixLREState,
+    orthogonalize,
+    scale_by_matrix_lre,
+    squarest,
 )
 from lowrank_optax.transform import Events, Metrics, ScaleByLREState, scale_by_lre
 
@@ -49,24 +60,34 @@ __all__ = [
     "Events",
     "Increment",
     "Law",
+    "LevenbergMarquardtState",
+    "MatricesState",
     "Metrics",
     "ScaleByLREState",
+    "ScaleByMatrixLREState",
     "adahessian",
     "basis",
     "curvature",
     "diagnose",
     "full_matrix_adam",
+    "galore",
     "gauss_newton",
     "ggt",
     "inner",
+    "levenberg_marquardt",
     "lowrank_newton",
     "lre",
     "natural_gradient",
     "online",
     "per_leaf",
     "scale_by_lre",
+    "orthogonalize",
+    "polar_soap",
+    "scale_by_matrix_lre",
+    "soap",
     "sophia_h",
     "spectral",
+    "squarest",
 ]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lowrank_optax._types import Law
 
@@ -14,12 +15,53 @@ def symmetrize(a: jax.Array) -> jax.Array:
     return (a + a.T) / 2
 
 
+def one_by_one(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f`` of arrays, which `jax.vmap` makes a loop on CPU and a batch elsewhere.
+
+    There XLA hands a batch of factorisations to its pool of threads and waits for them in a thread
+    of that pool: as many of them at once as there are threads, and all wait for ever.
+    """
+    single: Any = jax.custom_batching.custom_vmap(f)
+
+    @single.def_vmap
+    def batch(size, batched, *arrays):
+        arrays = [
+            x if b else jnp.broadcast_to(x, (size, *x.shape))
+            for x, b in zip(arrays, batched, strict=True)
+        ]
+        if size == 1:
+            out = jax.tree.map(lambda x: x[None], single(*(x[0] for x in arrays)))
+        else:
+            loop = lambda *arrays: lax.map(lambda each: single(*each), arrays)
+            out = lax.platform_dependent(*arrays, cpu=loop, default=jax.vmap(f))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return single
+
+
 def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues in descending order and eigenvectors as rows, of a symmetric ``(n, n)``."""
     if a.shape[-1] == 1:  # spares a call of LAPACK or cuSOLVER where one column came
         return a[0], jnp.ones_like(a)
-    lam, vectors = jnp.linalg.eigh(a, symmetrize_input=False)
+    lam, vectors = _eigh(a)
     return lam[::-1], vectors.T[::-1]
+
+
+@one_by_one
+def _eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return tuple(jnp.linalg.eigh(a, symmetrize_input=False))
+
+
+@one_by_one
+def qr(a: jax.Array) -> jax.Array:
+    """An orthonormal basis of the columns of ``(n, k)``."""
+    return jnp.linalg.qr(a)[0]
+
+
+@one_by_one
+def inv(a: jax.Array) -> jax.Array:
+    """The inverse of ``(n, n)``."""
+    return jnp.linalg.inv(a)
 
 
 def eigh_by_size(a: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -39,19 +81,37 @@ def safe_divide(a: jax.Array | float, b: jax.Array) -> jax.Array:
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
-def transport(law: Law, c: jax.Array, state: Any) -> Any:
+Change = jax.Array | tuple[jax.Array | None, ...]
+"""A change of basis: ``C``, or factors of a Kronecker product, ``None`` for an identity."""
+
+
+def transport(law: Law, c: Change, state: Any) -> Any:
     """Moves coordinates by ``C = Q_new^T Q_old`` (``(r, r)``) as their law says.
 
-    Cost: ``2 r^(axes+1)`` flops for each of the ``axes``.
+    Of ``C = C_1 (x) C_2`` it takes the factors, ``(r_i, r_i)``, and never forms it: an elementwise
+    power of a Kronecker product is that of its factors. One factor at most may be ``None``.
+
+    Cost: ``2 r^(axes+1)`` flops for each of the ``axes``, with factors ``2 r^axes sum r_i``.
     """
+    factors = c if isinstance(c, tuple) else (c,)
     if law.centred:
         mean, second = state
-        moved = c @ mean
-        return type(state)(moved, (c * c) @ jnp.maximum(second - mean**2, 0) + moved**2)
-    c = c**law.power
+        moved = _along(factors, 1, mean, 0)
+        spread = _along(factors, 2, jnp.maximum(second - mean**2, 0), 0)
+        return type(state)(moved, spread + moved**2)
     for axis in range(law.axes):
-        state = jnp.moveaxis(jnp.tensordot(c, state, axes=(1, axis)), 0, axis)
+        state = _along(factors, law.power, state, axis)
     return state
+
+
+def _along(factors: tuple[jax.Array | None, ...], power: int, x: jax.Array, axis: int) -> jax.Array:
+    """One axis of ``x`` times the elementwise ``power`` of the factors' Kronecker product."""
+    x = jnp.moveaxis(x, axis, 0)
+    split = jnp.reshape(x, (*(-1 if f is None else f.shape[0] for f in factors), *x.shape[1:]))
+    for i, factor in enumerate(factors):
+        if factor is not None:
+            split = jnp.moveaxis(jnp.tensordot(factor**power, split, axes=(1, i)), 0, i)
+    return jnp.moveaxis(jnp.reshape(split, x.shape), 0, axis)
 
 
 def regularize(
@@ -124,9 +184,14 @@ def cholesky_inverse(gram: jax.Array, shift: float = 0.0) -> jax.Array:
     scale = safe_divide(1.0, jnp.sqrt(jnp.diagonal(gram)))
     live = scale > 0
     fill = jnp.where(live, shift * r * jnp.finfo(gram.dtype).eps, 1)
-    factor = jnp.linalg.cholesky(gram * scale[:, None] * scale + jnp.diag(fill))
-    inverse = jax.scipy.linalg.solve_triangular(factor, jnp.eye(r, dtype=gram.dtype), lower=True)
+    inverse = _cholesky_inverse(gram * scale[:, None] * scale + jnp.diag(fill))
     return jnp.where(live[:, None], inverse * scale, 0)
+
+
+@one_by_one
+def _cholesky_inverse(a: jax.Array) -> jax.Array:
+    factor, eye = jnp.linalg.cholesky(a), jnp.eye(len(a), dtype=a.dtype)
+    return jax.scipy.linalg.solve_triangular(factor, eye, lower=True)
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -305,8 +305,9 @@ class _Engine:
             new.probe,
             new.product,
         )
-        u, inside, fine = jax.vmap(partial(_step_inside, self.inner))(
-            u0, state.inner, new.c, context, accept, warm
+        inside = jax.vmap(partial(carry, self.inner))(new.c, moved, state.inner)
+        u, inside, fine = jax.vmap(partial(step_inside, self.inner))(
+            u0, inside, context, accept & warm
         )
         taken = accept & fine
 
@@ -318,14 +319,14 @@ class _Engine:
         failures = Events(~jnp.isfinite(square), square == 0, new.failed, accept & ~fine)
         return layout.unflatten(step), ScaleByLREState(
             count=count,
-            steps=_tally(state.steps, taken),
-            since=jnp.where(moved, 0, _tally(state.since, taken)),
+            steps=tally(state.steps, taken),
+            since=jnp.where(moved, 0, tally(state.since, taken)),
             curvature=self.curvature.undo(layout, new.failed, new.curvature, state.curvature),
             basis=new.basis,
             inner=inside,
             complement=rest,
             key=state.key,
-            events=jax.tree.map(_tally, state.events, failures),
+            events=jax.tree.map(tally, state.events, failures),
             metrics=jax.tree.map(partial(jnp.where, taken), metrics, state.metrics),
         )
 
@@ -457,7 +458,7 @@ def _needs(inner: Inner) -> frozenset[str]:
     return getattr(inner, "needs", frozenset())
 
 
-def _tally(counter: jax.Array, hit: jax.Array) -> jax.Array:
+def tally(counter: jax.Array, hit: jax.Array) -> jax.Array:
     """A counter that goes up where ``hit``, and stays at its largest value."""
     return jnp.where(hit, optax.safe_increment(counter), counter)
 
@@ -483,25 +484,32 @@ def _symmetric(
     return Increment(columns, weights, signed, correction.initial, params)
 
 
-def _step_inside(inner: Inner, u0, state, c, context: Context, accept, active):
-    """One group: the inner state moved, the inner parts run, both kept where they are finite."""
+def carry(inner: Inner, c: Any, moved: jax.Array, state: Any) -> Any:
+    """One group's inner state in the new basis, if there is one; ``c`` as in `transport`."""
     is_law = lambda x: isinstance(x, Law)
-    moved = jax.tree.map(partial(_move, c, context.moved), inner.laws, state, is_leaf=is_law)
-    u, new = inner.update(u0, moved, context)
+    return jax.tree.map(partial(_move, c, moved), inner.laws, state, is_leaf=is_law)
+
+
+def step_inside(inner: Inner, u0: jax.Array, state: Any, context: Context, active: jax.Array):
+    """One group: the inner parts run, and what they give is kept where it is finite.
+
+    Returns ``u``, the state, and whether both were finite.
+    """
+    u, new = inner.update(u0, state, context)
     fine = _linalg.finite(
         u, *(x for x in jax.tree.leaves(new) if jnp.issubdtype(x.dtype, jnp.inexact))
     )
-    keep = accept & active & fine
-    new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, moved)
+    keep = active & fine
+    new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, state)
     return jnp.where(keep, u, 0), new, fine
 
 
-def _move(c: jax.Array, moved: jax.Array, law: Law, state: Any) -> Any:
+def _move(c: Any, moved: jax.Array, law: Law, state: Any) -> Any:
     """A state carried to the new basis if there is one."""
     if law.axes == 0:
         return state
-    carry = partial(_linalg.transport, law, c)
-    new = carry(state) if law.centred else jax.tree.map(carry, state)
+    to = partial(_linalg.transport, law, c)
+    new = to(state) if law.centred else jax.tree.map(to, state)
     return jax.tree.map(lambda a, b: jnp.where(moved, a, b), new, state)
 
 

@@ -46,6 +46,7 @@ MORE_BASES = {
     "random": basis.Random(4),
     "permutation": basis.RandomPermutation(4),
     "randomized": basis.RandomizedEigen(4),
+    "subspace_iteration": basis.SubspaceIteration(4),
     "topk": basis.TopK(4),
     "weighted_permutation": basis.WeightedPermutation(4),
 }

@@ -20,6 +20,7 @@ LAYERS = (
     {"_tree"},
     {"curvature", "basis", "inner", "spectral", "diagnose"},
     {"transform", "online"},
+    {"matrix", "least_squares"},
     {"alias"},
     {"training"},
 )

@@ -3,8 +3,9 @@
 `GGT`, `CommonDirections` and `LowRankFactor` keep columns themselves; `Eigen` and `RandomizedEigen`
 the leading eigenpairs of their running average or sum, `FullMatrix` the whole matrix. `OPAST`,
 `GROUSE` and `Hebbian` turn a subspace towards every column; `FrequentDirections` and `Nystrom` are
-sketches with a guarantee. `TopK`, `WeightedPermutation`, `RandomPermutation` and `Histogram` select
-coordinates, `Random` knows nothing.
+sketches with a guarantee, `SubspaceIteration` takes many short columns at once. `TopK`,
+`WeightedPermutation`, `RandomPermutation` and `Histogram` select coordinates, `Random` knows
+nothing.
 """
 
 from lowrank_optax.basis._basis import Basis
@@ -16,6 +17,7 @@ from lowrank_optax.basis.hebbian import CayleyAdamG, GradientRule, Hebbian, Rule
 from lowrank_optax.basis.random import Random
 from lowrank_optax.basis.selection import Histogram, RandomPermutation, TopK, WeightedPermutation
 from lowrank_optax.basis.sketches import FrequentDirections, Nystrom, RandomizedEigen
+from lowrank_optax.basis.subspace import SubspaceIteration
 from lowrank_optax.basis.trackers import GROUSE, OPAST
 from lowrank_optax.basis.window import (
     CommonDirections,
@@ -51,6 +53,7 @@ __all__ = [
     "Reconstruct",
     "Rule",
     "StiefelRule",
+    "SubspaceIteration",
     "TopK",
     "WeightedPermutation",
 ]

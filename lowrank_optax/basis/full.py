@@ -1,14 +1,15 @@
 """FullMatrix: the curvature itself, for problems small enough to hold it."""
 
 import dataclasses
+import numbers
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, stack
+from lowrank_optax._tree import Layout, repeat, stack
 from lowrank_optax._types import (
     Absorbed,
     Columns,
@@ -16,6 +17,7 @@ from lowrank_optax._types import (
     Increment,
     Vector,
     check,
+    check_count,
     check_decay,
 )
 from lowrank_optax.basis._basis import Basis, Spectrum
@@ -28,28 +30,61 @@ class FullMatrixState(NamedTuple):
       matrix: ``B``, ``(n, d, d)``.
       t: its eigenvectors as rows, ``Q^T``, ``(n, d, d)``.
       lam: ``(n, d)`` eigenvalues, 0 in dead slots.
+      updates: ``(n,)`` corrections absorbed so far.
     """
 
     matrix: jax.Array
     t: jax.Array
     lam: jax.Array
+    updates: jax.Array
+
+
+class Dense(Basis):
+    """A basis whose ``Q^T = state.t`` is one array ``(n, r, d)``, groups padded to the largest."""
+
+    def project(self, layout: Layout, state: Any, vector: Vector | Columns) -> jax.Array:
+        single = vector[0].ndim == 1
+        y = dense(layout, stack(vector) if single else vector)
+        u = jnp.einsum("nrd,nkd->nrk", state.t, y)
+        return u[..., 0] if single else u
+
+    def unproject(self, layout: Layout, state: Any, u: jax.Array) -> Vector | Columns:
+        whole = jnp.einsum("n...r,nrd->n...d", u, state.t)
+        parts, start = [], [0] * layout.n
+        for size, group in zip(layout.sizes, layout.group, strict=True):
+            parts.append(whole[group][..., start[group] : start[group] + size])
+            start[group] += size
+        return parts
+
+    def check_state(self, layout: Layout, state: Any) -> None:
+        n, _, d = state.t.shape
+        most = max(layout.dims)
+        check(
+            (n, d) == (layout.n, most),
+            f"scale_by_lre: the gradients form {layout.n} groups of at most {most} entries, but "
+            f"init saw {n} of at most {d}; pass gradients shaped like the parameters, or call init "
+            "again.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class FullMatrix(Basis, Spectrum):
+class FullMatrix(Dense, Spectrum):
     """Eigenbasis of the dense ``B <- beta B + (1 - beta) sum_j w_j y_j y_j^T``, ``B_0 = I``.
 
     ``B_0 = gamma I`` with a curvature that assumes ``gamma`` where nothing was measured.
 
     Args:
       beta: decay; ``None`` sums instead. The start is not corrected for.
+      every: corrections from one eigendecomposition to the next, the first included; in between the
+        matrix goes on alone.
       eig_tol: eigenvalues below ``eig_tol * max`` are dropped. For the others see `GGT`.
 
     Raises:
-      ValueError: for a ``beta`` or tolerance out of range.
+      ValueError: for a ``beta``, ``every`` or tolerance out of range.
 
-    Cost: memory ``2 d²``, a step one ``eigh`` of size ``d`` (``9 d³`` flops): for tests, toy
-    problems and small groups. Groups of different sizes are padded to the largest.
+    Cost: memory ``2 d²``, a correction ``2 d² k`` flops and in ``every`` of them one ``eigh``
+    of size ``d`` (``9 d³`` flops): for tests, toy problems and the sides of matrices. Groups of
+    different sizes are padded to the largest.
 
     Source: full-matrix AdaGrad, Duchi et al., JMLR 2011, with the average of Adam.
     """
@@ -57,12 +92,14 @@ class FullMatrix(Basis, Spectrum):
     provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues", "initial"})
 
     beta: float | None = 0.9
+    every: int = dataclasses.field(default=1, kw_only=True)
     eig_tol: float = dataclasses.field(default=1e-12, kw_only=True)
 
     def __post_init__(self):
         Spectrum.__post_init__(self)
         if self.beta is not None:
             check_decay("FullMatrix", "beta", self.beta)
+        check_count("FullMatrix", "every", self.every)
 
     def coordinates(self, layout: Layout) -> int:
         return max(layout.dims)
@@ -72,7 +109,8 @@ class FullMatrix(Basis, Spectrum):
         real = jnp.arange(d) < jnp.asarray(layout.dims)[:, None]
         square = lambda: jnp.zeros((layout.n, d, d), layout.dtype)
         matrix = jax.vmap(jnp.diag)(real.astype(layout.dtype))
-        return FullMatrixState(matrix, square(), jnp.zeros((layout.n, d), layout.dtype))
+        lam, updates = jnp.zeros((layout.n, d), layout.dtype), jnp.zeros(layout.n, jnp.int32)
+        return FullMatrixState(matrix, square(), lam, updates)
 
     def absorb(
         self,
@@ -82,62 +120,50 @@ class FullMatrix(Basis, Spectrum):
         accept: jax.Array,
         key: jax.Array,
     ) -> Absorbed:
-        y = _dense(layout, correction.columns, self.coordinates(layout))
+        y = dense(layout, correction.columns)
         start = (
             jnp.ones(layout.n, layout.dtype) if correction.initial is None else correction.initial
         )
-        return Absorbed(
-            *jax.vmap(partial(self._absorb, signed=correction.signed))(
-                state, y, correction.weights, accept, start
-            )
+        matrix = jax.vmap(self._blend)(state, y, correction.weights, start)
+        turn = state.updates % self.every == 0
+        factor = jax.vmap(partial(self._factor, signed=correction.signed))
+        always = isinstance(self.every, numbers.Integral) and self.every == 1
+        lam, t = (
+            factor(matrix)
+            if always
+            else repeat(jnp.any(accept & turn), lambda _, old: factor(matrix), (state.lam, state.t))
         )
+        return Absorbed(*jax.vmap(_accept)(state, matrix, lam, t, y, accept, turn))
 
     def eigenbasis(self, state: FullMatrixState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))
 
-    def project(
-        self, layout: Layout, state: FullMatrixState, vector: Vector | Columns
-    ) -> jax.Array:
-        single = vector[0].ndim == 1
-        y = _dense(layout, stack(vector) if single else vector, self.coordinates(layout))
-        u = jnp.einsum("nrd,nkd->nrk", state.t, y)
-        return u[..., 0] if single else u
-
-    def unproject(self, layout: Layout, state: FullMatrixState, u: jax.Array) -> Vector | Columns:
-        dense = jnp.einsum("n...r,nrd->n...d", u, state.t)
-        parts, start = [], [0] * layout.n
-        for size, group in zip(layout.sizes, layout.group, strict=True):
-            parts.append(dense[group][..., start[group] : start[group] + size])
-            start[group] += size
-        return parts
-
-    def check_state(self, layout: Layout, state: FullMatrixState) -> None:
-        d = self.coordinates(layout)
-        check(
-            state.lam.shape == (layout.n, d),
-            f"scale_by_lre: the gradients form {layout.n} groups of at most {d} entries, but init "
-            f"saw {state.lam.shape[0]} of at most {state.lam.shape[1]}; pass gradients shaped like "
-            "the parameters, or call init again.",
-        )
-
-    def _absorb(self, old: FullMatrixState, y, weights, accept, start, signed):
+    def _blend(self, old: FullMatrixState, y, weights, start):
         gain, decay = (1.0, 1.0) if self.beta is None else (1 - self.beta, self.beta)
         first = ~jnp.any(old.lam != 0)
-        matrix = decay * jnp.where(first, start, 1) * old.matrix + gain * (y.T * weights) @ y
+        return decay * jnp.where(first, start, 1) * old.matrix + gain * (y.T * weights) @ y
+
+    def _factor(self, matrix: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
         lam, t = (_linalg.eigh_by_size if signed else _linalg.eigh)(_linalg.symmetrize(matrix))
         lam, live = self.stored(lam, lam != 0 if signed else lam > 0)
-        t = jnp.where(live[:, None], t, 0)
-        fine = _linalg.finite(matrix, lam, t)
-        ok = accept & fine
-        new = FullMatrixState(matrix, t, lam)
-        new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-        c = jnp.where(ok, t @ old.t.T, jnp.eye(t.shape[0], dtype=t.dtype))
-        return new, c, t @ y.T, accept & ~fine
+        return lam, jnp.where(live[:, None], t, 0)
 
 
-def _dense(layout: Layout, columns: Columns, d: int) -> jax.Array:
+def _accept(old: FullMatrixState, matrix, lam, t, y, accept, turn):
+    """One group: what of the new it takes."""
+    fine = _linalg.finite(matrix, lam, t)
+    ok = accept & fine
+    new = FullMatrixState(matrix, t, lam, old.updates + 1)
+    new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+    pick = partial(jnp.where, turn)
+    new = new._replace(t=pick(new.t, old.t), lam=pick(new.lam, old.lam))
+    c = jnp.where(ok & turn, t @ old.t.T, jnp.eye(t.shape[0], dtype=t.dtype))
+    return new, c, new.t @ y.T, accept & ~fine
+
+
+def dense(layout: Layout, columns: Columns) -> jax.Array:
     """Columns as one array ``(n, k, d)``, each group's leaves side by side and padded."""
-    groups = []
+    d, groups = max(layout.dims), []
     for i in range(layout.n):
         leaves = [
             c.astype(layout.dtype)

@@ -69,7 +69,7 @@ class GradientRule(Rule):
     def step(self, memory, v, rows, x, lam, count):
         a = rows @ x
         eta = _linalg.safe_divide(self.learning_rate, jnp.max(lam))
-        inverse = jnp.linalg.inv(jnp.eye(x.shape[1], dtype=x.dtype) + eta * a.T @ a)
+        inverse = _linalg.inv(jnp.eye(x.shape[1], dtype=x.dtype) + eta * a.T @ a)
         return _linalg.lean(rows, eta * a @ inverse, x - rows.T @ a, jnp.arctan), memory
 
 

@@ -124,7 +124,7 @@ class RandomizedEigen(Eigen):
         v = jax.random.normal(key, (size, samples), b.dtype)
         for _ in range(1 + self.power_iterations):
             # Householder, for B is singular while slots are dead, and nothing here is long.
-            v, _ = jnp.linalg.qr(b @ v)
+            v = _linalg.qr(b @ v)
         lam, z = super().decompose(_linalg.symmetrize(v.T @ b @ v), signed, key)
         return lam, z @ v.T
 

@@ -42,7 +42,7 @@ class Examples(Curvature):
         if given is None:
             fn = self.vector_fn(evidence)
             params = need_params(type(self).__name__, evidence.params)
-            return Correction(rows_of(layout, _jacobian(fn, params, self.chunk))), state
+            return Correction(rows_of(layout, jacobian(fn, params, self.chunk))), state
         columns = rows_of(layout, given)
         for name, column, size in zip(layout.names, columns, layout.sizes, strict=True):
             check(
@@ -212,7 +212,7 @@ class UnrolledGaussNewton(Collecting):
         return layout.combine(memory.losses, layout.leaves(memory.columns))
 
 
-def _jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> Any:
+def jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> Any:
     """The gradient of every entry of ``fn(params)``, a tree with a leading axis; in chunks."""
     values, pull = jax.vjp(lambda x: jnp.ravel(fn(x)), params)
     k = values.shape[0]

@@ -151,7 +151,7 @@ class AdaptiveRule(basis.Rule):
         # Squares of gradients move with the rows like any second moment.
         squares = (v * v) @ memory + jnp.sum((a @ x.T) ** 2, axis=1)
         step = _linalg.safe_divide(a, jnp.sqrt(squares)[:, None])
-        g = step @ jnp.linalg.inv(jnp.eye(x.shape[1], dtype=x.dtype) + a.T @ step)
+        g = step @ _linalg.inv(jnp.eye(x.shape[1], dtype=x.dtype) + a.T @ step)
         return _linalg.lean(rows, g, x - rows.T @ a, jnp.arctan), squares
 
 

@@ -1,0 +1,163 @@
+"""SubspaceIteration: the leading eigenvectors of many columns at once."""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout
+from lowrank_optax._types import (
+    Absorbed,
+    Eigenbasis,
+    Increment,
+    check,
+    check_count,
+    check_decay,
+    check_least,
+)
+from lowrank_optax.basis.full import Dense, dense
+
+
+class SubspaceIterationState(NamedTuple):
+    """State of `SubspaceIteration` for ``n`` groups of at most ``d`` parameters.
+
+    Attributes:
+      t: ``Q^T``, ``(n, r, d)``, orthonormal rows.
+      lam: ``(n, r)`` eigenvalues before the correction for the start, 0 in dead slots.
+      updates: ``(n,)`` corrections absorbed so far.
+    """
+
+    t: jax.Array
+    lam: jax.Array
+    updates: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SubspaceIteration(Dense):
+    r"""The ``rank`` leading eigenpairs of ``B <- beta B + (1 - beta) sum_j w_j y_j y_j^T``.
+
+    For wide corrections and short vectors, as the sides of a matrix have them. ``B = M^T M`` is
+    known through its factor ``M = [sqrt(beta Lambda) Q^T; sqrt((1-beta) W) Y^T]``. From the old
+    rows, random ones where there are none, and ``oversample`` random rows beyond,
+
+    .. math:: X \leftarrow \mathrm{orth}(X M^T M) \quad\text{``iterations`` times}, \qquad
+              X M^T M X^T = Z \Lambda Z^T, \qquad Q^T \leftarrow Z X
+
+    Once ``rank + oversample`` reaches ``d`` it is the exact ``eigh`` of ``B``, and a rank of ``d``
+    loses nothing: then ``Q diag(lam) Q^T`` is the average itself. ``lam_i = ‖M q_i‖²`` resolves
+    directions down to rounding of ``M``, not of ``B``; only those below it are dropped, so that a
+    basis of full rank leaves no part of a gradient behind.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> side = lro.basis.SubspaceIteration(16, beta=0.9)
+      >>> tx = lro.scale_by_matrix_lre(side, side, lro.inner.Adam(), update_every=10)
+
+    Args:
+      rank: how many eigenpairs are kept, ``r``; ``None`` or more than ``d`` for all ``d``.
+      beta: decay of the average, which is corrected for its start; 0 sees the last correction only.
+      oversample: random rows beyond the rank.
+      iterations: multiplications by ``B``; the old rows are close to begin with.
+      floor: steps see no eigenvalue below ``floor`` of the largest.
+
+    Raises:
+      ValueError: for a rank, number of iterations or decay out of range, or corrections with
+        weights of both signs.
+
+    Cost: memory ``r d``; a correction of ``k`` columns ``4 (iterations + 1) (r + k) d l`` flops,
+    ``l = min(r + oversample, d)``, a QR of ``(d, l)`` for each iteration and an ``eigh`` of size
+    ``l``.
+
+    Source: Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 2011; the
+    warm start is that of Hardt and Price, "The noisy power method", NIPS 2014.
+    """
+
+    rank: int | None
+    beta: float = 0.9
+    oversample: int = dataclasses.field(default=8, kw_only=True)
+    iterations: int = dataclasses.field(default=2, kw_only=True)
+    floor: float = dataclasses.field(default=1e-6, kw_only=True)
+
+    def __post_init__(self):
+        if self.rank is not None:
+            check_count("SubspaceIteration", "rank", self.rank)
+        check_decay("SubspaceIteration", "beta", self.beta)
+        check_count("SubspaceIteration", "oversample", self.oversample, 0)
+        check_count("SubspaceIteration", "iterations", self.iterations)
+        check_least("SubspaceIteration", "floor", self.floor)
+
+    def coordinates(self, layout: Layout) -> int:
+        d = max(layout.dims)
+        return d if self.rank is None else min(self.rank, d)
+
+    def init(self, layout: Layout, key: jax.Array) -> SubspaceIterationState:
+        n, r = layout.n, self.coordinates(layout)
+        return SubspaceIterationState(
+            jnp.zeros((n, r, max(layout.dims)), layout.dtype),
+            jnp.zeros((n, r), layout.dtype),
+            jnp.zeros(n, jnp.int32),
+        )
+
+    def absorb(
+        self,
+        layout: Layout,
+        state: SubspaceIterationState,
+        correction: Increment,
+        accept: jax.Array,
+        key: jax.Array,
+    ) -> Absorbed:
+        check(
+            not correction.signed,
+            "SubspaceIteration keeps a positive semidefinite curvature, but the corrections have "
+            "weights of both signs; combine them with Eigen, RandomizedEigen, GGT or FullMatrix.",
+        )
+        return Absorbed(
+            *jax.vmap(self._absorb)(
+                state,
+                dense(layout, correction.columns),
+                correction.weights,
+                accept,
+                jax.random.split(key, layout.n),
+            )
+        )
+
+    def measured(self, state: SubspaceIterationState) -> jax.Array:
+        start = 1 - jnp.asarray(self.beta, state.lam.dtype) ** state.updates
+        return _linalg.safe_divide(state.lam, start[:, None])
+
+    def eigenbasis(self, state: SubspaceIterationState) -> Eigenbasis:
+        lam = self.measured(state)
+        live, least = state.lam != 0, self.floor * jnp.max(lam, axis=1, keepdims=True)
+        return Eigenbasis(jnp.where(live, jnp.maximum(lam, least), 0), live)
+
+    def _absorb(self, old: SubspaceIterationState, y, weights, accept, key):
+        (r, d), eps = old.t.shape, jnp.finfo(y.dtype).eps
+        y = jnp.where((weights != 0)[:, None], y, 0)  # what is switched off may hold anything
+        m = jnp.concatenate(
+            [
+                jnp.sqrt(self.beta * old.lam)[:, None] * old.t,
+                jnp.sqrt((1 - self.beta) * weights)[:, None] * y,
+            ]
+        )
+        x = jnp.eye(d, dtype=y.dtype)
+        if r + self.oversample < d:
+            x = jax.random.normal(key, (r + self.oversample, d), y.dtype)
+            x = x.at[:r].set(jnp.where((old.lam != 0)[:, None], old.t, x[:r]))
+            for _ in range(self.iterations):
+                # Householder, for B may be singular, and nothing here is long.
+                x = _linalg.qr(m.T @ (m @ x.T)).T
+        s = m @ x.T
+        t = _linalg.eigh(_linalg.symmetrize(s.T @ s))[1][:r] @ x
+        # Measured like this, an eigenvalue is known to eps² of the largest, not to eps.
+        lam = jnp.sum((m @ t.T) ** 2, axis=0)
+        live = lam > 100 * d * eps**2 * jnp.max(lam)
+        lam, t = jnp.where(live, lam, 0), jnp.where(live[:, None], t, 0)
+        fine = _linalg.finite(m, lam, t)
+        ok = accept & fine
+        new = SubspaceIterationState(t, lam, old.updates + 1)
+        new = jax.tree.map(partial(jnp.where, ok), new, old)
+        c = jnp.where(ok, t @ old.t.T, jnp.eye(r, dtype=t.dtype))
+        return new, c, new.t @ y.T, accept & ~fine

@@ -1,0 +1,230 @@
+"""Nonlinear least squares, to the precision that the parameters' dtype allows."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lowrank_optax import _linalg
+from lowrank_optax._tree import Layout
+from lowrank_optax._types import check, check_count, check_decay, check_least, require
+from lowrank_optax.curvature._curvature import flat, need_params, rows_of
+from lowrank_optax.curvature.examples import jacobian
+
+OWNER = "levenberg_marquardt"
+
+
+class LevenbergMarquardtState(NamedTuple):
+    """State of `levenberg_marquardt`.
+
+    Attributes:
+      count: calls of ``update``.
+      damping: ``mu`` of the last step, in units of the residuals' squared gradients; 0 before it.
+      step: ``(d,)`` the last update, 0 if it was refused.
+      loss: ``½ ‖r‖²`` where the last update led.
+      refused: steps of which every trial had a higher loss, by more than rounding; the update was
+        zero and ``mu`` went up.
+      nonfinite: steps whose residuals, Jacobian or gradient were not finite; the update was zero
+        and everything else stayed as it was.
+    """
+
+    count: jax.Array
+    damping: jax.Array
+    step: jax.Array
+    loss: jax.Array
+    refused: jax.Array
+    nonfinite: jax.Array
+
+
+def levenberg_marquardt(
+    *,
+    damping: float = 1e-3,
+    trials: int = 6,
+    spread: float = 4.0,
+    momenta: tuple[float, ...] = (0.0, 0.5, 0.9),
+    order: int = 3,
+    chunk: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gauss-Newton in the dual whose damping finds itself, along curves that follow the residuals.
+
+    With residuals ``r`` and their Jacobian ``J = U diag(s) V^T``, every damping ``mu`` costs small
+    products alone,
+
+    .. math:: J_\mu^+ = V \mathrm{diag}\!\Bigl(\frac{s}{s^2 + \mu}\Bigr) U^T
+              = (J^T J + \mu I)^{-1} J^T = J^T (J J^T + \mu I)^{-1}
+
+    so that several are tried at once, each with every momentum ``b`` along the last update ``q``.
+    A step is the Taylor polynomial at ``t = 1`` of the curve on which ``r`` falls in a straight
+    line, up to every ``order``; the first one is Levenberg's step, the second adds the geodesic
+    acceleration. Terms longer than the first are cut to its length:
+
+    .. math:: x(t) = x + \sum_n c_n \frac{t^n}{n!},\quad c_1 = b q - J_\mu^+ (r + b J q),\quad
+              c_n = -J_\mu^+\, \frac{d^n}{dt^n}\, r\Bigl(x + \sum_{i<n} c_i \frac{t^i}{i!}\Bigr)
+
+    Of all these the one with the lowest loss is taken. The trials are powers of ``spread`` around
+    the last ``mu``; if all raise the loss the update is zero and ``mu`` goes above them all.
+    There is no learning rate: updates are complete.
+
+    The decomposition is that of ``J`` itself. Neither ``J J^T`` nor the gradient ``J^T r``, which
+    have lost what is below ``sqrt(eps)`` and ``eps`` of the largest singular value, is formed:
+    in float32 this is what small residuals need. ``update`` takes ``residuals_fn`` (params ->
+    residuals ``(k,)``, as often differentiable forwards as ``order``) and the parameters; the
+    gradient it is given is only checked to be finite. ``per_example_grads``, a tree of ``(k,
+    *leaf.shape)``, spares the ``k`` backward passes where residuals do not share examples, as
+    ``jax.vmap(jax.grad(residual), (None, 0))`` gives it. All parameters share one ``mu``: measure
+    them in units in which they are of similar size.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> residuals = lambda x: jnp.array([10 * (x[1] - x[0] ** 2), 1 - x[0]])   # Rosenbrock
+      >>> tx = lro.levenberg_marquardt()
+      >>> x = jnp.array([-1.2, 1.0]); state = tx.init(x)
+      >>> grad = jax.grad(lambda x: jnp.sum(residuals(x) ** 2) / 2)
+      >>> step = jax.jit(lambda x, state: tx.update(grad(x), state, x, residuals_fn=residuals))
+      >>> for _ in range(15):
+      ...     updates, state = step(x, state)
+      ...     x = optax.apply_updates(x, updates)
+      >>> bool(jnp.max(jnp.abs(x - 1)) < 1e-5)
+      True
+
+    Args:
+      damping: the first ``mu``, relative to the largest squared singular value.
+      trials: values of ``mu`` a step.
+      spread: ratio of one to the next.
+      momenta: values of ``b``, which multiply the trials; ``(0.0,)`` for none.
+      order: terms of the curve; their cost doubles from one to the next.
+      chunk: residuals that are pulled back at a time, which bounds the memory; ``None`` for all.
+
+    Raises:
+      ValueError: for values out of range; by ``update`` without params or ``residuals_fn``, or with
+        ``per_example_grads`` of other shapes.
+
+    Cost: with ``m = min(k, d)``, memory ``2 k d`` in a step and ``d`` between steps; ``k`` backward
+    passes, a singular value decomposition of about ``6 k d m + 20 m³`` flops, and for every trial
+    the residuals ``order`` times and their derivatives along a line, up to that order. The Jacobian
+    is one array: this is for as many parameters as fit ``k`` times into one device.
+
+    Source: Levenberg, 1944, and Marquardt, 1963; acceleration is that of Transtrum and Sethna,
+    "Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares minimization",
+    2012; the momentum that of Goldshlager, Abrahamsen and Lin, "A Kaczmarz-inspired approach to
+    accelerate the optimization of neural network wavefunctions", 2024.
+    """
+    check_least(OWNER, "damping", damping, strict=True)
+    check_count(OWNER, "trials", trials)
+    check_least(OWNER, "spread", spread, 1.0, strict=True)
+    check(len(momenta) > 0, f"{OWNER}: momenta is empty; pass (0.0,) for none.")
+    for b in momenta:
+        check_decay(OWNER, "momenta", b, closed=True)
+    check_count(OWNER, "order", order)
+    if chunk is not None:
+        check_count(OWNER, "chunk", chunk)
+
+    def init(params: Any) -> LevenbergMarquardtState:
+        layout = Layout.of(params, None, owner=OWNER)
+        zero = lambda: jnp.zeros((), jnp.int32)
+        real = lambda *shape: jnp.zeros(shape, layout.dtype)
+        return LevenbergMarquardtState(
+            zero(), real(), real(sum(layout.sizes)), real(), zero(), zero()
+        )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any):
+        params = need_params(OWNER, params)
+        fn = require(OWNER, extra, "residuals_fn", "params -> residuals (k,)")
+        layout = Layout.of(params, None, owner=OWNER)
+        tree = lambda p: layout.unflatten(jnp.split(p, np.cumsum(layout.sizes)[:-1]))
+
+        def residuals(p: jax.Array) -> jax.Array:
+            """At the parameters as they will be after the update ``p``, rounding included."""
+            return jnp.ravel(fn(optax.apply_updates(params, tree(p)))).astype(layout.dtype)
+
+        # The linear problem, decomposed, and the dampings to try.
+        zero = jnp.zeros_like(state.step)
+        r = residuals(zero)
+        given = extra.get("per_example_grads")
+        j = jacobian(residuals, zero, chunk) if given is None else _given(layout, given, r)
+        sound = _linalg.finite(r, j, *jax.tree.leaves(updates))
+        u, s, v = jnp.linalg.svd(jnp.where(sound, j, 0), full_matrices=False)
+        eps, top = jnp.finfo(s.dtype).eps, jnp.max(s, initial=0) ** 2
+        bound = lambda mu: jnp.clip(mu, eps**2 * top, top / eps)
+        start = bound(jnp.where(state.damping > 0, state.damping, damping * top))
+        mus = start * spread ** (jnp.arange(trials) - trials // 2).astype(s.dtype)
+
+        # Every damping with every momentum and order: updates (trials, momenta, order, d).
+        pushed = j @ state.step
+
+        def trial(mu: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+            solve = lambda y: (_linalg.safe_divide(s, s**2 + mu) * (y @ u)) @ v
+            first = b * state.step - solve(r + b * pushed)
+            steps = jnp.stack(_curve(residuals, solve, first, order))
+            losses = jnp.sum(jax.vmap(residuals)(steps) ** 2, axis=1) / 2
+            return steps, jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+
+        over = jax.vmap(jax.vmap(trial, (None, 0)), (0, None))
+        steps, losses = over(mus, jnp.array(momenta, s.dtype))
+
+        # Of losses that rounding, of their sum or of the parameters, cannot tell apart the first is
+        # taken: the least damped step without momentum, close to a minimum that of Gauss-Newton.
+        here, x = jnp.sum(r**2) / 2, jnp.concatenate(flat(layout, params))
+        noise = 4 * eps * (2 * here + jnp.linalg.norm(r[:, None] * j * x))
+        noise = jnp.minimum(noise, here)  # where it overflows
+        at = jnp.unravel_index(jnp.argmax(losses <= jnp.min(losses) + noise), losses.shape)
+        better = sound & jnp.isfinite(losses[at]) & (losses[at] <= here + noise)
+        step = jnp.where(better, steps[at], 0)
+        mu = bound(jnp.where(better, mus[at[0]], start * spread**trials))
+
+        keep = lambda new, old: jnp.where(sound & jnp.isfinite(top), new, old)
+        return tree(step), LevenbergMarquardtState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            damping=keep(mu, state.damping),
+            step=keep(step, state.step),
+            loss=keep(jnp.where(better, losses[at], here), state.loss),
+            refused=state.refused + (sound & ~better),
+            nonfinite=state.nonfinite + ~sound,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _given(layout: Layout, tree: Any, r: jax.Array) -> jax.Array:
+    """The residuals' gradients side by side, ``(k, d)``."""
+    j = jnp.concatenate([x.astype(layout.dtype) for x in rows_of(layout, tree)], axis=1)
+    shape = r.shape[0], sum(layout.sizes)
+    check(
+        j.shape == shape,
+        f"{OWNER}: per_example_grads has {j.shape[0]} rows of {j.shape[1]} entries for {shape[0]} "
+        f"residuals of {shape[1]} parameters; pass one gradient a residual, such as "
+        "jax.vmap(jax.grad(residual), (None, 0))(params, batch).",
+    )
+    return j
+
+
+def _curve(
+    residuals: Callable[[jax.Array], jax.Array],
+    solve: Callable[[jax.Array], jax.Array],
+    first: jax.Array,
+    order: int,
+) -> list[jax.Array]:
+    """The Taylor polynomials of the curve at ``t = 1``, from ``first`` up to ``order``."""
+    terms, steps, size = [first], [first], jnp.linalg.norm(first)
+
+    def along(t: jax.Array) -> jax.Array:
+        path = [t**n / math.factorial(n) * c for n, c in enumerate(terms, 1)]
+        return residuals(sum(path[1:], path[0]))
+
+    for n in range(2, order + 1):
+        c = -solve(_derivative(along, n, first.dtype))
+        terms.append(jnp.minimum(1, _linalg.safe_divide(size, jnp.linalg.norm(c))) * c)
+        steps.append(steps[-1] + terms[-1] / math.factorial(n))
+    return steps
+
+
+def _derivative(fn: Callable[[jax.Array], jax.Array], n: int, dtype: Any) -> jax.Array:
+    """The ``n``-th derivative of a function of one number at 0."""
+    slope = lambda f: lambda t: jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
+    for _ in range(n):
+        fn = slope(fn)
+    return fn(jnp.zeros((), dtype))

@@ -1,0 +1,356 @@
+"""Matrix-shaped parameters against dense Kronecker products, and what the engine promises."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import BASES, MORE_BASES, quick_jit
+from test_optax_contract import _common_test
+
+import lowrank_optax as lro
+from lowrank_optax import _linalg, basis, inner
+
+KEEP = inner.Optax(optax.identity(), laws=optax.EmptyState())
+FULL = basis.SubspaceIteration(None, 0.8)
+
+
+def noise(seed, *shape, dtype=None):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def steps(tx, grads):
+    """Updates of every step, stacked like the gradients, and the last state."""
+
+    @quick_jit
+    def run(grads):
+        step = lambda state, g: tx.update(g, state)[::-1]
+        state, updates = jax.lax.scan(step, tx.init(jax.tree.map(lambda g: g[0], grads)), grads)
+        return updates, state
+
+    return run(grads)
+
+
+# The algebra ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("law", ["VECTOR", "SECOND_MOMENT", "THIRD_MOMENT", "MOMENTS", "MATRIX"])
+def test_transport_by_factors_is_transport_by_their_product(x64, law, sides):
+    law, a, b = getattr(lro, law), 3, 4
+    factors = tuple(noise(n, n, n) if on else None for n, on in zip((a, b), sides, strict=True))
+    whole = jnp.kron(
+        *(noise(n, n, n) if on else jnp.eye(n) for n, on in zip((a, b), sides, strict=True))
+    )
+    state = noise(2, *[a * b] * law.axes)
+    state = inner.adaptive.Moments(state, state**2 + 1) if law.centred else state
+    got, want = (_linalg.transport(law, c, state) for c in (factors, whole))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), got, want)
+
+
+class Dense:
+    """The definition: averages of both sides, ``Q = Q_S (x) Q_L`` and ``C = Q_new^T Q_old``."""
+
+    def __init__(self, sides, beta):
+        self.sides, self.beta = sides, beta
+        self.averages, self.n, self.q = [0.0, 0.0], 0, None
+
+    def turn(self, g):
+        """Eigenvalues, ``Q`` and ``C`` after a gradient."""
+        self.n += 1
+        lams, qs = [], []
+        for i, square in enumerate((g @ g.T, g.T @ g)):
+            self.averages[i] = self.beta * self.averages[i] + (1 - self.beta) * square
+            lam, q = np.linalg.eigh(self.averages[i] / (1 - self.beta**self.n))
+            live = lam > 1e-12 * lam[-1]
+            on = self.sides[i]
+            lams.append(np.where(live, lam, 0) if on else np.ones(len(lam)))
+            qs.append(q * live if on else np.eye(len(lam)))
+        old, self.q = self.q, np.kron(*qs)
+        lam = np.kron(*lams) ** (1 / sum(self.sides))
+        return lam, self.q, np.eye(len(lam)) if old is None else self.q.T @ old
+
+    def adam(self, grads, centred, b1=0.9, b2=0.99, eps=1e-3):
+        m = v = 0.0
+        for t, g in enumerate(grads, 1):
+            _, q, c = self.turn(g)
+            u, old = q.T @ g.reshape(-1), np.broadcast_to(m, len(q))
+            m = c @ old
+            v = np.broadcast_to(v, len(q))
+            v = c**2 @ np.maximum(v - old**2, 0) + m**2 if centred else c**2 @ v
+            m, v = b1 * m + (1 - b1) * u, b2 * v + (1 - b2) * u**2
+            yield (q @ (m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps))).reshape(g.shape)
+
+    def power(self, grads, p):
+        for g in grads:
+            lam, q, _ = self.turn(g)
+            scale = np.where(lam > 0, np.where(lam > 0, lam, 1) ** p, 0)
+            yield (q @ (scale * (q.T @ g.reshape(-1)))).reshape(g.shape)
+
+
+@pytest.mark.parametrize(
+    "shape, sides", [((6, 4), (True, True)), ((2, 6, 2), (True, False)), ((4, 6), (False, True))]
+)
+@pytest.mark.parametrize("rule", ["adam", "centred", "power"])
+def test_against_the_kronecker_product(x64, shape, sides, rule):
+    grads = noise(0, 5, *shape)
+    part = {
+        "adam": inner.Adam(eps=1e-3),
+        "centred": inner.Adam(eps=1e-3, centred=True),
+        "power": inner.LInvSqrt(),
+    }[rule]
+    side = basis.SubspaceIteration(None, 0.8, floor=0.0)
+    tx = lro.scale_by_matrix_lre(*(side if on else None for on in sides), part)
+    views = [np.asarray(g).reshape(lro.squarest(shape)) for g in grads]
+    short = [g if g.shape[0] <= g.shape[1] else g.T for g in views]
+    dense = Dense(sides, 0.8)
+    want = dense.power(short, -0.5) if rule == "power" else dense.adam(short, rule == "centred")
+    for got, step, view in zip(steps(tx, grads)[0], want, views, strict=True):
+        step = step if step.shape == view.shape else step.T
+        np.testing.assert_allclose(got, step.reshape(shape), rtol=1e-6, atol=1e-7)
+
+
+def test_full_matrix_sides_are_shampoo(x64):
+    """``L^{-1/4} G R^{-1/4}`` with sums, as Gupta et al. define it."""
+    grads, side = noise(1, 6, 3, 3), basis.FullMatrix(None)
+    updates, _ = steps(lro.scale_by_matrix_lre(side, side, inner.LInvSqrt()), grads)
+    left = right = 0.0
+    for g, got in zip(np.asarray(grads), updates, strict=True):
+        left, right = left + g @ g.T, right + g.T @ g
+        power = [(q * lam**-0.25) @ q.T for lam, q in map(np.linalg.eigh, (left, right))]
+        np.testing.assert_allclose(got, power[0] @ g @ power[1], rtol=1e-6, atol=1e-9)
+
+
+def test_whitening_turns_with_the_gradients(x64):
+    """Rotating columns and rows rotates the update: there is no preferred axis."""
+    tx = lro.scale_by_matrix_lre(FULL, FULL, inner.LInvSqrt())
+    grads = noise(3, 4, 5, 7)
+    u, v = (np.linalg.qr(np.asarray(noise(n, n, n)))[0] for n in (5, 7))
+    got, plain = steps(tx, u @ grads @ v)[0], steps(tx, grads)[0]
+    np.testing.assert_allclose(got, u @ plain @ v, rtol=1e-8, atol=1e-10)
+
+
+# The bases of many columns ----------------------------------------------------------------------
+
+
+def test_galore_projects_onto_the_leading_singular_directions(x64):
+    """For one update, and with the complement the rest of the gradient comes back scaled."""
+    g = noise(5, 8, 40) * 0.5 ** jnp.arange(8)[:, None]
+    p = np.linalg.svd(g)[0][:, :3]
+    for complement in (0.0, 0.5):
+        side = basis.SubspaceIteration(3, 0.0, oversample=2, iterations=12)
+        tx = lro.scale_by_matrix_lre(side, None, KEEP, complement=complement)
+        want = p @ p.T @ g
+        got, state = steps(tx, g[None])
+        np.testing.assert_allclose(got[0], want + complement * (g - want), atol=1e-6)
+        captured = jnp.sum(want**2) / jnp.sum(g**2)
+        np.testing.assert_allclose(state.matrices["8x40 float64"].captured, captured, rtol=1e-9)
+    whole = lro.scale_by_matrix_lre(basis.SubspaceIteration(8, 0.0), None, KEEP)
+    np.testing.assert_allclose(steps(whole, g[None])[0][0], g, atol=1e-12)
+
+
+def test_subspace_iteration_is_nearly_optimal():
+    """In two iterations from a random start, and exact where the columns have low rank."""
+    d, k, r = 60, 200, 8
+    scales = jnp.asarray(0.85 ** np.arange(d), jnp.float32)[:, None]
+    for g, least in (
+        (noise(0, d, k) * scales, 0.995),
+        (noise(1, d, 5) @ noise(2, 5, k), 1 - 1e-5),
+    ):
+        tx = lro.scale_by_matrix_lre(basis.SubspaceIteration(r, 0.9), None, KEEP)
+        g = g.astype(jnp.float32)
+        _, state = steps(tx, g[None])
+        state = state.matrices["60x200 float32"]
+        best = np.sum(np.linalg.svd(g, compute_uv=False)[:r] ** 2) / np.sum(g**2)
+        assert least * best <= state.captured[0] <= best * (1 + 1e-5)
+        gram = state.short.t[0] @ state.short.t[0].T
+        live = state.short.lam[0] > 0
+        assert int(jnp.sum(live)) == min(r, np.linalg.matrix_rank(g))
+        np.testing.assert_allclose(gram, jnp.diag(live), atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_subspace_iteration_is_the_truncated_average(x64, rank):
+    """``B <- trunc(beta B + (1 - beta) sum w y y^T)``, padded groups and idle columns included."""
+    from dense import absorbed, leading, matrix
+
+    columns, weights = noise(0, 5, 12, 9), np.abs(noise(1, 5, 12))
+    weights = np.where(np.arange(12) % 5 == 0, 0, weights)
+    columns = jnp.where(weights[..., None] == 0, jnp.nan, columns)
+    kept = basis.SubspaceIteration(rank, 0.7, oversample=5)
+    got = matrix(absorbed(kept, columns, weights))
+    b = np.zeros((9, 9))
+    for y, w, have in zip(np.nan_to_num(columns), weights, got, strict=True):
+        b = leading(0.7 * b + 0.3 * (y.T * w) @ y, rank)
+        np.testing.assert_allclose(have, b, atol=1e-10)
+
+
+def test_full_matrix_turns_now_and_then(x64):
+    """It averages every gradient, and its eigenvectors are those of the last turn."""
+    grads = noise(2, 7, 3, 4)
+    often, seldom = (
+        steps(lro.scale_by_matrix_lre(basis.FullMatrix(0.9, every=n), None, KEEP), grads)[1]
+        for n in (1, 3)
+    )
+    often, seldom = (s.matrices["3x4 float64"].short for s in (often, seldom))
+    np.testing.assert_allclose(often.matrix, seldom.matrix, rtol=1e-12)
+    np.testing.assert_allclose(often.t, seldom.t, rtol=1e-12)  # the seventh is a turn for both
+    state = steps(lro.scale_by_matrix_lre(basis.FullMatrix(0.9, every=3), None, KEEP), grads[:6])
+    state = state[1].matrices["3x4 float64"].short
+    b = sum(0.1 * 0.9 ** (3 - i) * np.asarray(g @ g.T) for i, g in enumerate(grads[:4]))
+    np.testing.assert_allclose(state.t[0].T * state.lam[0] @ state.t[0], b, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ggt", "eigen", "nystrom", "random", "topk", "learned"])
+def test_every_basis_is_a_side(name):
+    """Without a rule inside, the update is an orthogonal projection of the gradient."""
+    side = (BASES | MORE_BASES)[name]
+    grads = noise(0, 3, 6, 7, dtype=jnp.float32)
+    updates, state = steps(lro.scale_by_matrix_lre(None, side, KEEP, update_every=2), grads)
+    for g, u in zip(grads, updates, strict=True):
+        np.testing.assert_allclose(jnp.vdot(g, u), jnp.vdot(u, u), rtol=1e-4)
+    captured = state.matrices["6x7 float32"].captured[0]
+    np.testing.assert_allclose(captured, jnp.sum(u**2) / jnp.sum(g**2), rtol=1e-4)
+    assert captured > 1e-3
+
+
+# What the engine promises -----------------------------------------------------------------------
+
+PARAMS = {
+    "square": jnp.ones((12, 12)),
+    "wide": jnp.ones((12, 24), jnp.bfloat16),
+    "tall": jnp.ones((24, 12), jnp.bfloat16),
+    "heads": jnp.ones((12, 3, 4)),
+    "bias": jnp.ones(12, jnp.float16),
+    "empty": jnp.zeros((0, 3)),
+    "none": None,
+}
+
+
+def gradients(seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
+
+
+TXS = {
+    "galore": lro.galore(1e-2, 3, update_every=2),
+    "soap": lro.soap(1e-2, update_every=2),
+    "soap_low_rank": lro.soap(1e-2, 3, update_every=2),
+}
+
+
+@pytest.mark.parametrize("name", TXS)
+def test_what_is_not_finite_changes_nothing(name):
+    tx = TXS[name]
+    update = quick_jit(tx.update, donate_argnums=1)
+    start = tx.init(PARAMS)
+    for seed in (3, 4):  # the first may only fill the bases
+        _, start = update(gradients(seed), start)
+    bad = gradients(1)
+    bad["tall"] = bad["tall"].at[0, 0].set(jnp.nan)
+    bad["bias"] = bad["bias"].at[0].set(jnp.inf)
+    updates, after = update(bad, jax.tree.map(jnp.copy, start))
+    for leaf, p in PARAMS.items():
+        if p is not None:
+            assert updates[leaf].dtype == p.dtype and bool(jnp.all(jnp.isfinite(updates[leaf])))
+            assert bool(jnp.any(updates[leaf])) == (leaf in ("square", "wide", "heads"))
+    old, new = start[0], after[0]
+    jax.tree.map(np.testing.assert_array_equal, new.rest, old.rest)
+    assert int(new.dropped) == 1
+    kind = "12x24 bfloat16"
+    assert new.matrices[kind].events.nonfinite.tolist() == [1, 0]  # tall, wide
+    mine = [s.matrices[kind]._replace(events=()) for s in (old, new)]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), *mine)
+    updates, _ = update(gradients(2), after)
+    assert all(bool(jnp.all(jnp.isfinite(u))) for u in jax.tree.leaves(updates))
+    assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", ["soap", "soap_low_rank"])
+def test_nothing_of_the_size_of_the_whole_curvature(name):
+    tx = TXS[name]
+    params = {"w": jnp.zeros((40, 50))}
+    state = tx.init(params)
+    text = quick_jit(tx.update).lower(params, state).compile().as_text()
+    sizes = re.findall(r"f32\[([\d,]+)\]", text)
+    assert max(np.prod([int(n) for n in size.split(",")]) for size in sizes) <= 3 * 50 * 50
+
+
+def test_vmap_is_many_optimizers():
+    grads = noise(0, 4, 2, 5, 6, dtype=jnp.float32)
+    tx = lro.soap(0.1, 2, update_every=2)
+    both = jax.vmap(lambda g: steps(tx, g)[0], in_axes=1, out_axes=1)(grads)
+    for i in range(2):
+        np.testing.assert_allclose(both[:, i], steps(tx, grads[:, i])[0], atol=1e-5)
+
+
+def test_injected_hyperparameters():
+    tx = optax.inject_hyperparams(lro.soap, ("weight_decay",))(optax.linear_schedule(0.1, 0.01, 5))
+    plain = lro.soap(optax.linear_schedule(0.1, 0.01, 5))
+    grads = noise(0, 3, 4, 5, dtype=jnp.float32)
+    for a, b in zip(steps(tx, grads)[0], steps(plain, grads)[0], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    injected = optax.inject_hyperparams(lro.scale_by_matrix_lre)(
+        FULL, None, inner.Adam(), update_every=2, complement=0.1
+    )
+    named = lro.scale_by_matrix_lre(FULL, None, inner.Adam(), update_every=2, complement=0.1)
+    for a, b in zip(steps(injected, grads)[0], steps(named, grads)[0], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_state_is_smaller_than_adams():
+    params = {"square": jnp.zeros((96, 96)), "wide": jnp.zeros((96, 384))}
+    shapes = lambda tx: jax.tree.leaves(jax.eval_shape(tx.init, params))
+    size = lambda tx: sum(x.size * x.dtype.itemsize for x in shapes(tx))
+    adam, small = size(optax.adam(1e-3)), 4 * 200
+    for rank in (8, 16, 32):
+        two = sum(rank * (a + b) + 2 * rank**2 for a, b in ((96, 96), (96, 384)))
+        one = sum(rank * a + 2 * rank * b for a, b in ((96, 96), (96, 384)))
+        assert 4 * two <= size(lro.soap(1e-3, rank)) <= 4 * two + small < adam
+        assert 4 * one <= size(lro.galore(1e-3, rank)) <= 4 * one + small < adam
+
+
+def test_bad_arguments_say_what_to_pass():
+    make, side = lro.scale_by_matrix_lre, basis.SubspaceIteration(2)
+    for call, words in (
+        (lambda: make(None, None, KEEP), "pass a basis for one side"),
+        (lambda: make(3, None, KEEP), "pass a part from lowrank_optax.basis"),
+        (lambda: make(side, None, inner.FullMatrixAdam()), "pass elementwise parts"),
+        (lambda: make(basis.Random(2), side, inner.LInv()), "combine it with"),
+        (lambda: make(side, side, KEEP, update_every=0), "of at least 1"),
+        (lambda: make(side, side, KEEP, complement=-1.0), "of at least 0"),
+        (lambda: make(side, side, KEEP, view=(2, 3)), "a function of a leaf's shape"),
+        (lambda: make(side, side, KEEP, rest=3), "optax.GradientTransformation"),
+        (lambda: make(side, side, KEEP, dtype=int), "floating-point dtype"),
+        (
+            lambda: make(side, side, KEEP, view=lambda shape: (2, 2)).init(jnp.ones((3, 3))),
+            "as many entries",
+        ),
+        (lambda: make(side, side, KEEP).init(jnp.ones((3, 3), int)), "floating-point leaves"),
+        (
+            lambda: make(side, side, KEEP).update(
+                jnp.ones((3, 4)), make(side, side, KEEP).init(jnp.ones((3, 3)))
+            ),
+            "shaped like the parameters",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+class MatrixContribTest(
+    _common_test(
+        "matrix",
+        [
+            {
+                "opt_name": "soap",
+                "opt_kwargs": {"learning_rate": 1e-2},
+                "wrapper_name": None,
+                "wrapper_kwargs": None,
+            }
+        ],
+    )
+):
+    """optax's own tests of contributed optimizers."""
