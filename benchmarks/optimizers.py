@@ -82,10 +82,10 @@ def muon(rate: optax.Schedule) -> optax.GradientTransformation:
     )
 
 
-def whiten(rank: int = 20, power: float = -0.5, beta: float | None = None, **options: Any) -> Any:
+def whiten(rank: int = 50, power: float = -0.25, beta: float | None = 1.0) -> Any:
+    """The one default setting: eigenvalues as means over the window, to the power -1/4."""
     basis = lro.basis.GGT(rank) if beta is None else lro.basis.GGT(rank, beta=beta)
-    inner = lro.inner.LPower(power)
-    return lro.scale_by_lre(lro.curvature.Covariance(), basis, inner, **options)
+    return lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.LPower(power))
 
 
 def before(make: Any, rate: optax.Schedule, **options: Any) -> optax.GradientTransformation:
@@ -98,8 +98,11 @@ METHODS: dict[str, Method] = {
     "SOAP": Method(peers.soap, 1e-2),
     "PSGD-Kron": Method(peers.kron, 1e-2),
     "whitening + AdamW": Method(partial(before, optax.adamw), 1e-2, True, "AdamW"),
-    "whitening + Muon": Method(partial(before, muon, power=-0.25), 1e-2, True, "Muon"),
+    "whitening + Muon": Method(partial(before, muon), 1e-2, True, "Muon"),
     "whitening + SOAP": Method(partial(before, peers.soap), 1e-2, True, "SOAP"),
+    "whitening -1/2, rank 20 + AdamW": Method(
+        partial(before, optax.adamw, rank=20, power=-0.5, beta=None), 1e-2, True
+    ),
     "polar_soap": Method(lro.polar_soap, 1e-2, True),
     "original recipe": Method(lro.lre, 1.0, True),
 }

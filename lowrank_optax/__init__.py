@@ -33,6 +33,7 @@ from lowrank_optax.alias import (
     polar_soap,
     soap,
     sophia_h,
+    whitened_adam,
 )
 from lowrank_optax.least_squares import LevenbergMarquardtState, levenberg_marquardt
 from lowrank_optax.matrix import (
@@ -88,6 +89,7 @@ __all__ = [
     "sophia_h",
     "spectral",
     "squarest",
+    "whitened_adam",
 ]
 
 

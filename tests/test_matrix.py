@@ -354,3 +354,50 @@ class MatrixContribTest(
     )
 ):
     """optax's own tests of contributed optimizers."""
+
+
+# Orthogonal updates -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (4, 3, 5)])
+def test_orthogonalize_is_the_polar_factor(shape):
+    """Newton-Schulz leaves singular values between .7 and 1.2, and the vectors as they are."""
+    g = noise(4, *shape, dtype=jnp.float32)
+    tx = lro.orthogonalize(rms=0.5)
+    out = np.asarray(tx.update(g, tx.init(g))[0])
+    a, b = lro.squarest(shape) or ()
+    u, _, vt = np.linalg.svd(np.asarray(g).reshape(a, b), full_matrices=False)
+    inside = u.T @ out.reshape(a, b) @ vt.T / (0.5 * max(a, b) ** 0.5)
+    np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=1e-5)
+    assert 0.6 < np.diag(inside).min() and np.diag(inside).max() < 1.3
+    assert not tx.init(g)  # no state
+
+
+def test_orthogonalize_leaves_the_rest_alone():
+    updates = {
+        "vector": jnp.arange(3.0),
+        "zero": jnp.zeros((2, 3)),
+        "broken": jnp.array([[jnp.nan, 1.0], [2.0, 3.0]]),
+        "half": jnp.ones((2, 3), jnp.bfloat16),
+    }
+    tx = lro.orthogonalize()
+    out, _ = jax.jit(tx.update)(updates, tx.init(updates))
+    for name in ("vector", "zero", "broken"):
+        np.testing.assert_array_equal(out[name], updates[name])
+    assert out["half"].dtype == jnp.bfloat16 and bool(jnp.all(jnp.isfinite(out["half"])))
+
+
+def test_polar_soap_is_soap_made_orthogonal(x64):
+    """The step of Nesterov's Adam between the eigenvectors of both sides, then its polar factor."""
+    grads = noise(5, 6, 4, 7)
+    rule = optax.scale_by_adam(0.9, 0.9, nesterov=True)
+    inside = inner.Optax(
+        rule, laws=optax.ScaleByAdamState(lro.SCALAR, lro.VECTOR, lro.SECOND_MOMENT)
+    )
+    side = basis.FullMatrix(0.9, every=2, eig_tol=0.0)
+    plain, _ = steps(lro.scale_by_matrix_lre(side, side, inside, warmup_steps=1), grads)
+    ours, _ = steps(lro.polar_soap(0.1, b1=0.9, b2=0.9, update_every=2), grads)
+    polar = lro.orthogonalize()
+    expected = jax.vmap(lambda g: -0.1 * polar.update(g, polar.init(g))[0])(plain)
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(ours[0], 0)

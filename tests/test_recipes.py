@@ -46,6 +46,7 @@ RECIPES = {
     ),
     "natural_gradient": lro.natural_gradient(0.3, rank=6, damping=10.0),
     "gauss_newton": lro.gauss_newton(0.5, batch=8, damping=1e-3),
+    "whitened_adam": lro.whitened_adam(optax.cosine_decay_schedule(0.3, 60), rank=6),
 }
 
 

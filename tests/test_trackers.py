@@ -108,11 +108,9 @@ def digits():
 # Streams ----------------------------------------------------------------------------------------
 
 fading = CayleyAdamG(lambda n: 2 / jnp.sqrt(n + 400.0))
-# Vectors of the spiked stream, and the share of the energy to be captured there and on the digits.
+# Vectors of the spiked stream, and the share of the energy to be captured there and on the digits,
+# of the bases that are no trackers (tests/test_online_trackers.py has those).
 GATES = {
-    "opast": (OPAST(10, None), 10_000, 0.999, 0.99),
-    "grouse": (GROUSE(10, None), 10_000, 0.99, 0.985),
-    "oja": (Hebbian(10, None), 5000, 0.98, 0.975),
     "stiefel": (Hebbian(10, None, StiefelRule()), 5000, 0.98, 0.975),
     "cayley": (Hebbian(10, None, fading), 5000, 0.965, 0.955),
 }

@@ -1,0 +1,170 @@
+"""Renders the README's tables of optimizers from the JSON in ``results``, and nothing else.
+
+Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands what the function of that name makes of
+the figures on disk.
+
+    python benchmarks/readme.py [--check]        # --check only says whether they agree
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """The summary rows of a benchmark."""
+    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def number(x: float | None) -> str:
+    """Three significant digits, short."""
+    if x is None:
+        return "–"
+    if 1e-3 <= abs(x) < 1e4:
+        return (
+            f"{x:#.3g}".rstrip(".").replace("0.", ".", 1) if abs(x) < 1 else f"{x:#.3g}".rstrip(".")
+        )
+    return f"{x:.1e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+
+
+def across(cell: Callable[[dict[str, Any]], float | None], spread: bool = False) -> str:
+    """Tasks down, methods across, the lowest of every task in bold."""
+    found = rows("optimizers")
+    tasks = list(dict.fromkeys(row["task"] for row in found))
+    methods = list(dict.fromkeys(row["method"] for row in found))
+    at = {(row["task"], row["method"]): row for row in found}
+    lines = []
+    for task in tasks:
+        values = {m: cell(at[task, m]) for m in methods if (task, m) in at}
+        known = [v for v in values.values() if v is not None]
+        line = [task]
+        for method in methods:
+            value = values.get(method)
+            text = number(value)
+            if known and value == min(known):
+                text = f"**{text}**"
+            if spread and value is not None:
+                row = at[task, method]
+                text += f" ({number(row['low'])}–{number(row['high'])})"
+            line.append(text)
+        lines.append(line)
+    return markdown(["task", *methods], lines)
+
+
+def optimizers() -> str:
+    """Final measures at equal steps."""
+    return across(lambda row: row["final"])
+
+
+def optimizers_spread() -> str:
+    """The same with the range over seeds."""
+    return across(lambda row: row["final"], spread=True)
+
+
+def optimizers_steps() -> str:
+    """Steps to AdamW's final result."""
+    return across(lambda row: row.get("steps"))
+
+
+def optimizers_seconds() -> str:
+    """Seconds to AdamW's final result."""
+    return across(lambda row: row.get("seconds"))
+
+
+def optimizers_time() -> str:
+    """Milliseconds a step."""
+    return across(lambda row: row.get("ms"))
+
+
+def matrix_shapes() -> str:
+    """Matrices with bases on their sides, on the character transformer."""
+    head = ["method", "rate", "held-out loss (range)", "step over Adam's", "state, kB"]
+    lines = [
+        [
+            row["method"],
+            f"{row['rate']:g}",
+            f"{row['loss']} ({row['spread']})",
+            f"{row['over_adam']:.2f}",
+            f"{row['state_kb']:.0f}",
+        ]
+        for row in rows("matrix_shapes")
+    ]
+    return markdown(head, lines)
+
+
+def least_squares() -> str:
+    """Errors of least-squares problems."""
+    head = ["problem", "precision", "method", "steps", "error (range)", "seconds"]
+    lines = [
+        [
+            row["problem"],
+            row["precision"],
+            row["method"],
+            str(row["steps"]),
+            f"{number(row['error'])} ({row['spread']})",
+            number(row["seconds"]),
+        ]
+        for row in rows("least_squares")
+    ]
+    return markdown(head, lines)
+
+
+TABLES = {
+    f.__name__: f
+    for f in (
+        optimizers,
+        optimizers_spread,
+        optimizers_steps,
+        optimizers_seconds,
+        optimizers_time,
+        matrix_shapes,
+        least_squares,
+    )
+}
+
+
+def render(text: str) -> str:
+    """The text with every marked table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise SystemExit(f"no table is called {name}; there are {', '.join(TABLES)}")
+        return f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
+    parser.add_argument(
+        "files", nargs="*", type=Path, default=[README, Path(__file__).with_name("README.md")]
+    )
+    args = parser.parse_args()
+    stale = []
+    for path in args.files:
+        old = path.read_text()
+        new = render(old)
+        if new != old:
+            stale.append(path.name)
+            if not args.check:
+                path.write_text(new)
+    print(f"{'out of date' if args.check else 'rewritten'}: {', '.join(stale) or 'none'}")
+    sys.exit(bool(stale) and args.check)
+
+
+if __name__ == "__main__":
+    main()
