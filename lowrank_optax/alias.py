@@ -733,7 +733,11 @@ def polar_soap(
     "Muon", 2024.
     """
     side = bases.FullMatrix(b2, every=update_every, eig_tol=0.0)
-    laws = optax.ScaleByAdamState(SCALAR, VECTOR, SECOND_MOMENT)
+    laws: Any = optax.ScaleByAdamState(
+        SCALAR,  # pyright: ignore[reportArgumentType]
+        VECTOR,  # pyright: ignore[reportArgumentType]
+        SECOND_MOMENT,  # pyright: ignore[reportArgumentType]
+    )
     inner = inners.Optax(optax.scale_by_adam(b1, b2, eps, nesterov=True), laws=laws)
     return _matrix_recipe(
         learning_rate,
