@@ -8,16 +8,26 @@ Approximation", ICML 2024, at the same steps (one Gaussian of 16, 16 separate ne
 cosine, eigenvalues times 100), and the lowest eigenvalues of a finite-volume grid by `eigsh`.
 
 With ``--modes 16`` every variant is run for ``--steps`` and the curve of errors against steps is
-kept: the original recipe, the same with the proposal and then the features replaced, the defaults,
-and the defaults with one part replaced. Every row has its error after Rayleigh-Ritz too. Runs are
-written as they end; those of the same settings that are in the file already are not repeated. Runs
+kept. What has to do with noise and with the small eigenvalues of higher modes, one at a time:
+
+    the network      one perceptron a mode, or one trunk for all; softplus or tanh
+    the method       NestedLoRA with halves or U-statistics, joint; orbital minimisation; per-mode
+                     amplitudes (`MuPenalty`: normalised functions, so that a mode's rate does not
+                     depend on its norm); energies of the span, whose cotangent is written in Ritz
+                     vectors at every step, without and with each divided by its eigenvalue
+    the samples      points of a shifted lattice in place of random ones; larger batches
+    the optimizer    whitening in front of Adam
+
+Every row has its error after Rayleigh-Ritz too. Runs are written as they end and those that are in
+the file already are not repeated, so that calls with other names, seeds or lengths add up. Runs
 unchanged on a GPU.
 
     python benchmarks/spectral_hydrogen.py [--modes 4] [--steps 1600] [--seeds 5]
-    python benchmarks/spectral_hydrogen.py --modes 16 --steps 50000 --seeds 3 [--only NAME ...]
+    python benchmarks/spectral_hydrogen.py --modes 16 --steps 1500 --seeds 1 [--only NAME ...]
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -28,10 +38,13 @@ from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import report
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 import lowrank_optax as lro
 from lowrank_optax import spectral
@@ -40,8 +53,32 @@ from lowrank_optax.spectral import networks, operators
 EVALUATION = 64
 """Batches of 512 points at every evaluation."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Lattice(operators.MultiScale):
+    """The same mixture by a Kronecker lattice of its own random shift in either half of a batch.
+
+    Every point is distributed as before and halves are independent, so that whatever was unbiased
+    still is. Powers of the root of ``t^(d+2) = t + 1`` fill the ``d + 1`` dimensions evenly.
+    """
+
+    def draw(self, key: jax.Array, size: int, state: Any) -> jax.Array:
+        count, root = self.dimension + 1, 1.5
+        for _ in range(60):
+            root = (1 + root) ** (1 / (count + 1))
+        shifts = jax.random.uniform(key, (2, 1, count))
+        half = -(-size // 2)
+        steps = jnp.arange(half)[:, None] * root ** -jnp.arange(1.0, count + 1)
+        u = ((steps + shifts) % 1).reshape(-1, count)[:size]
+        which = jnp.searchsorted(jnp.cumsum(jnp.exp(state.log_weights)), u[:, 0])
+        k = jnp.minimum(which, len(self.scales) - 1)
+        normal = jax.scipy.special.ndtri(jnp.clip(u[:, 1:], 1e-6, 1 - 1e-6))
+        return jnp.asarray(self.scales)[k][:, None] * normal
+
+
 WIDE = operators.classical(operators.Hydrogen(), 2, energy=0.0)
 NARROW = operators.gaussian(2, 16.0)
+EVEN = Lattice(2, WIDE.scales)
 
 
 def problem(proposal: operators.Proposal, scale: float = 1.0) -> operators.Schrodinger:
@@ -66,6 +103,25 @@ def fourier(modes: int) -> networks.MLP:
     return networks.MLP(modes, (128, 128, 128), features=features)
 
 
+def default(modes: int, shared: bool = False, **changes: Any) -> networks.MLP:
+    network = networks.default(problem(WIDE), modes, shared)
+    assert isinstance(network, networks.MLP)  # one side, one network
+    return network.clone(**changes)
+
+
+def trunk(modes: int, method: spectral.Method, **rest: Any) -> dict[str, Any]:
+    return {"network": default(modes, shared=True), "method": method, **rest}
+
+
+def recipe(modes: int, steps: int) -> dict[str, Any]:
+    """The command's ``--method energy``."""
+    return trunk(modes, ENERGY(0.01), optimizer=whitened(steps))
+
+
+NESTED = spectral.NestedLoRA
+ENERGY = spectral.VariationalEnergy
+PAIRS = spectral.UStatistic()
+
 # Every variant: what changes of `fit`'s arguments for a number of modes and of steps.
 Variant = Callable[[int, int], dict[str, Any]]
 
@@ -81,22 +137,35 @@ VARIANTS: dict[str, Variant] = {
         "network": fourier(modes),
         "optimizer": rmsprop(steps),
     },
-    "+ mixture, |x| features": lambda modes, steps: {
-        "operator": problem(WIDE, 100.0),
-        "optimizer": rmsprop(steps),
+    "defaults, softplus": lambda modes, steps: {
+        "network": default(modes, activation=jax.nn.softplus)
     },
-    "U-statistic": lambda modes, steps: {
-        "method": spectral.NestedLoRA(moments=spectral.UStatistic())
+    "trunk": lambda modes, steps: trunk(modes, NESTED()),
+    "trunk, joint": lambda modes, steps: trunk(modes, NESTED(spectral.JointNesting())),
+    "trunk, U-statistic": lambda modes, steps: trunk(modes, NESTED(moments=PAIRS)),
+    "trunk, orbital, U-statistic": lambda modes, steps: trunk(
+        modes, spectral.OrbitalMinimization(moments=PAIRS)
+    ),
+    "trunk, amplitudes": lambda modes, steps: trunk(modes, spectral.NeuralEF(spectral.MuPenalty())),
+    "trunk, whitening": lambda modes, steps: trunk(modes, NESTED(), optimizer=whitened(steps)),
+    "trunk, energy": lambda modes, steps: trunk(modes, ENERGY()),
+    "trunk, energy, whitening": lambda modes, steps: trunk(
+        modes, ENERGY(), optimizer=whitened(steps)
+    ),
+    "trunk, floor": lambda modes, steps: trunk(modes, ENERGY(0.01)),
+    "trunk, floor, softplus": lambda modes, steps: {
+        "network": default(modes, shared=True, activation=jax.nn.softplus),
+        "method": ENERGY(0.01),
     },
-    "joint": lambda modes, steps: {"method": spectral.NestedLoRA(spectral.JointNesting())},
-    "orbital": lambda modes, steps: {"method": spectral.OrbitalMinimization()},
-    "orbital, U-statistic": lambda modes, steps: {
-        "method": spectral.OrbitalMinimization(moments=spectral.UStatistic())
-    },
-    "whitening + Adam": lambda modes, steps: {"optimizer": whitened(steps)},
+    "trunk, floor, halves": lambda modes, steps: trunk(modes, ENERGY(0.01, spectral.Halves())),
+    "trunk, floor, lattice": lambda modes, steps: trunk(
+        modes, ENERGY(0.01), operator=problem(EVEN)
+    ),
+    "trunk, floor, batch x 4": lambda modes, steps: trunk(modes, ENERGY(0.01), larger=4),
+    "trunk, floor, whitening": recipe,
 }
 
-FOUR = ("defaults", "original recipe")
+FOUR = ("defaults", "trunk, floor, whitening", "original recipe")
 
 
 def learn(name: str, modes: int, steps: int, batch: int, seed: int) -> dict[str, Any]:
@@ -109,7 +178,7 @@ def learn(name: str, modes: int, steps: int, batch: int, seed: int) -> dict[str,
         operator,
         options.pop("network"),
         steps=steps,
-        batch_size=batch,
+        batch_size=batch * options.pop("larger", 1),
         seed=seed,
         evaluate_batches=EVALUATION,
         **options,
@@ -117,6 +186,7 @@ def learn(name: str, modes: int, steps: int, batch: int, seed: int) -> dict[str,
     error = lambda values: spectral.relative_error(values, truth)
     return {
         "variant": name,
+        "steps": steps,
         "seed": seed,
         "errors": error(found.eigenvalues).tolist(),
         "ritz_errors": error(found.ritz().eigenvalues).tolist(),
@@ -169,12 +239,13 @@ def grid(modes: int, cells: int) -> dict[str, Any]:
     return {"cells": cells, "errors": errors.tolist(), "seconds": time.perf_counter() - start}
 
 
-def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def row(name: str, steps: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over modes, and over seeds of them."""
     medians = [float(np.median(run["errors"])) for run in runs]
     ritz = [float(np.median(run["ritz_errors"])) for run in runs]
     return {
         "variant": name,
+        "steps": steps,
         "seeds": len(runs),
         "median": float(np.median(medians)),
         "low": min(medians),
@@ -186,17 +257,22 @@ def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(path: Path, modes: int, runs: list[dict[str, Any]]) -> None:
-    """Median errors along the steps, a line a run."""
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    """Median errors after Rayleigh-Ritz along the steps, a line a run."""
+    figure = Figure(figsize=(8.4, 4.8), dpi=150, layout="constrained")
     ax = figure.subplots()
     names = list(dict.fromkeys(run["variant"] for run in runs))
+    labelled: set[str] = set()
     for run in runs:
-        points = [(p["step"], p["median"]) for p in run["curve"]]
-        i = names.index(run["variant"])
-        first = run is next(r for r in runs if r["variant"] == run["variant"])
-        ax.plot(*zip(*points, strict=True), color=f"C{i}", label=names[i] if first else None)
-    ax.set(yscale="log", xlabel="steps", ylabel=f"median relative error of {modes} eigenvalues")
-    ax.legend(frameon=False, fontsize=8)
+        name, i = run["variant"], names.index(run["variant"])
+        points = [(p["step"], p["ritz median"]) for p in run["curve"]]
+        style = ("-", "--")[i // 10 % 2]
+        label = None if name in labelled else name
+        labelled.add(name)
+        ax.plot(*zip(*points, strict=True), style, color=f"C{i % 10}", label=label)
+    y = f"median relative error of {modes} Ritz values"
+    ax.set(xscale="log", yscale="log", xlabel="steps", ylabel=y)
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.grid(alpha=0.3)
     figure.savefig(path)
 
@@ -214,17 +290,21 @@ def main() -> None:
     name = "spectral_hydrogen" if args.modes == 4 else f"spectral_hydrogen_{args.modes}"
     names = args.only or (FOUR if args.modes == 4 else tuple(VARIANTS))
     path = args.out / f"{name}.json"
-    settings = {"modes": args.modes, "steps": args.steps, "batch": args.batch}
+    settings = {"modes": args.modes, "batch": args.batch}
     runs = kept(path, settings)
-    done = {(run["variant"], run["seed"]) for run in runs}
+    done = {(run["variant"], run["steps"], run["seed"]) for run in runs}
     for variant, seed in itertools.product(names, range(args.seeds)):
-        if (variant, seed) not in done:
+        if (variant, args.steps, seed) not in done:
             runs.append(learn(variant, args.modes, args.steps, args.batch, seed))
-            print(f"{variant}, seed {seed}: {np.median(runs[-1]['errors']):.2e}", flush=True)
+            print(f"{variant}, seed {seed}: {np.median(runs[-1]['ritz_errors']):.2e}", flush=True)
             report.save(path, settings=settings, runs=runs)
     grids = [grid(args.modes, cells) for cells in args.cells]
-    by_name = {v: [run for run in runs if run["variant"] == v] for v in VARIANTS}
-    rows = [row(v, some) for v, some in by_name.items() if some]
+    groups = {
+        (variant, steps): [r for r in runs if (r["variant"], r["steps"]) == (variant, steps)]
+        for variant in VARIANTS
+        for steps in sorted({r["steps"] for r in runs})
+    }
+    rows = [row(*at, some) for at, some in groups.items() if some]
     rows += [
         {
             "variant": f"eigsh, {g['cells']}² cells",
@@ -236,6 +316,7 @@ def main() -> None:
     ]
     columns = {
         "variant": "",
+        "steps": "steps",
         "seeds": "seeds",
         "median": "median error",
         "low": "lowest",
@@ -244,10 +325,10 @@ def main() -> None:
         "ritz": "median, Ritz",
         "seconds": "seconds",
     }
-    title = f"Hydrogen, {args.modes} modes, {args.steps} steps of {args.batch}: relative errors"
+    title = f"Hydrogen, {args.modes} modes, batches of {args.batch}: relative errors"
     report.show(title, rows, columns)
     report.save(path, settings=settings, rows=rows, grids=grids, runs=runs)
-    draw(args.out / f"{name}.png", args.modes, [run for some in by_name.values() for run in some])
+    draw(args.out / f"{name}.png", args.modes, [run for some in groups.values() for run in some])
 
 
 def kept(path: Path, settings: dict[str, int]) -> list[dict[str, Any]]:

@@ -474,7 +474,8 @@ def _add_spectrum(commands: Any) -> None:
     parser.add_argument(
         "--method",
         default="nested-lora",
-        help="nested-lora, nested-lora-joint, orbital, neural-ef or spin",
+        help="nested-lora, nested-lora-joint, orbital, neural-ef, spin or energy (one network "
+        "for all and whitening in front of Adam: the fastest way to many modes)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/OPERATOR")
@@ -486,7 +487,7 @@ def _spectrum(args: argparse.Namespace) -> int:
     from lowrank_optax import _spectrum
 
     problem = _choice("operator", args.operator, _spectrum.OPERATORS)()
-    method = _choice("method", args.method, _spectrum.METHODS)
+    options = _choice("method", args.method, _spectrum.METHODS)
     if args.batch < 2:
         raise Refusal("--batch 1: pass at least 2 points")
     truth = problem.truth(args.modes)
@@ -497,32 +498,48 @@ def _spectrum(args: argparse.Namespace) -> int:
     out = args.out or Path("runs", args.operator)
     _check_writable(out)
     start = time.perf_counter()
-    fit = lro.spectral.fit(
-        problem.operator,
-        args.modes,
-        method=method,
-        steps=args.steps,
-        batch_size=args.batch,
-        seed=args.seed,
-        evaluate_batches=64,
-        progress=lambda record: print(_line(record), flush=True),
-    ).ritz()  # modes that are not yet orthogonal would show an eigenvalue twice
+    history: list[dict[str, Any]] = []
+
+    def progress(record: dict[str, Any]) -> None:
+        history.append(record)
+        print(_line(record), flush=True)
+
+    title = f"{args.operator}: {problem.formula}, {{:,}} steps of {args.batch}"
+    try:
+        fit = lro.spectral.fit(
+            problem.operator,
+            **options(problem.operator, args.modes, args.steps),
+            steps=args.steps,
+            batch_size=args.batch,
+            seed=args.seed,
+            evaluate_batches=64,
+            progress=progress,
+        ).ritz()  # modes that are not yet orthogonal would show an eigenvalue twice
+        step, message = fit.step, fit.message
+        modes = _spectrum.rows(truth, fit.eigenvalues, fit.errors)
+        _spectrum.write_png(out / "modes.png", fit, title.format(step))
+        stopped = False
+    except KeyboardInterrupt:
+        if not history:
+            raise
+        step, message = history[-1]["step"], "stopped early, with the last evaluation's values"
+        modes = _spectrum.rows(truth, history[-1]["ritz"])
+        stopped = True
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "command")}
     result = {
         "settings": settings | {"formula": problem.formula},
-        "message": fit.message,
+        "complete": not stopped,
+        "message": message,
         "seconds": time.perf_counter() - start,
-        "modes": _spectrum.rows(fit, truth),
-        "history": fit.history,
+        "modes": modes,
+        "history": history,
         "versions": _versions(),
         "machine": _machine(),
     }
-    title = f"{args.operator}: {problem.formula}, {fit.step:,} steps of {args.batch}"
     _write_json(out / "results.json", result)
-    _spectrum.write_png(out / "modes.png", fit, title)
-    _print_modes(title, result)
-    print(f"Functions and figures are in {out}")
-    return 0
+    _print_modes(title.format(step), result)
+    print(f"Stopped early; eigenvalues are in {out}" if stopped else f"What was found is in {out}")
+    return 130 if stopped else 0
 
 
 def _choice(what: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -545,7 +562,9 @@ def _print_modes(title: str, result: dict[str, Any]) -> None:
     for name in ("mode", "eigenvalue", "truth", "relative error"):
         table.add_column(name, justify="right", no_wrap=True)
     for i, row in enumerate(result["modes"]):
-        value = f"{row['eigenvalue']:.5g} ± {row['standard_error']:.1g}"
+        value = f"{row['eigenvalue']:.5g}"
+        if "standard_error" in row:
+            value += f" ± {row['standard_error']:.1g}"
         table.add_row(str(i + 1), value, f"{row['truth']:.5g}", f"{row['relative_error']:.1e}")
     Console().print(table)
 

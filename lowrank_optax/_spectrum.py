@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
+import lowrank_optax as lro
 from lowrank_optax import spectral
 from lowrank_optax.spectral import operators
 from lowrank_optax.spectral.decomposition import functions_of
@@ -17,8 +19,8 @@ from lowrank_optax.spectral.decomposition import functions_of
 class Problem:
     """An operator and its eigenvalues.
 
-    Nothing else is chosen for a problem: networks, methods, optimizers and, on unbounded domains,
-    proposals are the library's defaults.
+    Nothing else is chosen for a problem: networks and, on unbounded domains, proposals are the
+    library's defaults.
 
     Attributes:
       operator: what `spectral.fit` is given.
@@ -83,12 +85,33 @@ OPERATORS: dict[str, Callable[[], Problem]] = {
     "langevin": langevin,
 }
 
-METHODS: dict[str, spectral.Method] = {
-    "nested-lora": spectral.NestedLoRA(),
-    "nested-lora-joint": spectral.NestedLoRA(spectral.JointNesting()),
-    "orbital": spectral.OrbitalMinimization(),
-    "neural-ef": spectral.NeuralEF(),
-    "spin": spectral.SpIN(),
+Options = Callable[[operators.Operator, int, int], dict[str, Any]]
+"""What `spectral.fit` is given for an operator, a number of modes and of steps."""
+
+
+def ordered(method: spectral.Method) -> Options:
+    """The defaults with another method."""
+    return lambda operator, modes, steps: {"network": modes, "method": method}
+
+
+def many(operator: operators.Operator, modes: int, steps: int) -> dict[str, Any]:
+    """Many modes in few steps: one trunk, relative energies of its span, whitening before Adam."""
+    whiten = lro.scale_by_lre(lro.curvature.Covariance(), lro.basis.GGT(20), lro.inner.LInvSqrt())
+    adam = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    return {
+        "network": spectral.networks.default(operator, modes, shared=True),
+        "method": spectral.VariationalEnergy(floor=0.01),
+        "optimizer": optax.chain(whiten, adam),
+    }
+
+
+METHODS: dict[str, Options] = {
+    "nested-lora": ordered(spectral.NestedLoRA()),
+    "nested-lora-joint": ordered(spectral.NestedLoRA(spectral.JointNesting())),
+    "orbital": ordered(spectral.OrbitalMinimization()),
+    "neural-ef": ordered(spectral.NeuralEF()),
+    "spin": ordered(spectral.SpIN()),
+    "energy": many,
 }
 
 
@@ -113,12 +136,17 @@ def energies(
     return np.linalg.eigvalsh(kinetic / step**2 + np.diag(values))[:k]
 
 
-def rows(found: spectral.Decomposition, truth: np.ndarray) -> list[dict[str, float]]:
-    """A row a mode: its eigenvalue, standard error, the truth and the relative error."""
-    errors = spectral.relative_error(found.eigenvalues, truth)
-    columns = zip(found.eigenvalues, found.errors, truth, errors, strict=True)
-    names = ("eigenvalue", "standard_error", "truth", "relative_error")
-    return [dict(zip(names, map(float, row), strict=True)) for row in columns]
+def rows(truth: np.ndarray, eigenvalues: Any, errors: Any = None) -> list[dict[str, float]]:
+    """A row a mode: its eigenvalue, the truth, the relative and, where known, standard error."""
+    columns = {
+        "eigenvalue": eigenvalues,
+        "truth": truth,
+        "relative_error": spectral.relative_error(eigenvalues, truth),
+    }
+    if errors is not None:
+        columns["standard_error"] = errors
+    values = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, map(float, row), strict=True)) for row in values]
 
 
 def write_png(path: Path, found: spectral.Decomposition, title: str) -> None:

@@ -1,6 +1,8 @@
 """The fit: faults, resuming, stopping, what it gives back."""
 
 import dataclasses
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -12,6 +14,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax import spectral as s
 from lowrank_optax.spectral import operators as ops
+from lowrank_optax.spectral._fingerprint import fingerprint
 
 OPERATOR = ops.Schrodinger(ops.Harmonic(), ops.geometric(1, 0.5, 2.0), shift=6.0)
 NETWORK = s.Network(
@@ -29,8 +32,17 @@ def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
-@pytest.mark.parametrize("method", [s.NestedLoRA(), s.ALLO()], ids=["lora", "allo"])
-def test_resumes_bit_for_bit(tmp_path, method):
+@pytest.fixture(scope="module")
+def ran():
+    """One fit, and what `progress` saw of it."""
+    seen = []
+    return run(progress=seen.append), seen
+
+
+def test_resumes_bit_for_bit(tmp_path):
+    """With a method that has a memory of its own."""
+    method = s.ALLO()
+
     class Killed(Exception):
         pass
 
@@ -47,10 +59,39 @@ def test_resumes_bit_for_bit(tmp_path, method):
     assert same(whole.params, resumed.params) and same(whole.moments, resumed.moments)
     again = run(method=method, checkpoint=path)  # a finished fit is read, not run
     assert same(whole.params, again.params)
-    with pytest.raises(ValueError, match="another fit"):
-        run(method=method, checkpoint=path, seed=1)
-    with pytest.raises(ValueError, match="another fit"):
-        run(method=method, checkpoint=path, network=s.networks.MLP(3, (4,)))
+    for other in ({"seed": 1}, {"operator": dataclasses.replace(OPERATOR, shift=5.0)}):
+        with pytest.raises(ValueError, match="another fit"):
+            run(method=method, checkpoint=path, **other)
+
+
+def test_fingerprints_tell_fits_apart_and_nothing_else():
+    def schedule(rate, steps=10):
+        return optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    makes = [
+        lambda: OPERATOR,
+        lambda: dataclasses.replace(OPERATOR, potential=ops.Harmonic(2.0)),
+        lambda: ops.Koopman(np.arange(4.0)[:, None], np.ones((4, 1))),
+        lambda: ops.Koopman(np.arange(4.0)[:, None], np.zeros((4, 1))),
+        lambda: ops.KernelIntegral(lambda x, y, w=2.0: w * x @ y, np.ones((4, 1))),
+        lambda: ops.KernelIntegral(lambda x, y, w=3.0: w * x @ y, np.ones((4, 1))),
+        lambda: s.networks.MLP(2, (4, 4)),
+        lambda: s.networks.MLP(2, (4, 5), features=s.networks.ScaleFeatures()),
+        lambda: s.networks.MLP(2, (4, 5), features=s.networks.ScaleFeatures(seed=1)),
+        lambda: schedule(1e-3),
+        lambda: schedule(2e-3),
+        lambda: schedule(1e-3, 11),
+        lambda: optax.chain(optax.clip(1.0), schedule(1e-3)),
+        lambda: lro.lre(0.02, basis=lro.basis.GGT(10)),
+        lambda: lro.lre(0.02, basis=lro.basis.GGT(11)),
+    ]
+    told = [fingerprint(make()) for make in makes]
+    assert told == [fingerprint(make()) for make in makes]
+    assert len(set(told)) == len(told)
+    code = "from lowrank_optax.spectral._fingerprint import fingerprint as f; import optax; "
+    code += "print(f(optax.adam(optax.cosine_decay_schedule(1e-3, 10))))"
+    again = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert again.strip() == fingerprint(schedule(1e-3))  # and in another process
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,9 +138,8 @@ def test_patience_stops_a_fit_that_stands_still():
     assert found.step == 30 and "no better" in found.message
 
 
-def test_progress_and_history():
-    seen = []
-    found = run(progress=seen.append)
+def test_progress_and_history(ran):
+    found, seen = ran
     assert tuple(seen) == found.history
     assert {"step", "seconds", "eigenvalues", "ritz", "norm", "efficiency"} == seen[0].keys()
     assert 0 < seen[-1]["efficiency"] <= 1
@@ -123,12 +163,12 @@ def test_two_sides_and_our_optimizers():
     assert np.corrcoef(found(y, side=1)[:, 1], y[:, 0])[0, 1] ** 2 > 0.95
 
 
-def test_errors_cover_the_noise_of_the_evaluation():
+def test_errors_cover_the_noise_of_the_evaluation(ran):
     """The jackknife's error against the spread over evaluations with other keys."""
     from lowrank_optax.spectral.decomposition import functions_of
     from lowrank_optax.spectral.methods import moments
 
-    found = run(steps=1)
+    found = ran[0]
 
     @jax.jit
     def one(key):
@@ -148,8 +188,8 @@ def test_errors_cover_the_noise_of_the_evaluation():
     np.testing.assert_allclose(errors, spread, rtol=0.4)
 
 
-def test_modes_are_normal_and_ritz_modes_diagonalise():
-    found = run()
+def test_modes_are_normal_and_ritz_modes_diagonalise(ran):
+    found = ran[0]
     np.testing.assert_allclose(np.diagonal(found.gram), 1, rtol=1e-6)
     turned = found.ritz()
     np.testing.assert_allclose(turned.gram, np.eye(2), atol=1e-6)
@@ -158,8 +198,8 @@ def test_modes_are_normal_and_ritz_modes_diagonalise():
     assert "Decomposition(" in repr(found)
 
 
-def test_save_and_load(tmp_path):
-    path, found = str(tmp_path / "found.npz"), run().ritz()
+def test_save_and_load(tmp_path, ran):
+    path, found = str(tmp_path / "found.npz"), ran[0].ritz()
     found.save(path)
     read = s.Decomposition.load(path, OPERATOR, NETWORK)
     x = np.linspace(-1, 1, 5)[:, None]
@@ -196,6 +236,9 @@ def test_estimator_is_a_transformer():
     piped = make_pipeline(StandardScaler(), clone(model)).fit(x)
     z = piped.transform(x)
     fitted = piped[-1]
+    assert fitted.decomposition_.networks[0] == s.networks.default(
+        ops.KernelIntegral(kernel, piped[0].transform(x)), 2
+    )
     assert z.shape == (128, 2) and fitted.eigenvalues_.shape == fitted.errors_.shape == (2,)
     np.testing.assert_allclose(z.T @ z / 128, np.eye(2), atol=0.25)
 
@@ -233,3 +276,28 @@ def test_batches_of_everything_need_moments_of_everything():
     table = (lambda key, i: jnp.ones((3, 2)), lambda rows, i: rows[i])
     with pytest.raises(ValueError, match="moments=WholeBatch"):
         s.fit(operator, table, steps=1)
+
+
+def test_statistics_of_pairs_leave_out_whole_samples():
+    """Rows 2i and 2i + 1 of these operators are one sample read in both directions."""
+    x = np.ones((8, 1))
+    for operator in (ops.Koopman(x, x), ops.GraphLaplacian(np.array([[0, 1], [1, 2]]))):
+        with pytest.raises(ValueError, match=r"pass UStatistic\(2\)"):
+            s.fit(operator, NETWORK, method=s.NestedLoRA(moments=s.UStatistic()))
+    f, tf = ops.Koopman(x, x).apply(lambda x: x, (x, 2 * x))
+    np.testing.assert_array_equal(f.reshape(8, 2, 2)[:, ::-1], tf.reshape(8, 2, 2))
+
+
+def test_singular_values_are_positive():
+    """Functions that came with opposite signs are turned to agree."""
+    operator = ops.RectangularMatrix(np.diag([3.0, 2.0]), everything=True)
+    rows = s.Network(lambda key, i: (), lambda p, i: jnp.eye(2)[i] * jnp.array([1.0, -1.0]))
+    plain = s.Network(lambda key, i: (), lambda p, i: jnp.eye(2)[i])
+    f, tg, g, tf = operator.apply(
+        *(lambda i, n=n: n.apply((), i) for n in (rows, plain)), (jnp.arange(2), jnp.arange(2))
+    )
+    seen = jax.tree.map(lambda a: a[None], s.methods.moments(((f, tg), (g, tf))))
+    found = s.Decomposition.of(operator, (rows, plain), ((), ()), seen)
+    np.testing.assert_allclose(found.singular_values, [3, 2], rtol=1e-6)
+    left, right = found(np.arange(2)), found(np.arange(2), side=1)
+    np.testing.assert_allclose((left * found.singular_values) @ right.T / 2, np.diag([3, 2]))

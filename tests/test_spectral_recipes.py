@@ -1,10 +1,13 @@
 """What is chosen where nothing is: networks, proposals, and the operators of the command."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lowrank_optax import __main__ as cli
 from lowrank_optax import _spectrum
 from lowrank_optax import spectral as s
 from lowrank_optax.spectral import operators as ops
@@ -42,13 +45,16 @@ def test_no_kink_on_a_line():
     operator = ops.Schrodinger(ops.Harmonic(), ops.gaussian(1, 1.0), shift=4.0)
     x = np.linspace(-10, 10, 4000, dtype=np.float32)[:, None]
     batch = x, np.full(len(x), -np.log(20), np.float32)
-    kinked = s.networks.ScaleFeatures((0.5, 1.0), waves=4)
-    smooth = s.networks.default(operator, 2).features.clone(waves=4)
-    for features, low, high in ((kinked, 0.1, np.inf), (smooth, 0.0, 1e-4)):
-        function = lambda x, features=features: features.apply({}, x)
+    features = s.networks.default(operator, 2).features.clone(waves=4)
+    smooth = lambda x: features.apply({}, x)
+    kinked = lambda x: jnp.exp(-(x[0] ** 2)) * jnp.stack([jnp.ones(()), jnp.abs(x[0])])
+    for function, low, high in ((kinked, 0.1, np.inf), (smooth, 0.0, 1e-4)):
         f, tf = jax.jit(lambda batch, g=function: operator.apply(g, batch))(batch)
         matrix = np.asarray(f.T @ tf)
         assert low <= abs(matrix - matrix.T).max() / abs(matrix).max() < high
+    for features in (s.networks.ScaleFeatures(), s.networks.FourierFeatures(kink=True)):
+        with pytest.raises(ValueError, match="kink=False"):
+            s.fit(operator, s.networks.MLP(2, features=features))
 
 
 @pytest.mark.parametrize(
@@ -81,3 +87,32 @@ def test_truths_are_descending_and_applied_operators_finite(name):
     waves = lambda x: jnp.stack([jnp.cos(x[0]), jnp.sin(x[0])])
     images = jax.jit(lambda batch: operator.apply(waves, batch))(batch)
     assert all(np.isfinite(image).all() for image in images)
+
+
+def test_options_of_every_method_are_a_fits():
+    operator = _spectrum.OPERATORS["oscillator1d"]().operator
+    for name, options in _spectrum.METHODS.items():
+        found = options(operator, 3, 100)
+        assert isinstance(found["method"], s.Method), name
+    many = _spectrum.METHODS["energy"](operator, 3, 100)
+    assert many["network"].shared and many["network"].modes == 3
+
+
+def test_ctrl_c_keeps_the_last_evaluation(tmp_path, capsys, monkeypatch):
+    shown = []
+
+    def show(record):
+        shown.append(record)
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+        return "one"
+
+    monkeypatch.setattr(cli, "_line", show)
+    # The sizes of the command's own test, for what is compiled to be there already.
+    sizes = ["--modes", "1", "--steps", "200", "--batch", "64", "--seed", "3"]
+    arguments = ["spectrum", "--operator", "oscillator1d", *sizes, "--out", str(tmp_path)]
+    assert cli.main(arguments) == 130
+    assert "Stopped early" in capsys.readouterr().out
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["complete"] is False and len(result["history"]) == 2
+    assert result["modes"][0]["eigenvalue"] == pytest.approx(shown[1]["ritz"][0], rel=1e-5)

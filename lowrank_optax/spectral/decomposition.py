@@ -88,13 +88,16 @@ class Decomposition:
 
     @classmethod
     def of(cls, operator: Operator, networks: Any, params: Any, moments: Any, **rest: Any):
-        """Orders and normalises the outputs."""
+        """Orders and normalises the outputs; singular values are made positive."""
         moments = jax.tree.map(lambda a: np.asarray(a, np.float64), tuple(moments))
         mean = _mean(moments)
         sizes = [np.sqrt(np.diagonal(side.gram)) for side in mean]
         inverse = [np.divide(1.0, s, out=np.zeros_like(s), where=s > 0) for s in sizes]
         with np.errstate(invalid="ignore"):  # the start of a fit that is about to be refused
             values = np.diagonal(mean[0].cross) * inverse[0] * inverse[-1]
+        if len(mean) == 2:
+            inverse[1] = np.where(values < 0, -inverse[1], inverse[1])
+            values = np.abs(values)
         order = np.argsort(-values, kind="stable")
         rotation = tuple(np.diag(scale)[:, order] for scale in inverse)
         return cls(operator, networks, params, moments, rotation, **rest)

@@ -12,7 +12,6 @@ from lowrank_optax._types import check
 from lowrank_optax.spectral.decomposition import Decomposition
 from lowrank_optax.spectral.fit import fit
 from lowrank_optax.spectral.methods import Method, NestedLoRA
-from lowrank_optax.spectral.networks import MLP
 from lowrank_optax.spectral.operators import Operator
 
 
@@ -23,7 +22,7 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
       operator: data ``(n, d)`` to an operator whose points are rows, such as
         ``lambda X: KernelIntegral(kernel, X)``, or ``lambda X: Koopman(X[:-1], X[1:])``.
       n_components: modes, where ``network`` is not given.
-      network: as for `fit`; by default an `MLP`.
+      network: as for `fit`; by default `networks.default`.
       method: as for `fit`.
       optimizer: as for `fit`.
       steps: as for `fit`.
@@ -76,7 +75,7 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
         check(callable(self.operator), "SpectralEmbedding: pass operator, a function of the data.")
         self.decomposition_: Decomposition = fit(
             self.operator(X),
-            MLP(self.n_components) if self.network is None else self.network,
+            self.n_components if self.network is None else self.network,
             method=self.method,
             optimizer=self.optimizer,
             steps=self.steps,

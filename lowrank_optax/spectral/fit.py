@@ -15,14 +15,23 @@ import optax
 from jax import lax
 
 from lowrank_optax._types import check, check_count, check_decay
+from lowrank_optax.spectral._fingerprint import fingerprint
 from lowrank_optax.spectral.decomposition import (
     Decomposition,
     functions_of,
     initialize,
     networks_of,
 )
-from lowrank_optax.spectral.methods import Method, NestedLoRA, WholeBatch, moments, surrogate
+from lowrank_optax.spectral.methods import (
+    Method,
+    NestedLoRA,
+    UStatistic,
+    WholeBatch,
+    moments,
+    surrogate,
+)
 from lowrank_optax.spectral.operators import Operator
+from lowrank_optax.spectral.operators.differential import Differential
 
 FAULTS = 10
 """Steps in a row that gave something not finite, after which a fit is over."""
@@ -90,7 +99,8 @@ def fit(
       evaluate_batches: batches of an evaluation.
       progress: called with the record of every evaluation, such as `print`.
       checkpoint: an ``.npz`` that is written at every evaluation; where it exists, the fit goes on
-        from there, as if it had never stopped.
+        from there, as if it had never stopped. Its fit is told by the numbers and data within
+        operator, networks and optimizer, and by the names of functions, not by their code.
       patience: evaluations without a better sum of eigenvalues after which to stop.
 
     Returns:
@@ -121,11 +131,16 @@ def fit(
     check_count("fit", "evaluate_every", every)
     if patience is not None:
         check_count("fit", "patience", patience)
+    estimate = getattr(method, "moments", WholeBatch())
     check(
-        not getattr(operator, "everything", False)
-        or isinstance(getattr(method, "moments", WholeBatch()), WholeBatch),
+        not getattr(operator, "everything", False) or isinstance(estimate, WholeBatch),
         f"fit: the operator's batches are everything it has, in order, and {method!r} estimates "
         "moments from parts of them; pass moments=WholeBatch(), or leave out everything=True.",
+    )
+    check(
+        not isinstance(estimate, UStatistic) or estimate.group % operator.group == 0,
+        f"fit: {operator.group} rows of a {type(operator).__name__} batch are one sample and "
+        f"{estimate!r} would pair them with each other; pass UStatistic({operator.group}).",
     )
     if optimizer is None:
         optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
@@ -134,6 +149,12 @@ def fit(
 
         network = modules.default(operator, network)
     networks = networks_of(network, operator.sides)
+    kinked = any(getattr(getattr(n, "features", None), "kink", False) for n in networks)
+    check(
+        not (kinked and isinstance(operator, Differential) and operator.dimension == 1),
+        "fit: the network's features have a kink and the operator is of second order on a line, "
+        "where the kink's second derivative is a point mass that no sample sees; pass kink=False.",
+    )
     first, training, evaluation = jax.random.split(jax.random.key(seed), 3)
     state = jax.jit(partial(_start, operator, networks, method, optimizer, batch_size))(first)
 
@@ -148,10 +169,13 @@ def fit(
         operator, networks, state.average, evaluate(state), step=int(state.step)
     )
 
-    fingerprint = f"{method!r} steps={steps} batch={batch_size} seed={seed} ema={ema} {every=}"
-    history: list[dict[str, Any]] = []
+    identity, history = "", []
+    if checkpoint is not None:
+        parts = [fingerprint(part) for part in (operator, networks, optimizer)]
+        numbers = f"steps={steps} batch={batch_size} seed={seed} ema={ema} {every=}"
+        identity = f"{method!r} {' '.join(parts)} {numbers}"
     if checkpoint is not None and os.path.exists(checkpoint):
-        state, history = _restore(checkpoint, state, fingerprint)
+        state, history = _restore(checkpoint, state, identity)
     start, begin = time.perf_counter(), history[-1]["seconds"] if history else 0.0
 
     found = read(state)
@@ -181,7 +205,7 @@ def fit(
             }
         )
         if checkpoint is not None:
-            _save(checkpoint, state, history, fingerprint)
+            _save(checkpoint, state, history, identity)
         if progress is not None:
             progress(history[-1])
         if patience is not None and _stalled(history, patience):
@@ -302,26 +326,26 @@ def _stalled(history: list[dict[str, Any]], patience: int) -> bool:
     return max(sums[-patience:]) <= before + 1e-4 * abs(before)
 
 
-def _save(path: str, state: FitState, history: list[dict[str, Any]], fingerprint: str) -> None:
+def _save(path: str, state: FitState, history: list[dict[str, Any]], identity: str) -> None:
     leaves = enumerate(jax.tree.leaves(state))
     arrays: dict[str, Any] = {f"leaf_{i}": _plain(x) for i, x in leaves}
-    arrays["about"] = np.array(json.dumps({"fingerprint": fingerprint, "history": history}))
+    arrays["about"] = np.array(json.dumps({"fit": identity, "history": history}))
     beside = f"{path}.part"
     with open(beside, "wb") as file:
         np.savez(file, **arrays)
     os.replace(beside, path)  # a fit that is killed while writing leaves the older file whole
 
 
-def _restore(path: str, like: FitState, fingerprint: str) -> tuple[FitState, list[dict[str, Any]]]:
+def _restore(path: str, like: FitState, identity: str) -> tuple[FitState, list[dict[str, Any]]]:
     leaves, tree = jax.tree.flatten(like)
     with np.load(path) as data:
         about = json.loads(str(data["about"]))
         saved = [data[f"leaf_{i}"] for i in range(len(data.files) - 1)]
     same = [x.shape for x in saved] == [_plain(x).shape for x in leaves]
     check(
-        same and about["fingerprint"] == fingerprint,
-        f"fit: {path} is the checkpoint of another fit ({about['fingerprint']}); this is "
-        f"{fingerprint}. Pass another path, or remove the file.",
+        same and about.get("fit") == identity,
+        f"fit: {path} is the checkpoint of another fit ({about.get('fit')}); this is "
+        f"{identity}. Pass another path, or remove the file.",
     )
     back = [
         jax.random.wrap_key_data(x, impl=jax.random.key_impl(old))

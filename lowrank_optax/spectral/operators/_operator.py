@@ -25,6 +25,9 @@ class Operator(abc.ABC):
     sides: ClassVar[int] = 1
     """1 for a self-adjoint operator, 2 for one between different spaces."""
 
+    group: ClassVar[int] = 1
+    """Rows of a batch, next to each other, that are one sample and not independent."""
+
     exact: ClassVar[bool] = True
     """Whether an image is exact at its point, so that ``‖T f - lam f‖`` is a residual."""
 

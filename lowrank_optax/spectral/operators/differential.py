@@ -93,6 +93,11 @@ class Differential(Operator):
         return jax.vmap(lambda x, log_q: self._at(function, x, log_q))(*batch)
 
     @property
+    def dimension(self) -> int:
+        """Of the space, ``d``."""
+        return self._proposal.dimension
+
+    @property
     @abc.abstractmethod
     def _proposal(self) -> Proposal: ...
 

@@ -125,6 +125,7 @@ class Koopman(_Pairs):
     2020.
     """
 
+    group: ClassVar[int] = 2
     constant: bool = True
 
     def points(self, batch: Any) -> tuple[Any, ...]:
@@ -165,6 +166,7 @@ class GraphLaplacian(Operator):
     shift: float = 1.0
     constant: bool = False
     everything: bool = False
+    group: ClassVar[int] = 2
     exact: ClassVar[bool] = False
 
     def __post_init__(self):

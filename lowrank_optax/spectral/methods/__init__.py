@@ -1,0 +1,62 @@
+"""Methods that turn functions and their images under an operator into a direction of descent.
+
+`NestedLoRA` and `LowRankProduct` approximate the operator; `OrbitalMinimization`, `TracePenalty`,
+`ALLO`, `SpIN`, `SpectralNet` its trace; `NeuralEF` one Rayleigh quotient a mode; `VAMP2`, `DPNet`
+score a span; `VariationalEnergy`, `ExcitedStates` are Monte Carlo energies; `Oja`, `Krasulina`,
+`NoisyPower` streaming rules. The operator's largest eigenvalues are sought; what has to be smallest
+is given with its sign changed, as `operators` do.
+"""
+
+from lowrank_optax.spectral.methods._method import Method, Moments, moments, surrogate
+from lowrank_optax.spectral.methods._moments import MomentLoss, MomentMethod
+from lowrank_optax.spectral.methods.eigengame import (
+    AlphaPenalty,
+    MuPenalty,
+    NeuralEF,
+    Penalty,
+    SquaredPenalty,
+)
+from lowrank_optax.spectral.methods.energy import ExcitedStates, VariationalEnergy
+from lowrank_optax.spectral.methods.estimates import Estimate, Halves, UStatistic, WholeBatch
+from lowrank_optax.spectral.methods.lowrank import LowRankProduct, NestedLoRA
+from lowrank_optax.spectral.methods.scores import VAMP2, DPNet
+from lowrank_optax.spectral.methods.streaming import Krasulina, NoisyPower, Oja
+from lowrank_optax.spectral.methods.trace import (
+    ALLO,
+    OrbitalMinimization,
+    SpectralNet,
+    SpIN,
+    TracePenalty,
+)
+
+__all__ = [
+    "ALLO",
+    "AlphaPenalty",
+    "DPNet",
+    "Estimate",
+    "ExcitedStates",
+    "Halves",
+    "Krasulina",
+    "LowRankProduct",
+    "Method",
+    "MomentLoss",
+    "MomentMethod",
+    "Moments",
+    "MuPenalty",
+    "NestedLoRA",
+    "NeuralEF",
+    "NoisyPower",
+    "Oja",
+    "OrbitalMinimization",
+    "Penalty",
+    "SpIN",
+    "SpectralNet",
+    "SquaredPenalty",
+    "TracePenalty",
+    "UStatistic",
+    "VAMP2",
+    "VariationalEnergy",
+    "WholeBatch",
+    "moments",
+    "surrogate",
+]

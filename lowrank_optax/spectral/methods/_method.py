@@ -1,0 +1,104 @@
+"""What every method is.
+
+Every method is a map from a batch's pairs ``(f, T f)``, each ``(B, L)``, to cotangents ``G`` of the
+``f``; no gradient flows through ``T``, because self-adjointness supplies what would.
+"""
+
+import abc
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._linalg import safe_divide
+
+Pairs = tuple[tuple[jax.Array, jax.Array], ...]
+"""``((f, T f),)``, or ``((f, T g), (g, T* f))`` for an operator with two sides."""
+
+
+class Moments(NamedTuple):
+    """Second moments of one side.
+
+    Attributes:
+      gram: ``(L, L)``, ``<f_l, f_m>``.
+      cross: ``(L, L)``, ``<f_l, T f_m>``.
+      image: ``(L, L)``, ``<T f_l, T f_m>``.
+    """
+
+    gram: Any
+    cross: Any
+    image: Any
+
+    @classmethod
+    def of(cls, f: jax.Array, tf: jax.Array) -> "Moments":
+        """Means over the rows of a batch."""
+        return cls(f.T @ f / len(f), f.T @ tf / len(f), tf.T @ tf / len(f))
+
+
+def moments(pairs: Pairs) -> tuple[Moments, ...]:
+    """`Moments` of every side."""
+    return tuple(Moments.of(f, tf) for f, tf in pairs)
+
+
+class Method(abc.ABC):
+    """A rule for the cotangents, with a small memory where it needs one."""
+
+    def init(self, modes: int) -> Any:
+        """The memory before the first batch; a pytree of floating-point arrays."""
+        return ()
+
+    @abc.abstractmethod
+    def cotangents(self, pairs: Pairs, memory: Any) -> tuple[tuple[jax.Array, ...], Any]:
+        """A cotangent ``(B, L)`` for the ``f`` of every pair, and the memory after the batch."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def surrogate(method: Method, pairs: Pairs, memory: Any = ()) -> tuple[jax.Array, Any]:
+    """A number whose gradient is the method's direction, and the memory after the batch.
+
+    The number is the sum of the modes' Rayleigh quotients, the same for all methods; only its
+    gradient is the method's: ``G`` at the ``f`` of every pair and zero elsewhere.
+
+    Args:
+      method: a `Method`.
+      pairs: ``((f, T f),)`` or ``((f, T g), (g, T* f))``, each ``(B, L)``.
+      memory: the method's memory.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> method = spectral.NestedLoRA(moments=spectral.WholeBatch())
+      >>> f = jnp.eye(2)
+      >>> loss = lambda f: spectral.surrogate(method, ((f, 0.5 * f),))[0]
+      >>> print(jax.grad(loss)(f))  # at f^T f / B = T, where nothing is left to do
+      [[0. 0.]
+       [0. 0.]]
+    """
+    return _forward(method, pairs, memory)[0]
+
+
+def _forward(method: Method, pairs: Pairs, memory: Any):
+    directions, memory = method.cotangents(pairs, memory)
+    value = jnp.sum(quotients(moments(pairs)))
+    return (value, memory), (directions, pairs, memory)
+
+
+def _backward(method: Method, residuals: Any, cotangent: Any):
+    directions, pairs, memory = residuals
+    return (
+        tuple(
+            ((cotangent[0] * g).astype(f.dtype), jnp.zeros_like(tf))
+            for g, (f, tf) in zip(directions, pairs, strict=True)
+        ),
+        jax.tree.map(jnp.zeros_like, memory),
+    )
+
+
+surrogate.defvjp(_forward, _backward)
+
+
+def quotients(seen: tuple[Moments, ...]) -> jax.Array:
+    """``<f, T f> / ‖f‖²`` of every mode, or ``<f, T g> / (‖f‖ ‖g‖)`` with two sides."""
+    norms = jnp.diagonal(seen[0].gram) * jnp.diagonal(seen[-1].gram)
+    return safe_divide(jnp.diagonal(seen[0].cross), jnp.sqrt(norms))
