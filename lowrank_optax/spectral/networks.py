@@ -55,6 +55,7 @@ class FourierFeatures(nn.Module):
       scale: standard deviation of the angular frequencies, in inverse units of the coordinates.
       seed: of the frequencies.
       kink: whether ``x`` and ``|x|`` join them, as in `ScaleFeatures`.
+
     Source: Tancik et al., "Fourier features let networks learn high frequency functions in low
     dimensional domains", NeurIPS 2020.
     """
