@@ -16,7 +16,7 @@ the processor's, without compilation and measuring: run it on one core. Runs are
 end, and those in the file already are not repeated.
 
     taskset -c 0 python benchmarks/least_squares.py [--seeds 3] [--only Poisson] [--methods NAME]
-    python benchmarks/least_squares.py --quick --out /tmp/quick
+    python benchmarks/least_squares.py --quick --out DIR
 """
 
 import argparse
