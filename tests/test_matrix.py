@@ -356,6 +356,19 @@ class MatrixContribTest(
     """optax's own tests of contributed optimizers."""
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere it is one batched call")
+def test_factorisations_run_one_by_one():
+    """Batches of them, several at once, wait for each other in XLA's threads for ever."""
+    a = noise(6, 2, 3, 5, 5, dtype=jnp.float32)
+    a = a + jnp.swapaxes(a, -1, -2)
+    compiled = jax.jit(jax.vmap(jax.vmap(_linalg.eigh))).lower(a).compile()
+    calls = [x for x in compiled.as_text().splitlines() if "syevd" in x]
+    assert calls and not any(re.search(r"f32\[[23],|f32\[6,", x) for x in calls)
+    lam, rows = compiled(a)
+    again = np.einsum("...ri,...r,...rj->...ij", rows, lam, rows)
+    np.testing.assert_allclose(again, a, atol=1e-5)
+
+
 # Orthogonal updates -----------------------------------------------------------------------------
 
 
