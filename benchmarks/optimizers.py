@@ -46,20 +46,26 @@ class Method:
 
     Attributes:
       make: schedule to transformation.
-      middle: of the grid, which spans a factor of 100.
+      middle: of the grid, in the task's unit of learning rates.
       ours: whether it is one of the library's.
       above: the peer that whitening stands in front of.
+      scaled: whether rates have that unit; those of Newton's methods have none.
     """
 
     make: Callable[[optax.Schedule], optax.GradientTransformation]
-    middle: float
+    middle: float = 1e-2
     ours: bool = False
     above: str | None = None
+    scaled: bool = True
+
+    def centre(self, unit: float) -> float:
+        """The middle of the grid on a task of that unit."""
+        return self.middle * (unit if self.scaled else 1)
 
     def rates(self, unit: float, size: int) -> list[float]:
         """The grid, a factor √10 apart."""
         steps = range(-(size // 2), size - size // 2)
-        return [float(f"{unit * self.middle * 10 ** (k / 2):.3g}") for k in steps]
+        return [float(f"{self.centre(unit) * 10 ** (k / 2):.3g}") for k in steps]
 
 
 def muon_dimensions(params: Any) -> Any:
@@ -82,30 +88,73 @@ def muon(rate: optax.Schedule) -> optax.GradientTransformation:
     )
 
 
-def whiten(rank: int = 50, power: float = -0.25, beta: float | None = 1.0) -> Any:
-    """The one default setting: eigenvalues as means over the window, to the power -1/4."""
-    basis = lro.basis.GGT(rank) if beta is None else lro.basis.GGT(rank, beta=beta)
-    return lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.LPower(power))
+def before(make: Any, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Whitening with its one default setting in front of a peer."""
+    return optax.chain(lro.whiten(), make(rate))
 
 
-def before(make: Any, rate: optax.Schedule, **options: Any) -> optax.GradientTransformation:
-    return optax.chain(whiten(**options), make(rate))
+def sophia(rate: optax.Schedule) -> optax.GradientTransformation:
+    """Sophia with Hutchinson's estimate, the Hessian's diagonal in the parameters' coordinates."""
+    tx = optax.contrib.sophia(rate)
+
+    def update(updates, state, params=None, *, value_fn, **extra):
+        return tx.update(updates, state, params, obj_fn=value_fn)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def original(rate: optax.Schedule) -> optax.GradientTransformation:
+    """The parts of the original LRE."""
+    return lro.lre(rate, basis=lro.basis.GGT(100))
 
 
 METHODS: dict[str, Method] = {
-    "AdamW": Method(optax.adamw, 1e-2),
-    "Muon": Method(muon, 1e-2),
-    "SOAP": Method(peers.soap, 1e-2),
-    "PSGD-Kron": Method(peers.kron, 1e-2),
-    "whitening + AdamW": Method(partial(before, optax.adamw), 1e-2, True, "AdamW"),
-    "whitening + Muon": Method(partial(before, muon), 1e-2, True, "Muon"),
-    "whitening + SOAP": Method(partial(before, peers.soap), 1e-2, True, "SOAP"),
-    "whitening -1/2, rank 20 + AdamW": Method(
-        partial(before, optax.adamw, rank=20, power=-0.5, beta=None), 1e-2, True
-    ),
-    "polar_soap": Method(lro.polar_soap, 1e-2, True),
-    "original recipe": Method(lro.lre, 1.0, True),
+    "AdamW": Method(optax.adamw),
+    "Muon": Method(muon),
+    "SOAP": Method(peers.soap),
+    "PSGD-Kron": Method(peers.kron),
+    "whitening + AdamW": Method(partial(before, optax.adamw), ours=True, above="AdamW"),
+    "whitening + Muon": Method(partial(before, muon), ours=True, above="Muon"),
+    "whitening + SOAP": Method(partial(before, peers.soap), ours=True, above="SOAP"),
+    "lre": Method(lro.lre, ours=True),
+    "original LRE": Method(original, 1.0, True),
 }
+"""Those that every task is run with."""
+
+CURVATURES: dict[str, Method] = {
+    "L-BFGS (optax)": Method(lambda rate: optax.lbfgs(), scaled=False),
+    "Sophia (optax)": Method(sophia),
+    "BFGS": Method(lambda rate: lro.lowrank_newton(rate, 20), 1.0, True, scaled=False),
+    "SR1": Method(
+        lambda rate: lro.lowrank_newton(rate, 20, curvature=lro.curvature.SR1()),
+        1.0,
+        True,
+        scaled=False,
+    ),
+    "AdaHessian in a subspace": Method(lambda rate: lro.adahessian(rate, 20), 1e-1, True),
+    "Sophia-H in a subspace": Method(
+        lambda rate: lro.sophia_h(rate, 20, complement=optax.scale_by_adam()), ours=True
+    ),
+    "Hessian whitening + AdamW": Method(
+        lambda rate: optax.chain(
+            lro.scale_by_lre(
+                lro.curvature.HutchinsonHessian(),
+                lro.basis.Eigen(20),
+                lro.inner.LPower(-0.25),
+                update_every=10,
+                complement=1.0,
+            ),
+            optax.adamw(rate),
+        ),
+        ours=True,
+    ),
+    "natural gradient": Method(
+        lambda rate: lro.natural_gradient(rate, 20, damping=1.0, complement=1.0), 1.0, True
+    ),
+}
+"""Hessian and Fisher curvatures, run where they are asked for by ``--methods``."""
+
+EVERY = METHODS | CURVATURES
 
 
 # One run ----------------------------------------------------------------------------------------
@@ -191,7 +240,7 @@ class Book:
 
 def tune(book: Book, task: str, name: str, problem: Problem, grid: int, seeds: int) -> None:
     """All runs of one method on one task that are missing."""
-    method = METHODS[name]
+    method = EVERY[name]
     rates = method.rates(problem.unit, grid)
     run = None
     for seed in range(seeds):
@@ -218,12 +267,12 @@ def step_times(problem: Problem, methods: dict[str, Method], steps: int = 40) ->
     runs = {}
     for name, method in methods.items():
         runs[name] = run = runner(dataclasses.replace(problem, steps=steps), method, steps)
-        jax.block_until_ready(run(method.middle * problem.unit, 0))
+        jax.block_until_ready(run(method.centre(problem.unit), 0))
     best = dict.fromkeys(runs, np.inf)
     for _ in range(5):
         for name, run in runs.items():
             start = time.perf_counter()
-            jax.block_until_ready(run(methods[name].middle * problem.unit, 0))
+            jax.block_until_ready(run(methods[name].centre(problem.unit), 0))
             best[name] = min(best[name], time.perf_counter() - start)
     return {name: 1e3 * seconds / steps for name, seconds in best.items()}
 
@@ -233,7 +282,7 @@ def step_times(problem: Problem, methods: dict[str, Method], steps: int = 40) ->
 
 def summary(book: Book, task: str, name: str, unit: float, grid: int) -> dict[str, Any] | None:
     """Median and range over seeds at the best rate; steps and seconds to AdamW's result."""
-    rates = METHODS[name].rates(unit, grid)
+    rates = EVERY[name].rates(unit, grid)
     rate = book.best_rate(task, name, rates)
     if rate is None:
         return None
@@ -243,7 +292,9 @@ def summary(book: Book, task: str, name: str, unit: float, grid: int) -> dict[st
     out = {
         "task": task,
         "method": name,
+        "group": "curvatures" if name in CURVATURES else "methods",
         "rate": rate,
+        "guided": within(book, task, name, EVERY[name].centre(unit)),
         "edge": rate in (rates[0], rates[-1]),
         "seeds": len(runs),
         "final": statistics.median(finals),
@@ -265,6 +316,12 @@ def summary(book: Book, task: str, name: str, unit: float, grid: int) -> dict[st
     return out
 
 
+def within(book: Book, task: str, name: str, centre: float) -> float | None:
+    """The result of seed 0 at the grid's middle, what one has who tunes nothing."""
+    found = book.find(task=task, method=name, rate=float(f"{centre:.3g}"), seed=0)
+    return found[0]["final"] if found else None
+
+
 def _first(curve: list[float | None], target: float) -> int | None:
     return next((i for i, x in enumerate(curve) if x is not None and x <= target * 1.0001), None)
 
@@ -276,7 +333,7 @@ def draw(path: Path, book: Book, rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(4.6 * across, 3.2 * -(-len(names) // across)), dpi=130)
     figure.set_layout_engine("constrained")
     axes = figure.subplots(-(-len(names) // across), across, squeeze=False).ravel()
-    order = list(METHODS)
+    order = list(EVERY)
     for ax in axes[len(names) :]:
         ax.axis("off")
     for ax, task in zip(axes, names, strict=False):
@@ -286,7 +343,7 @@ def draw(path: Path, book: Book, rows: list[dict[str, Any]]) -> None:
             line = np.nanmedian(curves, axis=0)
             at = np.arange(1, len(line) + 1) * book.steps[task] / len(line)
             index = order.index(row["method"])
-            style = "-" if METHODS[row["method"]].ours else "--"
+            style = "-" if EVERY[row["method"]].ours else "--"
             ax.plot(at, line, style, color=f"C{index % 10}", label=row["method"], linewidth=1.3)
         ax.set(title=task, xlabel="steps", yscale="log")
         ax.grid(alpha=0.3)
@@ -300,9 +357,9 @@ def main() -> None:
     every = TASKS | EASY
     parser.add_argument("--tasks", nargs="+", default=list(every), choices=every, metavar="NAME")
     parser.add_argument(
-        "--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME"
+        "--methods", nargs="+", default=list(METHODS), choices=EVERY, metavar="NAME"
     )
-    parser.add_argument("--grid", type=int, default=4, help="learning rates")
+    parser.add_argument("--grid", type=int, default=6, help="learning rates")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--time", action="store_true", help="measure milliseconds a step")
     parser.add_argument("--quick", action="store_true", help="two minutes, to see that it works")
@@ -318,7 +375,7 @@ def main() -> None:
     book = Book(args.out / "optimizers.json", steps)
     for task in args.tasks:
         if args.time:
-            chosen = {name: METHODS[name] for name in args.methods}
+            chosen = {name: EVERY[name] for name in args.methods}
             times = book.times.setdefault(task, {})
             times.update(step_times(problems[task], chosen))
             print(task, {name: f"{ms:.3g} ms" for name, ms in times.items()}, flush=True)
@@ -326,8 +383,9 @@ def main() -> None:
             continue
         for name in args.methods:
             tune(book, task, name, problems[task], args.grid, args.seeds)
-    pairs = [(t, m) for t in args.tasks for m in args.methods]
-    found = [summary(book, t, m, problems[t].unit, args.grid) for t, m in pairs]
+    # Everything that is on disk is summed up, not only what was asked for now.
+    units = {t: (problems[t] if t in problems else every[t]()).unit for t in every}
+    found = [summary(book, t, m, units[t], args.grid) for t in every for m in EVERY]
     rows = [row for row in found if row]
     columns = {
         "task": "task",
@@ -341,9 +399,10 @@ def main() -> None:
         "ms": "ms a step",
         "seconds": "seconds to AdamW's",
     }
-    report.show("Final results at equal steps", rows, columns)
+    shown = [row for row in rows if row["task"] in args.tasks and row["method"] in args.methods]
+    report.show("Final results at equal steps", shown, columns)
     book.save(rows=rows)
-    draw(args.out / "optimizers.png", book, rows)
+    draw(args.out / "optimizers.png", book, [row for row in rows if row["group"] == "methods"])
     print(f"written to {args.out}")
 
 

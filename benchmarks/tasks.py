@@ -171,8 +171,8 @@ def pinn() -> Problem:
 
 
 def xor() -> Problem:
-    """Delayed exclusive or: a recurrent net of 30 units, two marked bits in sequences of 30."""
-    length, width = 30, 30
+    """Delayed exclusive or: a recurrent net of 30 units, two marked bits in sequences of 16."""
+    length, width = 16, 30
 
     def draw(key, size):
         bits, first, second = jax.random.split(key, 3)
@@ -233,13 +233,13 @@ def function(f: Callable[..., jax.Array], start: list[float], steps: int, unit: 
 def rosenbrock() -> Problem:
     """``(1 - x)² + 100 (y - x²)²`` from (-1.2, 1)."""
     f = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
-    return function(f, [-1.2, 1.0], 500, 10.0)
+    return function(f, [-1.2, 1.0], 500, 10**1.5)
 
 
 def booth() -> Problem:
     """``(x + 2y - 7)² + (2x + y - 5)²`` from (-5, -5)."""
     f = lambda x: (x[0] + 2 * x[1] - 7) ** 2 + (2 * x[0] + x[1] - 5) ** 2
-    return function(f, [-5.0, -5.0], 50, 100.0)
+    return function(f, [-5.0, -5.0], 50, 10**2.5)
 
 
 def quadratic() -> Problem:
@@ -256,7 +256,7 @@ def quadratic() -> Problem:
         quantity="value",
         steps=500,
         deterministic=True,
-        unit=10.0,
+        unit=10**1.5,
     )
 
 

@@ -33,6 +33,7 @@ from lowrank_optax.alias import (
     polar_soap,
     soap,
     sophia_h,
+    whiten,
     whitened_adam,
 )
 from lowrank_optax.least_squares import LevenbergMarquardtState, levenberg_marquardt
@@ -89,6 +90,7 @@ __all__ = [
     "sophia_h",
     "spectral",
     "squarest",
+    "whiten",
     "whitened_adam",
 ]
 

@@ -154,7 +154,7 @@ class Method:
 
 METHODS = (
     Method("Adam", optax.adam, (0.003, 0.01, 0.03)),
-    Method("lre", lro.lre, (0.3, 1.0, 3.0)),
+    Method("lre", lro.lre, (0.003, 0.01, 0.03)),
     Method(
         "whitening + Adam",
         lambda rate: optax.chain(

@@ -1,40 +1,54 @@
 """Named recipes: optimizers ready for use, each a point of curvature × basis × inner."""
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lowrank_optax import basis as bases
 from lowrank_optax import curvature as curvatures
 from lowrank_optax import inner as inners
-from lowrank_optax._types import SCALAR, SECOND_MOMENT, VECTOR, Inner, check_least
-from lowrank_optax.matrix import orthogonalize, scale_by_matrix_lre
+from lowrank_optax._types import SCALAR, SECOND_MOMENT, VECTOR, Inner, check, check_least
+from lowrank_optax.matrix import orthogonalize, scale_by_matrix_lre, squarest
 from lowrank_optax.transform import scale_by_lre
+
+MATRIX_OPTIONS = inspect.signature(scale_by_matrix_lre).parameters.keys() - {
+    "short",
+    "long",
+    "inner",
+}
+"""Keywords that the recipes for matrices hand on."""
 
 
 def lre(
     learning_rate: optax.ScalarOrSchedule,
-    curvature: curvatures.Curvature = curvatures.Covariance(),
-    basis: bases.Basis = bases.GGT(rank=100),
-    inner: Inner | Sequence[Inner] = (
-        inners.Adam(),
-        inners.Cautious(),
-        inners.ClipNormByEMA(normalize=True),
-    ),
+    curvature: curvatures.Curvature | None = None,
+    basis: bases.Basis | None = None,
+    inner: Inner | Sequence[Inner] | None = None,
     *,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Low-rank eigenbasis optimizer: `scale_by_lre`, decoupled weight decay, learning rate.
+    r"""Low-rank eigenbasis optimizer; with a learning rate alone, the recipe to start from.
+
+    Without any part it is `polar_soap`: eigenbases on the sides of every matrix, a whitened window
+    for everything else. With one named it is `scale_by_lre` of curvature, basis and inner parts,
+    decoupled weight decay, and the learning rate:
 
     .. math:: x \leftarrow x - \eta\,\bigl(Q\,\mathrm{inner}(Q^T g) + \lambda_{wd}\, x\bigr)
 
+    Parts that are left out are then those of the original LRE: ``Covariance()``, ``GGT(100)`` and
+    ``(Adam(), Cautious(), ClipNormByEMA(normalize=True))``.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
-      >>> tx = lro.lre(1e-1, basis=lro.basis.GGT(rank=10))
+      >>> tx = lro.lre(optax.linear_schedule(1e-2, 0.0, 1000))      # for a network
+      >>> tx = lro.lre(1e-1, basis=lro.basis.GGT(rank=10))          # the original, of rank 10
       >>> loss = lambda x: jnp.sum((x - jnp.arange(3.0)) ** 2)
       >>> x = jnp.zeros(3); state = tx.init(x)
       >>> for _ in range(300):
@@ -44,29 +58,46 @@ def lre(
       True
 
     Args:
-      learning_rate: a number or a schedule. With the default inner parts an update's norm follows
-        the running average of Adam's updates in the basis.
+      learning_rate: a number or a schedule. Without any part updates have the size of Adam's: a
+        schedule that falls from 1e-2 times the distance that parameters have to go, in units of
+        a network's weights, was within a factor of three of the best on all tasks of
+        `benchmarks/optimizers.py`. With the original's inner parts an update's norm follows the
+        running average of Adam's updates in the basis; start a hundred times higher.
       curvature: what is measured.
       basis: how it is kept.
       inner: what runs inside.
       weight_decay: strength of the decoupled weight decay, multiplied by the learning rate.
       mask: a tree of booleans, or a function that gives one, of the leaves that decay.
-      **options: the keywords of `scale_by_lre`.
+      **options: the keywords of `scale_by_lre`; without any part those of `polar_soap`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: as `scale_by_lre`; and by ``update`` for weight decay without params.
+      ValueError: as `scale_by_lre`; for its keywords where no part is named; and by ``update`` for
+        weight decay without params.
 
-    Cost: that of `scale_by_lre`.
+    Cost: that of `scale_by_lre`; without any part that of `polar_soap`.
 
-    Source: the original LRE's recommended recipe.
+    Source: the original LRE for the parts; for the recipe without any see `polar_soap`.
     """
     if not isinstance(weight_decay, jax.Array):
         check_least("lre", "weight_decay", weight_decay)
     # optax.inject_hyperparams hands collected keywords back under their own name; they stay static.
     options = {**options.pop("options", {}), **options}
+    if curvature is None and basis is None and inner is None:
+        known = inspect.signature(polar_soap).parameters.keys() | MATRIX_OPTIONS
+        wrong = sorted(options.keys() - known)
+        check(
+            not wrong,
+            f"lre: {', '.join(wrong)} came without a curvature, basis or inner part; name one, such "
+            "as basis=lro.basis.GGT(100), or pass the keywords of lro.polar_soap only.",
+        )
+        return polar_soap(learning_rate, weight_decay=weight_decay, mask=mask, **options)
+    curvature = curvatures.Covariance() if curvature is None else curvature
+    basis = bases.GGT(rank=100) if basis is None else basis
+    if inner is None:
+        inner = inners.Adam(), inners.Cautious(), inners.ClipNormByEMA(normalize=True)
     return optax.chain(
         scale_by_lre(curvature, basis, inner, **options),
         _decay_weights(weight_decay, mask),
@@ -181,6 +212,51 @@ def full_matrix_adam(
     )
 
 
+def whiten(
+    rank: int = 50, *, power: float = -0.25, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    r"""Whitens gradients in the span of the last ones; stands in front of any optimizer.
+
+    ``Covariance() × GGT(rank, beta=1) × LPower(power)``:
+
+    .. math:: g \mapsto Q\,\Lambda^{p}\,Q^T g,\quad
+              Q \Lambda Q^T = \frac{1}{r} \sum_{i<r} g_{t-i}\, g_{t-i}^T
+
+    What is loud becomes quieter, and quieter directions are heard. ``p = -1/4`` leaves the learning
+    rate of what stands behind as it was; ``p = -1/2`` gains more on ill-conditioned problems, at
+    smaller rates, and loses where gradients are mostly noise.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> tx = optax.chain(lro.whiten(rank=10), optax.adam(optax.linear_schedule(0.3, 0.0, 200)))
+      >>> loss = lambda x: jnp.sum((x - 1) ** 2 * jnp.array([1.0, 10.0, 100.0]))
+      >>> x = jnp.zeros(3); state = tx.init(x); update = jax.jit(tx.update)
+      >>> for _ in range(200):
+      ...     updates, state = update(jax.grad(loss)(x), state, x)
+      ...     x = optax.apply_updates(x, updates)
+      >>> bool(loss(x) < 1e-4)
+      True
+
+    Args:
+      rank: the window's length.
+      power: of the eigenvalues.
+      **options: the keywords of `scale_by_lre`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: for a rank out of range.
+
+    Cost: that of `GGT`: memory ``rank d``, two passes over it a step.
+
+    Source: the window is that of Agarwal et al., "Efficient Full-Matrix Adaptive Regularization",
+    ICML 2019; the power and the order were found by `benchmarks/optimizers.py`.
+    """
+    basis = bases.GGT(rank, beta=1.0)
+    return scale_by_lre(curvatures.Covariance(), basis, inners.LPower(power), **options)
+
+
 def whitened_adam(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 50,
@@ -193,16 +269,9 @@ def whitened_adam(
     mask: Any | Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam on gradients that are whitened in the span of the last ones.
+    r"""Adam on gradients that are whitened in the span of the last ones: `whiten`, then Adam.
 
-    ``Covariance() × GGT(rank, beta=1) × LPower(power)``, then Adam over the parameters:
-
-    .. math:: x \leftarrow x - \eta\,\mathrm{Adam}\bigl(Q\,\Lambda^{p}\,Q^T g\bigr),\quad
-              Q \Lambda Q^T = \frac{1}{r} \sum_{i<r} g_{t-i}\, g_{t-i}^T
-
-    ``p = -1/4`` keeps Adam's learning rate and was never far behind Adam where it did not help;
-    ``p = -1/2`` gains more on ill-conditioned problems, at smaller rates. It stands in front of any
-    other optimizer as well: chain `scale_by_lre` with it.
+    .. math:: x \leftarrow x - \eta\,\mathrm{Adam}\bigl(Q\,\Lambda^{p}\,Q^T g\bigr)
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -229,15 +298,13 @@ def whitened_adam(
     Raises:
       ValueError: for a rank out of range.
 
-    Cost: that of `GGT` and of Adam.
+    Cost: that of `whiten` and of Adam.
 
-    Source: the window is that of Agarwal et al., "Efficient Full-Matrix Adaptive Regularization",
-    ICML 2019; the power and the order were found by `benchmarks/optimizers.py`.
+    Source: as `whiten`.
     """
     options = {**options.pop("options", {}), **options}
-    basis = bases.GGT(rank, beta=1.0)
     return optax.chain(
-        scale_by_lre(curvatures.Covariance(), basis, inners.LPower(power), **options),
+        whiten(rank, power=power, **options),
         optax.scale_by_adam(b1, b2, eps),
         _decay_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -610,6 +677,7 @@ def soap(
     b2: float = 0.95,
     eps: float = 1e-8,
     update_every: int = 10,
+    largest: int | None = 10000,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     **options: Any,
@@ -649,6 +717,8 @@ def soap(
       b2: decay of the second moment and of ``L`` and ``R``.
       eps: added to the root.
       update_every: steps from one turn of the bases to the next.
+      largest: sides longer than this have no basis; matrices of which no side has one go through
+        Adam.
       weight_decay: strength of the decoupled weight decay, multiplied by the learning rate.
       mask: a tree of booleans, or a function that gives one, of the leaves that decay.
       **options: the keywords of `scale_by_matrix_lre`.
@@ -674,7 +744,7 @@ def soap(
         optax.scale_by_adam(b1, b2, eps),
         weight_decay,
         mask,
-        **{"warmup_steps": 1, **options},
+        **{"warmup_steps": 1, "largest": largest, **options},
     )
 
 
@@ -684,8 +754,9 @@ def polar_soap(
     b1: float = 0.95,
     b2: float = 0.95,
     eps: float = 1e-8,
-    update_every: int = 10,
+    update_every: int = 3,
     rms: float = 0.2,
+    largest: int | None = 1024,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     **options: Any,
@@ -698,8 +769,8 @@ def polar_soap(
               \mathrm{polar}\bigl(Q_L\,\mathrm{NAdam}(Q_L^T G\,Q_R)\,Q_R^T\bigr)
 
     Muon orthogonalises the momentum as it comes, noise and all; here every pair of eigendirections
-    is first divided by the size of its own gradients. Leaves that are no matrices go through Adam
-    with the same decays.
+    is first divided by the size of its own gradients. Leaves that are no matrices, biases and
+    scales, go through `whiten` and Adam, as `whitened_adam` has them.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -718,8 +789,11 @@ def polar_soap(
       b1: decay of the mean.
       b2: decay of the second moment and of both sides' matrices.
       eps: added to the root.
-      update_every: steps from one turn of the bases to the next.
+      update_every: steps from one turn of the bases to the next. More of them cost less and lose a
+        little; on a GPU, whose small ``eigh`` is slow, start from 10.
       rms: root mean square of a matrix's update at learning rate 1.
+      largest: sides longer than this have no basis (embeddings); matrices of which no side has one
+        go through Adam and are then made orthogonal.
       weight_decay: strength of the decoupled weight decay, multiplied by the learning rate.
       mask: a tree of booleans, or a function that gives one, of the leaves that decay.
       **options: the keywords of `scale_by_matrix_lre`.
@@ -727,7 +801,7 @@ def polar_soap(
     Raises:
       ValueError: for a decay, ``eps``, ``rms`` or number of steps out of range.
 
-    Cost: that of `soap` and of `orthogonalize`.
+    Cost: that of `soap`, of `orthogonalize`, and of `whiten` on all that is no matrix.
 
     Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024; Jordan et al.,
     "Muon", 2024.
@@ -739,14 +813,17 @@ def polar_soap(
         SECOND_MOMENT,  # pyright: ignore[reportArgumentType]
     )
     inner = inners.Optax(optax.scale_by_adam(b1, b2, eps, nesterov=True), laws=laws)
+    options = {**options.pop("options", {}), **options}
+    seen = options.get("view") or squarest
+    vectors = partial(jax.tree.map, lambda x: seen(jnp.shape(x)) is None)
     return _matrix_recipe(
         learning_rate,
         (side, side, inner),
-        optax.scale_by_adam(b1, b2, eps),
+        optax.chain(optax.masked(whiten(), vectors), optax.scale_by_adam(eps=eps)),
         weight_decay,
         mask,
         then=orthogonalize(rms, view=options.get("view")),
-        **{"warmup_steps": 1, **options},
+        **{"warmup_steps": 1, "largest": largest, **options},
     )
 
 

@@ -99,6 +99,7 @@ def scale_by_matrix_lre(
     view: Callable[[tuple[int, ...]], tuple[int, int] | None] | None = None,
     rest: optax.GradientTransformation | None = None,
     complement: float | jax.Array = 0.0,
+    largest: int | None = None,
     dtype: Any = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -158,6 +159,8 @@ def scale_by_matrix_lre(
         ``None`` to leave it to ``rest``; by default `squarest`.
       rest: of the leaves that are no matrices, by default `optax.scale_by_adam`.
       complement: ``gamma``, 0 drops what is outside the bases.
+      largest: sides longer than this have no basis, and matrices of which no side has one are left
+        to ``rest``; ``None`` for no limit. What a full basis costs grows with the cube.
       dtype: of the stored rows, for bases that store rows in the leaf's dtype; by default that.
       seed: of the randomness of the bases.
 
@@ -199,17 +202,36 @@ def scale_by_matrix_lre(
     )
     if not isinstance(complement, jax.Array):
         check_least(OWNER, "complement", complement)
+    if largest is not None:
+        check_count(OWNER, "largest", largest)
     check(
         dtype is None or jnp.issubdtype(dtype, jnp.floating),
         f"{OWNER}: dtype is {dtype!r}; pass a floating-point dtype such as jnp.bfloat16.",
     )
-    seen = view or squarest
+
+    def seen(shape: tuple[int, ...]) -> tuple[int, int] | None:
+        found = (view or squarest)(shape)
+        if found is None or largest is None or len(found) != 2:
+            return found
+        pairs = zip((short, long), sorted(found), strict=True)
+        return found if any(b is not None and size <= largest for b, size in pairs) else None
+
     others = optax.masked(
         rest or optax.scale_by_adam(),
         partial(jax.tree.map, lambda x: seen(jnp.shape(x)) is None),
     )
     engine = _Engine(
-        short, long, rule, update_every, warmup_steps, seen, others, complement, dtype, seed
+        short,
+        long,
+        rule,
+        update_every,
+        warmup_steps,
+        seen,
+        others,
+        complement,
+        largest,
+        dtype,
+        seed,
     )
     return optax.GradientTransformationExtraArgs(engine.init, engine.update)
 
@@ -289,6 +311,7 @@ class _Engine:
     view: Callable[[tuple[int, ...]], tuple[int, int] | None]
     rest: optax.GradientTransformationExtraArgs
     complement: Any
+    largest: Any
     dtype: Any
     seed: Any
 
@@ -368,7 +391,11 @@ class _Engine:
 
     def _sides(self, kind: _Matrices) -> tuple[tuple[Basis | None, Layout], ...]:
         """The bases of both sides, their ranks cut to what there is, with their layouts."""
-        return (_cut(self.short, kind.short), kind.short), (_cut(self.long, kind.long), kind.long)
+        short, long = (
+            None if self.largest is not None and size > self.largest else basis
+            for basis, size in zip((self.short, self.long), kind.sizes, strict=True)
+        )
+        return (_cut(short, kind.short), kind.short), (_cut(long, kind.long), kind.long)
 
     def _matrices(self, layout: Layout) -> dict[str, _Matrices]:
         views = [self.view(shape) for shape in layout.shapes]
@@ -472,7 +499,7 @@ class _Engine:
             else basis.eigenbasis(state)
             for (basis, layout), state in zip(self._sides(kind), (short, long), strict=True)
         ]
-        power = 1.0 if None in (self.short, self.long) else 0.5
+        power = 1.0 if any(basis is None for basis, _ in self._sides(kind)) else 0.5
         one, two = (jnp.maximum(side.lam, 0) ** power for side in sides)
         lam, live = (
             one[:, :, None] * two[:, None],

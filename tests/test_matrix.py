@@ -414,3 +414,28 @@ def test_polar_soap_is_soap_made_orthogonal(x64):
     expected = jax.vmap(lambda g: -0.1 * polar.update(g, polar.init(g))[0])(plain)
     np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
     np.testing.assert_array_equal(ours[0], 0)
+
+
+def test_polar_soap_whitens_what_is_no_matrix():
+    """Vectors go through `whiten` and Adam as if they were alone."""
+    tree = {"w": noise(0, 6, 4, 3, dtype=jnp.float32), "b": noise(1, 6, 5, dtype=jnp.float32)}
+    ours, _ = steps(lro.polar_soap(0.1, update_every=2), tree)
+    alone, _ = steps(lro.whitened_adam(0.1), tree["b"])
+    np.testing.assert_allclose(ours["b"], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize(("largest", "one_sided"), [(5, True), (3, False)])
+def test_longer_sides_have_no_basis(largest, one_sided):
+    grads = noise(3, 5, 4, 7, dtype=jnp.float32)
+    ours, state = steps(lro.scale_by_matrix_lre(FULL, FULL, inner.Adam(), largest=largest), grads)
+    if one_sided:
+        expected, _ = steps(lro.scale_by_matrix_lre(FULL, None, inner.Adam()), grads)
+    else:
+        expected, _ = steps(optax.scale_by_adam(), grads)
+        assert not state.matrices
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_largest_is_checked():
+    with pytest.raises(ValueError, match="largest is 0"):
+        lro.scale_by_matrix_lre(FULL, None, inner.Adam(), largest=0)
