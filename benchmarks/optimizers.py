@@ -294,7 +294,8 @@ def summary(book: Book, task: str, name: str, unit: float, grid: int) -> dict[st
         "method": name,
         "group": "curvatures" if name in CURVATURES else "methods",
         "rate": rate,
-        "guided": within(book, task, name, EVERY[name].centre(unit)),
+        "centre": EVERY[name].centre(unit),
+        "guided": at_centre(book, task, name, EVERY[name].centre(unit)),
         "edge": rate in (rates[0], rates[-1]),
         "seeds": len(runs),
         "final": statistics.median(finals),
@@ -316,7 +317,7 @@ def summary(book: Book, task: str, name: str, unit: float, grid: int) -> dict[st
     return out
 
 
-def within(book: Book, task: str, name: str, centre: float) -> float | None:
+def at_centre(book: Book, task: str, name: str, centre: float) -> float | None:
     """The result of seed 0 at the grid's middle, what one has who tunes nothing."""
     found = book.find(task=task, method=name, rate=float(f"{centre:.3g}"), seed=0)
     return found[0]["final"] if found else None

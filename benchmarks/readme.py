@@ -39,15 +39,24 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
-def across(cell: Callable[[dict[str, Any]], float | None], spread: bool = False) -> str:
-    """Tasks down, methods across, the lowest of every task in bold."""
-    found = rows("optimizers")
+def across(
+    cell: Callable[[dict[str, Any]], float | None],
+    spread: bool = False,
+    groups: tuple[str, ...] = ("methods",),
+    methods: list[str] | None = None,
+) -> str:
+    """Tasks down, methods across, the lowest of every task in bold; tasks where all were run."""
+    found = [
+        row for row in rows("optimizers") if row["group"] in groups or row["method"] == "AdamW"
+    ]
     tasks = list(dict.fromkeys(row["task"] for row in found))
-    methods = list(dict.fromkeys(row["method"] for row in found))
+    methods = methods or list(dict.fromkeys(row["method"] for row in found))
     at = {(row["task"], row["method"]): row for row in found}
     lines = []
     for task in tasks:
         values = {m: cell(at[task, m]) for m in methods if (task, m) in at}
+        if len(values) < 2:
+            continue
         known = [v for v in values.values() if v is not None]
         line = [task]
         for method in methods:
@@ -73,11 +82,6 @@ def optimizers_spread() -> str:
     return across(lambda row: row["final"], spread=True)
 
 
-def optimizers_steps() -> str:
-    """Steps to AdamW's final result."""
-    return across(lambda row: row.get("steps"))
-
-
 def optimizers_seconds() -> str:
     """Seconds to AdamW's final result."""
     return across(lambda row: row.get("seconds"))
@@ -86,6 +90,50 @@ def optimizers_seconds() -> str:
 def optimizers_time() -> str:
     """Milliseconds a step."""
     return across(lambda row: row.get("ms"))
+
+
+def whitening() -> str:
+    """Final measures with whitening in front of a peer over those of the peer alone."""
+    found = {(row["task"], row["method"]): row for row in rows("optimizers")}
+    peers = "AdamW", "Muon", "SOAP"
+    lines = []
+    for task in dict.fromkeys(task for task, _ in found):
+        line = [task]
+        for peer in peers:
+            with_, alone = found.get((task, f"whitening + {peer}")), found.get((task, peer))
+            line.append(f"{with_['final'] / alone['final']:.2g}" if with_ and alone else "–")
+        lines.append(line)
+    return markdown(["task", *(f"in front of {peer}" for peer in peers)], lines)
+
+
+def guidance() -> str:
+    """Rates against the guidance, and what the guidance alone gives."""
+    found = {(row["task"], row["method"]): row for row in rows("optimizers")}
+    lines = []
+    for task in dict.fromkeys(task for task, _ in found):
+        ours, adam = found.get((task, "lre")), found.get((task, "AdamW"))
+        if ours and adam:
+            cells = ours["rate"] / ours["centre"], ours["guided"], ours["final"], adam["final"]
+            lines.append([task, number(ours["centre"]), *(number(x) for x in cells)])
+    head = [
+        "task",
+        "guidance",
+        "best rate over it",
+        "at the guidance",
+        "at the best",
+        "AdamW, best",
+    ]
+    return markdown(head, lines)
+
+
+def curvatures() -> str:
+    """Final measures of Hessian and Fisher curvatures."""
+    return across(lambda row: row["final"], groups=("curvatures",))
+
+
+def curvatures_seconds() -> str:
+    """Their seconds to AdamW's final result."""
+    return across(lambda row: row.get("seconds"), groups=("curvatures",))
 
 
 def matrix_shapes() -> str:
@@ -126,9 +174,12 @@ TABLES = {
     for f in (
         optimizers,
         optimizers_spread,
-        optimizers_steps,
         optimizers_seconds,
         optimizers_time,
+        whitening,
+        guidance,
+        curvatures,
+        curvatures_seconds,
         matrix_shapes,
         least_squares,
     )

@@ -90,8 +90,8 @@ def lre(
         wrong = sorted(options.keys() - known)
         check(
             not wrong,
-            f"lre: {', '.join(wrong)} came without a curvature, basis or inner part; name one, such "
-            "as basis=lro.basis.GGT(100), or pass the keywords of lro.polar_soap only.",
+            f"lre: {', '.join(wrong)} came without a curvature, basis or inner part; name one, "
+            "such as basis=lro.basis.GGT(100), or pass the keywords of lro.polar_soap only.",
         )
         return polar_soap(learning_rate, weight_decay=weight_decay, mask=mask, **options)
     curvature = curvatures.Covariance() if curvature is None else curvature

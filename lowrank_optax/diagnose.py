@@ -43,6 +43,8 @@ class Summary(NamedTuple):
 def summary(state: Any) -> Summary:
     """Everything a training loop wants to log, at the cost of small algebra.
 
+    Of `lre` without parts this is the window over biases and scales; `matrices` has the rest.
+
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.lre(1e-2, basis=lro.basis.GGT(4)); state = tx.init(jnp.zeros(3))
@@ -65,6 +67,52 @@ def summary(state: Any) -> Summary:
         cosine=state.metrics.cosine,
         **state.events._asdict(),
     )
+
+
+class MatricesSummary(NamedTuple):
+    """The bases of the ``n`` matrices of one shape ``(a, b)``; a side without one has ``None``.
+
+    Attributes:
+      short: ``(n, r_S)`` eigenvalues of the shorter side as stored, in descending order.
+      long: ``(n, r_L)``, those of the longer side.
+      captured_energy: ``(n,)``, ``‖Q_S^T G Q_L‖² / ‖G‖²`` of the last step.
+      dropped: ``(n,)`` steps that were not taken, for whatever reason.
+    """
+
+    short: jax.Array | None
+    long: jax.Array | None
+    captured_energy: jax.Array
+    dropped: jax.Array
+
+
+def matrices(state: Any) -> dict[str, MatricesSummary]:
+    """What `scale_by_matrix_lre`, and with it `lre`, keeps for every shape of matrix.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.lre(1e-2); state = tx.init(jnp.zeros((2, 3)))
+      >>> _, state = tx.update(jnp.diag(jnp.array([2.0, 1.0, 0.0]))[:2], state)
+      >>> seen = lro.diagnose.matrices(state)["2x3 float32"]
+      >>> print((seen.short / seen.short[:, :1]).round(2), seen.captured_energy.round(2))
+      [[1.   0.25]] [1.]
+
+    Raises:
+      ValueError: where no state of `scale_by_matrix_lre` is found.
+    """
+    is_engine = lambda x: hasattr(x, "matrices")
+    for leaf in jax.tree.leaves(state, is_leaf=is_engine):
+        if is_engine(leaf):
+            return {name: _of_matrices(each) for name, each in leaf.matrices.items()}
+    raise ValueError(
+        f"diagnose: {type(state).__name__} holds no state of scale_by_matrix_lre; pass the "
+        "state of lre or soap, or of a chain that contains one."
+    )
+
+
+def _of_matrices(state: Any) -> MatricesSummary:
+    short, long = (getattr(side, "lam", None) for side in (state.short, state.long))
+    dropped = sum(state.events[1:], state.events[0])
+    return MatricesSummary(short, long, state.captured, dropped)
 
 
 class OperatorSummary(NamedTuple):

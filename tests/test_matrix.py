@@ -439,3 +439,14 @@ def test_longer_sides_have_no_basis(largest, one_sided):
 def test_largest_is_checked():
     with pytest.raises(ValueError, match="largest is 0"):
         lro.scale_by_matrix_lre(FULL, None, inner.Adam(), largest=0)
+
+
+def test_diagnose_matrices():
+    tx = optax.chain(lro.scale_by_matrix_lre(FULL, None, inner.Adam()), optax.scale(-1.0))
+    _, state = tx.update(PARAMS, tx.init(PARAMS))
+    seen = lro.diagnose.matrices(state)["12x24 bfloat16"]
+    assert seen.short.shape == (2, 12) and seen.long is None
+    np.testing.assert_allclose(seen.captured_energy, 1, atol=1e-2)
+    assert seen.dropped.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="holds no state of scale_by_matrix_lre"):
+        lro.diagnose.matrices(optax.sgd(1.0).init(PARAMS))
