@@ -117,6 +117,7 @@ METHODS: dict[str, Method] = {
     "whitening + Muon": Method(partial(before, muon), ours=True, above="Muon"),
     "whitening + SOAP": Method(partial(before, peers.soap), ours=True, above="SOAP"),
     "lre": Method(lro.lre, ours=True),
+    "lre, every 3": Method(partial(lro.lre, update_every=3), ours=True),
     "original LRE": Method(original, 1.0, True),
 }
 """Those that every task is run with."""

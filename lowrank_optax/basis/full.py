@@ -127,13 +127,16 @@ class FullMatrix(Dense, Spectrum):
         matrix = jax.vmap(self._blend)(state, y, correction.weights, start)
         turn = state.updates % self.every == 0
         factor = jax.vmap(partial(self._factor, signed=correction.signed))
-        always = isinstance(self.every, numbers.Integral) and self.every == 1
-        lam, t = (
-            factor(matrix)
-            if always
-            else repeat(jnp.any(accept & turn), lambda _, old: factor(matrix), (state.lam, state.t))
-        )
-        return Absorbed(*jax.vmap(_accept)(state, matrix, lam, t, y, accept, turn))
+        eye = jnp.broadcast_to(jnp.eye(state.t.shape[-1], dtype=state.t.dtype), state.t.shape)
+
+        def turned(_, old):
+            lam, t = factor(matrix)
+            return lam, t, jnp.einsum("nrd,nsd->nrs", t, state.t)
+
+        still, always = (state.lam, state.t, eye), isinstance(self.every, numbers.Integral)
+        always = always and self.every == 1
+        new = turned(0, still) if always else repeat(jnp.any(accept & turn), turned, still)
+        return Absorbed(*jax.vmap(_accept)(state, matrix, *new, y, accept, turn))
 
     def eigenbasis(self, state: FullMatrixState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))
@@ -149,7 +152,7 @@ class FullMatrix(Dense, Spectrum):
         return lam, jnp.where(live[:, None], t, 0)
 
 
-def _accept(old: FullMatrixState, matrix, lam, t, y, accept, turn):
+def _accept(old: FullMatrixState, matrix, lam, t, c, y, accept, turn):
     """One group: what of the new it takes."""
     fine = _linalg.finite(matrix, lam, t)
     ok = accept & fine
@@ -157,7 +160,7 @@ def _accept(old: FullMatrixState, matrix, lam, t, y, accept, turn):
     new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
     pick = partial(jnp.where, turn)
     new = new._replace(t=pick(new.t, old.t), lam=pick(new.lam, old.lam))
-    c = jnp.where(ok & turn, t @ old.t.T, jnp.eye(t.shape[0], dtype=t.dtype))
+    c = jnp.where(ok & turn, c, jnp.eye(t.shape[0], dtype=t.dtype))
     return new, c, new.t @ y.T, accept & ~fine
 
 
