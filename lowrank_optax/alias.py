@@ -677,7 +677,7 @@ def soap(
     b2: float = 0.95,
     eps: float = 1e-8,
     update_every: int = 10,
-    largest: int | None = 10000,
+    largest: int | None = None,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     **options: Any,
@@ -717,8 +717,8 @@ def soap(
       b2: decay of the second moment and of ``L`` and ``R``.
       eps: added to the root.
       update_every: steps from one turn of the bases to the next.
-      largest: sides longer than this have no basis; matrices of which no side has one go through
-        Adam.
+      largest: sides longer than this, by default 10,000, have no basis; matrices of which no side
+        has one go through Adam.
       weight_decay: strength of the decoupled weight decay, multiplied by the learning rate.
       mask: a tree of booleans, or a function that gives one, of the leaves that decay.
       **options: the keywords of `scale_by_matrix_lre`.
@@ -731,6 +731,7 @@ def soap(
 
     Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024.
     """
+    # Of ``largest``: optax.inject_hyperparams traces default numbers, and shapes depend on this one.
     if rank is None:
         # Eigenvalues are not read, so there is nothing to lose by keeping all that can be told.
         side = bases.FullMatrix(b2, every=update_every, eig_tol=0.0)
@@ -744,7 +745,7 @@ def soap(
         optax.scale_by_adam(b1, b2, eps),
         weight_decay,
         mask,
-        **{"warmup_steps": 1, "largest": largest, **options},
+        **{"warmup_steps": 1, "largest": 10_000 if largest is None else largest, **options},
     )
 
 
@@ -756,7 +757,7 @@ def polar_soap(
     eps: float = 1e-8,
     update_every: int = 10,
     rms: float = 0.2,
-    largest: int | None = 1024,
+    largest: int | None = None,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     **options: Any,
@@ -792,8 +793,8 @@ def polar_soap(
       update_every: steps from one turn of the bases to the next. 3 was better on deep narrow
         networks, at about twice the time.
       rms: root mean square of a matrix's update at learning rate 1.
-      largest: sides longer than this have no basis (embeddings); matrices of which no side has one
-        go through Adam and are then made orthogonal.
+      largest: sides longer than this, by default 1024, have no basis (embeddings); matrices of which
+        no side has one go through Adam and are then made orthogonal.
       weight_decay: strength of the decoupled weight decay, multiplied by the learning rate.
       mask: a tree of booleans, or a function that gives one, of the leaves that decay.
       **options: the keywords of `scale_by_matrix_lre`.
@@ -823,7 +824,7 @@ def polar_soap(
         weight_decay,
         mask,
         then=orthogonalize(rms, view=options.get("view")),
-        **{"warmup_steps": 1, "largest": largest, **options},
+        **{"warmup_steps": 1, "largest": 1024 if largest is None else largest, **options},
     )
 
 
