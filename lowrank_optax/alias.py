@@ -731,7 +731,7 @@ def soap(
 
     Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024.
     """
-    # Of ``largest``: optax.inject_hyperparams traces default numbers, and shapes depend on this one.
+    # optax.inject_hyperparams traces default numbers, and shapes depend on ``largest``.
     if rank is None:
         # Eigenvalues are not read, so there is nothing to lose by keeping all that can be told.
         side = bases.FullMatrix(b2, every=update_every, eig_tol=0.0)
@@ -793,8 +793,8 @@ def polar_soap(
       update_every: steps from one turn of the bases to the next. 3 was better on deep narrow
         networks, at about twice the time.
       rms: root mean square of a matrix's update at learning rate 1.
-      largest: sides longer than this, by default 1024, have no basis (embeddings); matrices of which
-        no side has one go through Adam and are then made orthogonal.
+      largest: sides longer than this, by default 1024, have no basis (embeddings); matrices of
+        which no side has one go through Adam and are then made orthogonal.
       weight_decay: strength of the decoupled weight decay, multiplied by the learning rate.
       mask: a tree of booleans, or a function that gives one, of the leaves that decay.
       **options: the keywords of `scale_by_matrix_lre`.

@@ -111,7 +111,7 @@ def matrices(state: Any) -> dict[str, MatricesSummary]:
 
 def _of_matrices(state: Any) -> MatricesSummary:
     short, long = (getattr(side, "lam", None) for side in (state.short, state.long))
-    dropped = sum(state.events[1:], state.events[0])
+    dropped = jnp.sum(jnp.stack(state.events), axis=0)
     return MatricesSummary(short, long, state.captured, dropped)
 
 

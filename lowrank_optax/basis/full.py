@@ -135,8 +135,8 @@ class FullMatrix(Dense, Spectrum):
 
         still, always = (state.lam, state.t, eye), isinstance(self.every, numbers.Integral)
         always = always and self.every == 1
-        new = turned(0, still) if always else repeat(jnp.any(accept & turn), turned, still)
-        return Absorbed(*jax.vmap(_accept)(state, matrix, *new, y, accept, turn))
+        lam, t, c = turned(0, still) if always else repeat(jnp.any(accept & turn), turned, still)
+        return Absorbed(*jax.vmap(_accept)(state, matrix, lam, t, c, y, accept, turn))
 
     def eigenbasis(self, state: FullMatrixState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))
