@@ -386,8 +386,9 @@ def main() -> None:
         for name in args.methods:
             tune(book, task, name, problems[task], args.grid, args.seeds)
     # Everything that is on disk is summed up, not only what was asked for now.
-    units = {t: (problems[t] if t in problems else every[t]()).unit for t in every}
-    found = [summary(book, t, m, units[t], args.grid) for t in every for m in EVERY]
+    known = [t for t in every if book.find(task=t)]
+    units = {t: (problems[t] if t in problems else every[t]()).unit for t in known}
+    found = [summary(book, t, m, units[t], args.grid) for t in known for m in EVERY]
     rows = [row for row in found if row]
     columns = {
         "task": "task",
