@@ -167,10 +167,10 @@ class Layout:
 
     def gather(self, parts: Sequence[jax.Array], shape: tuple[int, ...] = ()) -> jax.Array:
         """Sums one small array a leaf over the leaves of each group: ``(n, *shape)``."""
-        sums = [jnp.zeros(shape, self.dtype) for _ in range(self.n)]
+        sums: list[list[jax.Array]] = [[] for _ in range(self.n)]
         for group, part in zip(self.group, parts, strict=True):
-            sums[group] = sums[group] + part.astype(self.dtype)
-        return jnp.stack(sums)
+            sums[group].append(part.astype(self.dtype))
+        return jnp.stack([_total(each, shape, self.dtype) for each in sums])
 
     def dot(self, rows: Columns, vector: Vector | Columns) -> jax.Array:
         """``W v``: ``(n, m)`` for a vector, ``(n, m, k)`` for columns. One pass over the rows."""
@@ -193,7 +193,7 @@ class Layout:
     def squares(self, columns: Columns) -> jax.Array:
         """Squared norms of columns over all leaves, ``(k,)``."""
         parts = [jnp.sum(jnp.square(c.astype(self.dtype)), axis=1) for c in columns]
-        return sum(parts[1:], parts[0])
+        return _total(parts, (columns[0].shape[0],), self.dtype)
 
     def gram(self, columns: Columns) -> jax.Array:
         """``(n, k, k)`` inner products of columns; one column costs one elementwise pass."""
@@ -231,9 +231,22 @@ def repeat(times: jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) 
     """Runs ``body(i, carry)`` a traced number of times, mostly zero or one.
 
     The engine's only form of "now and then": `lax.cond` makes XLA copy big buffers through both of
-    its branches, a loop updates its carry in place and costs nothing when it does not run.
+    its branches, a loop updates its carry in place and costs nothing when it does not run. Under
+    `jax.vmap` it runs as often as any of the batch asks for, since separate counts would copy the
+    carry: ``body`` leaves alone what does not ask, as it has to for groups.
     """
-    return lax.fori_loop(0, times.astype(jnp.int32), body, carry)
+    return lax.fori_loop(0, _most(times.astype(jnp.int32)), body, carry)
+
+
+@jax.custom_batching.custom_vmap
+def _most(times: jax.Array) -> jax.Array:
+    """``times``, and under `jax.vmap` the largest of the batch, the same for all."""
+    return times
+
+
+@_most.def_vmap
+def _(size, batched, times):
+    return jnp.max(times), False
 
 
 def write(rows: Columns, layout: Layout, slots: jax.Array, columns: Columns) -> Columns:
@@ -244,13 +257,10 @@ def write(rows: Columns, layout: Layout, slots: jax.Array, columns: Columns) -> 
 
     def put(w: jax.Array, at: jax.Array, c: jax.Array) -> jax.Array:
         def body(j, w):
-            return repeat(
-                at[j] < w.shape[0],
-                lambda _, w: lax.dynamic_update_slice_in_dim(
-                    w, lax.dynamic_slice_in_dim(c, j, 1, 0), at[j], 0
-                ),
-                w,
-            )
+            new = lax.dynamic_slice_in_dim(c, j, 1, 0)
+            old = lax.dynamic_slice_in_dim(w, at[j], 1, 0)
+            new = jnp.where(at[j] < w.shape[0], new, old)
+            return lax.dynamic_update_slice_in_dim(w, new, at[j], 0)
 
         if c.shape[0] == 1:
             return body(0, w)
@@ -278,17 +288,25 @@ def rewrite(
     ``(n, height, m)``, measured on what is stored; both are 0 for the other groups.
     """
     count = rows[0].shape[0] if rows else height
-    done, grams, crosses = [], [], []
-    for leaf, (w, go) in enumerate(zip(rows, layout.spread(when), strict=True)):
-        w, *sums = _rewrite_leaf(
-            w, go, height, partial(make, leaf), cross, layout.block(count), layout.dtype
-        )
-        done.append(w)
-        grams.append(sums[0])
-        crosses.append(sums[-1])
-    gram = layout.gather(grams, (height, height))
     empty = jnp.zeros((layout.n, height, 0), layout.dtype)
-    return done, gram, layout.gather(crosses, (height, count)) if cross else empty
+    gram = jnp.zeros((layout.n, height, height), layout.dtype)
+    both = jnp.zeros((layout.n, height, count), layout.dtype) if cross else empty
+
+    def body(_, carry):
+        done, grams, crosses = [], [], []
+        for leaf, (w, go) in enumerate(zip(carry[0], layout.spread(when), strict=True)):
+            w, *sums = _rewrite_leaf(
+                w, go, height, partial(make, leaf), cross, layout.block(count), layout.dtype
+            )
+            done.append(w)
+            grams.append(sums[0])
+            crosses.append(sums[-1])
+        gram = layout.gather(grams, (height, height))
+        return done, gram, layout.gather(crosses, (height, count)) if cross else empty
+
+    # A loop around those of the leaves: on a GPU the host decides whether a loop runs, and waits
+    # for the answer, once a step now.
+    return repeat(jnp.any(when), body, (rows, gram, both))
 
 
 def random_rows(layout: Layout, key: jax.Array, count: int) -> Columns:
@@ -344,7 +362,7 @@ def cholesky_qr(
 def combine(weights: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
     """``c W`` with the accumulation in ``dtype``."""
     over = (((weights.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(weights.astype(rows.dtype), rows, over, preferred_element_type=dtype)
+    return _product(weights.astype(rows.dtype), rows, over, dtype)
 
 
 def _rewrite_leaf(w, go, height, make, cross, width, dtype):
@@ -361,7 +379,8 @@ def _rewrite_leaf(w, go, height, make, cross, width, dtype):
         start = jnp.minimum(j * width, size - width)
         block = lax.dynamic_slice_in_dim(w, start, width, 1)
         new = make(start, block).astype(w.dtype)
-        mine = start + jnp.arange(width) >= j * width  # the last block overlaps the one before
+        # The last block overlaps the one before; in a batch of runs a loop may run for others.
+        mine = (start + jnp.arange(width) >= j * width) & go
         counted = jnp.where(mine, new, 0)
         sums = [a + _contract(counted, b, dtype) for a, b in zip(sums, (new, block), strict=False)]
         # What is written depends on all that was read before, or XLA copies the rows.
@@ -372,11 +391,34 @@ def _rewrite_leaf(w, go, height, make, cross, width, dtype):
     return repeat(jnp.where(go, -(-size // width), 0), body, (w, *sums))
 
 
+def _total(parts: Sequence[jax.Array], shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The sum of small arrays of one shape, as a reduction that stays one.
+
+    XLA puts a copy of a chain of additions into every operation that reads the sum, and there are
+    some of these for every leaf: programs, and the time to compile them, grew with the square of
+    the number of leaves. A sum over stacked arrays, or over scalars, it turns back into a chain.
+    """
+    if len(parts) < 2:
+        return parts[0] if parts else jnp.zeros(shape, dtype)
+    size = parts[0].size
+    width = max(2, size)
+    flat = jnp.concatenate([jnp.broadcast_to(jnp.reshape(x, -1), width) for x in parts])
+    return jnp.reshape(jnp.sum(jnp.reshape(flat, (-1, width)), axis=0)[:size], shape)
+
+
 def _contract(w: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:
     """``W v`` or ``W V^T`` with the accumulation in ``dtype``."""
-    return lax.dot_general(
-        w, v.astype(w.dtype), (((1,), (v.ndim - 1,)), ((), ())), preferred_element_type=dtype
-    )
+    return _product(w, v.astype(w.dtype), (((1,), (v.ndim - 1,)), ((), ())), dtype)
+
+
+def _product(a: jax.Array, b: jax.Array, over: Any, dtype: Any) -> jax.Array:
+    """A product over rows: exact in what is stored, and of 16-bit rows no more than that.
+
+    An accelerator reads 16-bit rows as they are; for float32 it has to be asked for float32.
+    """
+    short = a.dtype.itemsize < 4
+    precision = lax.Precision.DEFAULT if short else lax.Precision.HIGHEST
+    return lax.dot_general(a, b, over, precision=precision, preferred_element_type=dtype)
 
 
 def _dtype(leaf: Any) -> Any:

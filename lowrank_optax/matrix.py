@@ -204,14 +204,17 @@ def scale_by_matrix_lre(
         f"{OWNER}: dtype is {dtype!r}; pass a floating-point dtype such as jnp.bfloat16.",
     )
     seen = view or squarest
+    others = rest or optax.scale_by_adam()
     others = optax.masked(
-        rest or optax.scale_by_adam(),
+        others._replace(update=_linalg.as_called(others.update)),
         partial(jax.tree.map, lambda x: seen(jnp.shape(x)) is None),
     )
     engine = _Engine(
         short, long, rule, update_every, warmup_steps, seen, others, complement, dtype, seed
     )
-    return optax.GradientTransformationExtraArgs(engine.init, engine.update)
+    return optax.GradientTransformationExtraArgs(
+        _linalg.exact(engine.init), _linalg.exact(engine.update)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -197,6 +197,7 @@ def scale_by_lre(
     )
     if isinstance(complement, optax.GradientTransformation):
         complement = optax.with_extra_args_support(complement)
+        complement = complement._replace(update=_linalg.as_called(complement.update))
     _check_product(curvature, basis, rule, complement)
     engine = _Engine(
         curvature,
@@ -210,7 +211,9 @@ def scale_by_lre(
         dtype,
         seed,
     )
-    return optax.GradientTransformationExtraArgs(engine.init, engine.update)
+    return optax.GradientTransformationExtraArgs(
+        _linalg.exact(engine.init), _linalg.exact(engine.update)
+    )
 
 
 class _Refreshed(NamedTuple):
