@@ -4,11 +4,11 @@
 state donated; medians over samples that time both in turns. `benchmarks/step_cost.py` does more of
 this for CPUs; here the question is what waits for what on a device.
 
-*Latency*: one eigenproblem of size ``n`` by every public way of jax: `jax.lax.linalg.eigh` with its
-implementations and the SVD with its algorithms (a dash where the platform lacks one), 32 at once (on
-a CPU one after the other, as in the library), the Cholesky factor that CholeskyQR is made of, and
-twenty products of ``n × n`` matrices, the least that a polar iteration (Newton and Schulz) needs. On
-a GPU or TPU these are latency: compare them with the two passes.
+*Latency*: one eigenproblem of size ``n`` by every public way of jax: `jax.lax.linalg.eigh` with
+its implementations and the SVD with its algorithms (a dash where the platform lacks one), 32 at once
+(on a CPU one after the other, as in the library), the Cholesky factor that CholeskyQR is made of,
+and twenty products of ``n × n`` matrices, the least that a polar iteration (Newton and Schulz)
+needs. On a GPU or TPU these are latency: compare them with the two passes.
 
 *Hiding*: what makes it small beside the passes: the update period, and groups whose eigenproblems
 are one batch, against one group.

@@ -400,10 +400,11 @@ def _total(parts: Sequence[jax.Array], shape: tuple[int, ...], dtype: Any) -> ja
     """
     if len(parts) < 2:
         return parts[0] if parts else jnp.zeros(shape, dtype)
-    size = parts[0].size
-    width = max(2, size)
-    flat = jnp.concatenate([jnp.broadcast_to(jnp.reshape(x, -1), width) for x in parts])
-    return jnp.reshape(jnp.sum(jnp.reshape(flat, (-1, width)), axis=0)[:size], shape)
+    flat = jnp.concatenate([jnp.reshape(x, -1) for x in parts])
+    if parts[0].size > 1:
+        return jnp.reshape(jnp.sum(jnp.reshape(flat, (len(parts), -1)), axis=0), shape)
+    halves = jnp.sum(jnp.reshape(jnp.pad(flat, (0, len(parts) % 2)), (-1, 2)), axis=0)
+    return jnp.reshape(halves[0] + halves[1], shape)
 
 
 def _contract(w: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:
