@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, cast_like, stack, write
 from lowrank_optax._types import Correction, Vector, check, check_count, require
 from lowrank_optax.curvature._curvature import (
@@ -200,7 +201,7 @@ class UnrolledGaussNewton(Collecting):
         return History(
             layout.tree(columns),
             losses,
-            memory.fill + good,
+            _linalg.tally(memory.fill, good, self.history),
             jnp.where(good, jnp.minimum(memory.lowest, value), memory.lowest),
         )
 

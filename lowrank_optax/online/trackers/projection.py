@@ -100,6 +100,7 @@ class PETRELS(Forgetting):
         Raises:
           ValueError: for other shapes than the example's, or a mask of another shape than ``v``.
         """
+        self.check_state(state)
         columns, many = state.layout.columns(v, "PETRELS")
         if mask is None:
             there = [jnp.ones_like(c) for c in columns]
