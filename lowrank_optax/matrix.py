@@ -360,9 +360,10 @@ class _Engine:
         given = mine(updates)
         step, new = self.rest.update(updates, old, params, **extra)
         step = mine(step)
-        fine = jnp.all(
-            jnp.array([jnp.all(jnp.isfinite(x)) for x in (*given.values(), *step.values())])
-        )
+        # A second moment that overflowed would divide by infinity for ever.
+        burst = jax.tree.map(lambda x, y: jnp.any(jnp.isfinite(y) & ~jnp.isfinite(x)), new, old)
+        fine = _linalg.finite(*given.values(), *step.values(), jnp.zeros(()))
+        fine = fine & ~jnp.any(jnp.array([False, *jax.tree.leaves(burst)]))
         step = {i: jnp.where(fine, jnp.reshape(x, -1), 0) for i, x in step.items()}
         return step, jax.tree.map(partial(jnp.where, fine), new, old), fine
 

@@ -124,3 +124,61 @@ def orthogonality(pictures):
     gram = q @ np.swapaxes(q, -1, -2)
     ideal = np.asarray(live, np.float64)[..., None] * np.eye(gram.shape[-1])
     return np.abs(gram - ideal).max((-1, -2))
+
+
+# Spoiled numbers --------------------------------------------------------------------------------
+
+MOST = float(np.finfo(np.float32).max)
+VALUES = {
+    "NaN": np.nan,
+    "infinite": np.inf,
+    "-infinite": -np.inf,
+    "largest": MOST,
+    "square overflows": 1e25,
+    "fourth power overflows": 3e12,
+    "denormal": 1e-40,
+    "square is denormal": 1e-21,
+    "zero": 0.0,
+}
+"""By name, a number that is put into gradients."""
+
+
+def spoil(rng, flat, value):
+    """One entry, one leaf or all of a gradient ``(24,)`` replaced by a value of random signs."""
+    flat = np.array(flat)
+    where = [[rng.integers(SIZE)], range(12), range(12, SIZE), range(SIZE)][rng.integers(4)]
+    flat[where] = value * rng.choice([-1, 1], size=len(where))
+    return flat
+
+
+def spoiled(rng, steps, share, values=tuple(VALUES)):
+    """Gradients ``(steps, 24)`` of noise, a ``share`` of them spoiled, the last twenty sound."""
+    flat = rng.normal(size=(steps, SIZE)).astype(np.float32)
+    for i in np.flatnonzero(rng.random(steps - 20) < share):
+        flat[i] = spoil(rng, flat[i], VALUES[values[rng.integers(len(values))]])
+    return flat
+
+
+def whole(state):
+    """Whether all of a state is finite, but for what is infinite at the start."""
+    kept = [
+        (jax.tree_util.keystr(path), x)
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    return all(np.all(np.isfinite(x)) for path, x in kept if "lowest" not in path)
+
+
+# Long runs --------------------------------------------------------------------------------------
+
+COUNTERS = ("count", "steps", "updates", "columns", "estimates", "seen", "skipped")
+
+
+def aged(state, at):
+    """The state as if all its counters had come to ``at``."""
+
+    def age(path, x):
+        counts = x.dtype == jnp.int32 and any(f".{name}" in map(str, path) for name in COUNTERS)
+        return jnp.full_like(x, at) if counts else x
+
+    return jax.tree_util.tree_map_with_path(age, state)
