@@ -123,7 +123,7 @@ def main():
     sys.exit(failures > 0)
 
 
-def few(args, mapping, count=4):
+def few(args, mapping, count=2):
     """All entries, or with ``--quick`` the first of them."""
     return dict(list(mapping.items())[:count]) if args.quick else mapping
 
@@ -209,7 +209,7 @@ def numbers(count, rng, args):
     for name, learner in few(args, LEARNERS, 2).items():
         state = learner.init(jax.random.key(0), np.zeros(trials.SIZE, np.float32))
         run = jax.jit(functools.partial(jax.lax.scan, learner.update))
-        for size in (1, 4):
+        for size in (4,) if args.quick else (1, 4):
             for trial in range(times):
                 flat = trials.spoiled(rng, steps, 0.1).reshape(-1, size, trials.SIZE)
                 end, _ = run(state, flat)
@@ -265,7 +265,7 @@ def killed(count, rng, args):
     from trainee import OPTIMIZERS
 
     kinds = ["whitening"] if args.quick else [*OPTIMIZERS, "learner", "fit"]
-    steps, kills = (30, 3) if args.quick else (60, 6)
+    steps, kills = (18, 2) if args.quick else (60, 6)
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         for kind in kinds:

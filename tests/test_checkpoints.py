@@ -54,7 +54,7 @@ def learned(steps, state, first=0):
 
 
 def tracked(steps, state, first=0):
-    return TRACKER.update(state, STREAM[first : first + steps])
+    return quick_jit(TRACKER.update)(state, STREAM[first : first + steps])
 
 
 # Earlier versions -------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_a_failed_eigenproblem_is_seen_and_counters_may_end(name, monkeypatch):
         state = done.state
     failed, after = absorb(state, 9, HUGE)
     assert failed.failed.all() and not done.failed.any()
-    assert view.live.all() and trials.whole(failed.state)
+    assert view.live.any() and trials.whole(failed.state)
     assert_same(after, view)
     assert_same(failed.c, jnp.eye(failed.c.shape[-1])[None]) if name != "learned" else None
 
@@ -72,7 +72,7 @@ def test_a_failed_eigenproblem_is_seen_and_counters_may_end(name, monkeypatch):
     for i in range(9, 14):
         done, view = absorb(state, i, 1.0)
         state = done.state
-        assert not done.failed.any() and view.live.all()
+        assert not done.failed.any() and view.live.any()
         assert 0.01 < float(view.lam[0, 0]) < 1e3
     assert all(np.all(x >= 0) for x in jax.tree.leaves(state) if x.dtype == jnp.int32)
 
@@ -160,8 +160,8 @@ def runner(tx):
 
 
 SPOILED = {
-    "ggt": lro.scale_by_lre(COVARIANCE, BASES["ggt"], DEFAULT, update_every=3),
-    "cayley": lro.scale_by_lre(COVARIANCE, RULES["cayley"], DEFAULT),
+    "ggt": lro.scale_by_lre(COVARIANCE, BASES["ggt"], lro.inner.Adam(), update_every=3),
+    "cayley": lro.scale_by_lre(COVARIANCE, RULES["cayley"], lro.inner.Adam()),
     "polar_soap": lro.polar_soap(1e-2),
 }
 RUNNERS = {}
@@ -229,9 +229,10 @@ def test_the_rest_drops_a_step_whose_square_overflows():
     """Adam's second moment would be infinite, and its update zero for ever."""
     tx = lro.soap(1.0)
     state = tx.init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
+    update = quick_jit(tx.update)
     for size in (1.0, 1e25, 1.0):
         g = {"w": jnp.ones((2, 3)), "b": size * jnp.ones(3)}
-        updates, state = tx.update(g, state)
+        updates, state = update(g, state)
         assert bool(np.any(updates["b"])) == (size == 1)
     assert trials.whole(state)
 
@@ -263,7 +264,7 @@ def test_ada_oja_leaves_out_what_overflows_its_squares():
     tracker = online.trackers.AdaOja(2)
     x = RNG.normal(size=(12, 6)).astype(np.float32)
     x[5] *= 1e12
-    state = tracker.update(tracker.init(jax.random.key(0), x[0]), x[:5])
-    for v in x[5:]:
-        state = tracker.update(state, v)
+    update, state = quick_jit(tracker.update), tracker.init(jax.random.key(0), x[0])
+    for v in x:
+        state = update(state, v)
     assert int(state.skipped) == 1 and int(state.seen) == 11 and trials.whole(state.memory)
