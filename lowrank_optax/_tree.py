@@ -4,17 +4,27 @@ A `Layout` is the static picture of a tree: its leaves, their shapes, and which 
 to. Vectors are lists of flat leaves, rows are lists of ``(m, leaf.size)`` arrays: two-dimensional
 because XLA copies rows that carry a leaf's own shape. Sums over the leaves of a group give small
 arrays with a leading axis of groups; nothing here ever concatenates the leaves.
+
+On several devices rows and vectors are split along their last axis over as many axes of the mesh as
+divide it, whatever the parameter's own sharding: moving one gradient costs ``d``, moving the rows
+``m d``. The mesh is that of the leaves, which carry it in their types; small algebra is on all
+devices. `alike` is how a step enters and leaves this arrangement.
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lowrank_optax import _linalg
 from lowrank_optax._types import Columns, Vector, check
@@ -33,6 +43,7 @@ class Layout:
       group: the group of every leaf, ``0 .. n-1``.
       n: how many groups there are; at least one.
       dtype: of the small algebra: float32, or float64 where a leaf is.
+      mesh: the mesh of the leaves where there are several devices to spread over, else ``None``.
     """
 
     treedef: Any
@@ -43,6 +54,7 @@ class Layout:
     group: tuple[int, ...]
     n: int
     dtype: Any
+    mesh: Any = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def of(
@@ -81,6 +93,7 @@ class Layout:
             group=tuple(order[label] for label in labels),
             n=max(1, len(order)),
             dtype=jnp.result_type(jnp.float32, *dtypes),
+            mesh=mesh_of([leaf for _, leaf in leaves]),
         )
 
     @property
@@ -103,7 +116,48 @@ class Layout:
     def flatten(self, tree: Any) -> Vector:
         """The tree as a vector, rounded to the dtype of the rows."""
         leaves = self.treedef.flatten_up_to(tree)
-        return [jnp.reshape(x, -1).astype(t) for x, t in zip(leaves, self.rows, strict=True)]
+        return self.split(
+            [jnp.reshape(x, -1).astype(t) for x, t in zip(leaves, self.rows, strict=True)]
+        )
+
+    def on(self, tree: Any) -> "Layout":
+        """The same layout where the arrays of ``tree`` are."""
+        return dataclasses.replace(self, mesh=mesh_of(tree))
+
+    def split(self, arrays: Vector | Columns) -> Vector | Columns:
+        """Vectors or rows spread over the devices along their last axis."""
+        if self.mesh is None:
+            return arrays
+        shardings = [NamedSharding(self.mesh, spec) for spec in self._specs(arrays)]
+        if AxisType.Explicit in self.mesh.axis_types:
+            return jax.sharding.reshard(arrays, shardings)
+        return lax.with_sharding_constraint(arrays, shardings)
+
+    def _specs(self, arrays: Vector | Columns) -> list[P]:
+        """How vectors or rows are split."""
+        axes = [_dividing(size, self.mesh) or None for size in self.sizes]
+        return [P(*[None] * (x.ndim - 1), a) for x, a in zip(arrays, axes, strict=True)]
+
+    def _locally(self, run: Callable[..., Any], given: Any, out: Any) -> Any:
+        """``run(places, *given)`` on each device's own columns.
+
+        ``places`` says of every leaf which part of it that is, and whether it is the first device
+        that has it. Lists in ``given`` hold one array a leaf, as do those in ``out``.
+        """
+        axes = free_axes(self.mesh)
+        specs = lambda tree: tuple(self._specs(x) if isinstance(x, list) else P() for x in tree)
+
+        def mine(*given):
+            return run([_place(size, self.mesh) for size in self.sizes], *given)
+
+        return jax.shard_map(
+            mine,
+            mesh=self.mesh,
+            in_specs=specs(given),
+            out_specs=specs(out) if isinstance(out, tuple) else P(),
+            axis_names=set(axes),
+            check_vma=False,
+        )(*given)
 
     def columns(self, tree: Any, owner: str) -> tuple[Columns, bool]:
         """A vector, or vectors along a leading axis, as columns; and whether there was that axis.
@@ -126,10 +180,11 @@ class Layout:
                 f"({', '.join(map(str, ('k', *shape)))}) for k vectors, the same k in every leaf.",
             )
         head = (1,) if one else (shapes[0][0],)
-        return [
+        columns = [
             jnp.reshape(x, (*head, size)).astype(t)
             for x, size, t in zip(leaves, self.sizes, self.rows, strict=True)
-        ], not one
+        ]
+        return self.split(columns), not one
 
     def vectors(self, columns: Columns) -> Any:
         """Columns as a tree of the leaves' shapes with a leading axis."""
@@ -159,7 +214,9 @@ class Layout:
 
     def zeros(self, count: int) -> Columns:
         """``count`` rows of zeros."""
-        return [jnp.zeros((count, size), t) for size, t in zip(self.sizes, self.rows, strict=True)]
+        return self.split(
+            [jnp.zeros((count, size), t) for size, t in zip(self.sizes, self.rows, strict=True)]
+        )
 
     def spread(self, values: jax.Array) -> list[jax.Array]:
         """The value of each leaf's group, from an array with a leading axis of groups."""
@@ -172,23 +229,32 @@ class Layout:
             sums[group] = sums[group] + part.astype(self.dtype)
         return jnp.stack(sums)
 
+    def _sum(self, dot: Callable[..., jax.Array], shape: tuple[int, ...], *arrays: Any):
+        """`gather` of products over columns, with one sum over the devices for all the leaves."""
+
+        def own(places, *arrays):
+            parts = [dot(*each) for each in zip(*arrays, strict=True)]
+            if places:
+                parts = [jnp.where(p.first, x, 0) for p, x in zip(places, parts, strict=True)]
+            return self.gather(parts, shape)
+
+        if self.mesh is None:
+            return own((), *arrays)
+        total = lambda *all: lax.psum(own(*all), free_axes(self.mesh))
+        return self._locally(total, arrays, None)
+
     def dot(self, rows: Columns, vector: Vector | Columns) -> jax.Array:
         """``W v``: ``(n, m)`` for a vector, ``(n, m, k)`` for columns. One pass over the rows."""
         if vector and vector[0].ndim == 2 and vector[0].shape[0] == 1:  # a gemv is the faster one
             return self.dot(rows, [v[0] for v in vector])[..., None]
-        parts = [_contract(w, v, self.dtype) for w, v in zip(rows, vector, strict=True)]
         count = rows[0].shape[0] if rows else 0
         tail = () if not rows or vector[0].ndim == 1 else (vector[0].shape[0],)
-        return self.gather(parts, (count, *tail))
+        return self._sum(partial(_contract, dtype=self.dtype), (count, *tail), rows, vector)
 
     def inner(self, a: Vector, b: Vector) -> jax.Array:
         """``a · b`` within each group, ``(n,)``."""
-        return self.gather(
-            [
-                jnp.vdot(x.astype(self.dtype), y.astype(self.dtype))
-                for x, y in zip(a, b, strict=True)
-            ]
-        )
+        dot = lambda x, y: jnp.vdot(x.astype(self.dtype), y.astype(self.dtype))
+        return self._sum(dot, (), a, b)
 
     def squares(self, columns: Columns) -> jax.Array:
         """Squared norms of columns over all leaves, ``(k,)``."""
@@ -205,6 +271,86 @@ class Layout:
     def combine(self, weights: jax.Array, rows: Columns) -> Vector | Columns:
         """``c W``: weights ``(n, m)`` give a vector, ``(n, k, m)`` columns. One pass."""
         return [combine(c, w, self.dtype) for c, w in zip(self.spread(weights), rows, strict=True)]
+
+
+def mesh_of(tree: Any) -> Any:
+    """The mesh that arrays lie on, ``None`` where there is nothing to spread over.
+
+    Axes that `jax.shard_map` has made manual are not ours: there every device runs on its own.
+    """
+    for x in jax.tree.leaves(tree):
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            mesh = jax.typeof(x).sharding.mesh
+            if math.prod(mesh.shape[a] for a in free_axes(mesh)) > 1:
+                return mesh
+    return None
+
+
+def free_axes(mesh: Any) -> tuple[str, ...]:
+    """The axes of a mesh that are not manual."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind != AxisType.Manual)
+
+
+def start(init: Callable[[Any], Any], params: Any) -> Any:
+    """``init(params)`` on the devices of ``params``.
+
+    `jax.jit` forgets arguments that no result depends on, and their devices with them: the barrier
+    makes the state depend on the parameters.
+    """
+    if mesh_of(params) is None:
+        return init(params)
+    if not _traced(params):
+        return _compiled(start, init, params)
+    return lax.optimization_barrier((init(params), params))[0]
+
+
+def alike(run: Callable[..., Any], like: Any, *given: Any, params: Any = None, **extra: Any) -> Any:
+    """``run(*given, params, **extra)``: arrays sharded like their counterparts in ``like``.
+
+    The result and ``like`` are tuples; ``None`` in ``like`` stands for small arrays, which are on
+    all devices. Inside, all axes of the mesh are automatic, but for the functions of the parameters
+    in ``extra``. Without a mesh it is the plain call.
+    """
+    mesh = mesh_of(given)
+    if mesh is None:
+        return run(*given, params, **extra)
+    functions = {name: x for name, x in extra.items() if callable(x)}
+    arrays = {name: x for name, x in extra.items() if name not in functions}
+    if not _traced(given):
+        whole = partial(run, **functions) if functions else run
+        return _compiled(alike, whole, like, *given, params=params, **arrays)
+    if AxisType.Explicit not in mesh.axis_types:
+        out = run(*given, params, **extra)
+        pairs = zip(out, like, strict=True)
+        return tuple(new if old is None else shard_alike(new, old)[0] for new, old in pairs)
+    axes, type_of = free_axes(mesh), lambda x: jax.typeof(x).sharding
+    inside = jax.tree.map(type_of, params)
+    outside = tuple(
+        NamedSharding(mesh, P()) if x is None else jax.tree.map(type_of, x) for x in like
+    )
+
+    def automatic(given, params, arrays):
+        outer = {
+            name: lambda *x, f=f: jax.sharding.explicit_axes(
+                f, axes=axes, in_sharding=(inside,) * len(x)
+            )(*x)
+            for name, f in functions.items()
+        }
+        return run(*given, params, **arrays, **outer)
+
+    automatic = jax.sharding.auto_axes(automatic, axes=axes, out_sharding=outside)
+    return automatic(given, params, arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _compiled(how, run, *given, **extra):
+    """For calls outside of `jax.jit`, compiled once for each ``run``."""
+    return how(run, *given, **extra)
+
+
+def _traced(tree: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def per_leaf(path: Any) -> str:
@@ -267,28 +413,34 @@ def rewrite(
     layout: Layout,
     when: jax.Array,
     height: int,
-    make: Callable[[int, jax.Array, jax.Array], jax.Array],
+    make: Callable[..., jax.Array],
+    *beside: Columns,
     cross: bool = False,
 ) -> tuple[Columns, jax.Array, jax.Array]:
     """Replaces the first ``height`` rows of the groups in ``when``, ``(n,)``, in place.
 
-    ``make(leaf, start, block)`` turns the columns ``start ..`` of a leaf's rows, ``(m, width)``,
-    into the new ``(height, width)``. Besides the rows it returns the Gram matrix of the new ones,
-    ``(n, height, height)``, and with ``cross`` (else empty) their products with the old,
-    ``(n, height, m)``, measured on what is stored; both are 0 for the other groups.
+    ``make(leaf, at, block, *blocks)`` turns columns of a leaf's rows, ``(m, width)``, of indices
+    ``at``, ``(width,)``, into the new ``(height, width)``; ``blocks`` are those columns of
+    ``beside``. Besides the rows it returns the Gram matrix of the new ones, ``(n, height,
+    height)``, and with ``cross`` (else empty) their products with the old, ``(n, height, m)``,
+    measured on what is stored; both are 0 for the other groups. Every device treats its own columns
+    and the products are summed at the end.
     """
     count = rows[0].shape[0] if rows else height
-    done, grams, crosses = [], [], []
-    for leaf, (w, go) in enumerate(zip(rows, layout.spread(when), strict=True)):
-        w, *sums = _rewrite_leaf(
-            w, go, height, partial(make, leaf), cross, layout.block(count), layout.dtype
-        )
-        done.append(w)
-        grams.append(sums[0])
-        crosses.append(sums[-1])
-    gram = layout.gather(grams, (height, height))
-    empty = jnp.zeros((layout.n, height, 0), layout.dtype)
-    return done, gram, layout.gather(crosses, (height, count)) if cross else empty
+    zeros = lambda width: jnp.zeros((layout.n, height, width), layout.dtype)
+    local = partial(_rewrite, layout=layout, height=height, make=make, cross=cross)
+    if layout.mesh is None:
+        return local(rows, when, beside, [Place(0, True)] * len(rows))
+
+    def mine(places, rows, when, *beside):
+        rows, *sums = local(rows, when, beside, places)
+        return rows, *lax.psum(sums, free_axes(layout.mesh))
+
+    def body(_, carry):
+        return layout._locally(mine, (carry[0], when, *beside), (rows, None, None))
+
+    # The sums over the devices wait within the loop that mostly does not run.
+    return repeat(jnp.any(when), body, (rows, zeros(height), zeros(count if cross else 0)))
 
 
 def random_rows(layout: Layout, key: jax.Array, count: int) -> Columns:
@@ -330,7 +482,7 @@ def cholesky_qr(
     r = gram.shape[-1]
     total = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
 
-    def turn(each: list[jax.Array], leaf: int, start: jax.Array, block: jax.Array) -> jax.Array:
+    def turn(each: list[jax.Array], leaf: int, at: jax.Array, block: jax.Array) -> jax.Array:
         return combine(each[leaf], block, layout.dtype)
 
     for shift in (10.0, 1.0):
@@ -347,22 +499,44 @@ def combine(weights: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
     return lax.dot_general(weights.astype(rows.dtype), rows, over, preferred_element_type=dtype)
 
 
-def _rewrite_leaf(w, go, height, make, cross, width, dtype):
-    """`rewrite` for one leaf: a loop over blocks of columns with a trip count of zero or all."""
+def _rewrite(rows, when, beside, places, *, layout: Layout, height, make, cross):
+    """`rewrite` on one device."""
+    count = rows[0].shape[0] if rows else height
+    done, grams, crosses = [], [], []
+    along = zip(*beside, strict=True) if beside else [()] * len(rows)
+    for leaf, (w, go, blocks, place) in enumerate(
+        zip(rows, layout.spread(when), along, places, strict=True)
+    ):
+        w, *sums = _rewrite_leaf(
+            (w, *blocks), go, height, partial(make, leaf), cross, layout, place
+        )
+        done.append(w)
+        grams.append(sums[0])
+        crosses.append(sums[-1])
+    gram = layout.gather(grams, (height, height))
+    empty = jnp.zeros((layout.n, height, 0), layout.dtype)
+    return done, gram, layout.gather(crosses, (height, count)) if cross else empty
+
+
+def _rewrite_leaf(arrays, go, height, make, cross, layout: Layout, place: "Place"):
+    """`_rewrite` for one leaf: a loop over blocks of columns with a trip count of zero or all."""
+    w, *beside = arrays
     count, size = w.shape
+    dtype = layout.dtype
     sums = [jnp.zeros((height, height), dtype)]
     sums += [jnp.zeros((height, count), dtype)] if cross else []
     if size == 0:
         return w, *sums
-    width = min(size, width)
+    width = min(size, layout.block(count))
 
     def body(j, carry):
         w, *sums = carry
         start = jnp.minimum(j * width, size - width)
-        block = lax.dynamic_slice_in_dim(w, start, width, 1)
-        new = make(start, block).astype(w.dtype)
-        mine = start + jnp.arange(width) >= j * width  # the last block overlaps the one before
-        counted = jnp.where(mine, new, 0)
+        block, *blocks = (lax.dynamic_slice_in_dim(x, start, width, 1) for x in (w, *beside))
+        at = start + jnp.arange(width)
+        new = make(place.part * size + at, block, *blocks).astype(w.dtype)
+        mine = at >= j * width  # the last block overlaps the one before
+        counted = jnp.where(mine & place.first, new, 0)
         sums = [a + _contract(counted, b, dtype) for a, b in zip(sums, (new, block), strict=False)]
         # What is written depends on all that was read before, or XLA copies the rows.
         fine = jnp.all(jnp.isfinite(sums[-1]))
@@ -370,6 +544,30 @@ def _rewrite_leaf(w, go, height, make, cross, width, dtype):
         return lax.dynamic_update_slice(w, new, (jnp.zeros_like(start), start)), *sums
 
     return repeat(jnp.where(go, -(-size // width), 0), body, (w, *sums))
+
+
+def _dividing(size: int, mesh: Any) -> tuple[str, ...]:
+    """The axes of the mesh with the most devices among those whose number divides ``size``.
+
+    JAX has no uneven splits of arguments and results. A leaf that fits no axis is on all devices.
+    """
+    free = free_axes(mesh)
+    choices = (c for k in range(len(free) + 1) for c in itertools.combinations(free, k))
+    parts = lambda names: math.prod(mesh.shape[name] for name in names)
+    return max((c for c in choices if size % parts(c) == 0), key=parts)
+
+
+class Place(NamedTuple):
+    """Which of the equal parts of a leaf a device has, and whether it is the first that has it."""
+
+    part: Any
+    first: Any
+
+
+def _place(size: int, mesh: Any) -> Place:
+    axes = _dividing(size, mesh)
+    others = [lax.axis_index(a) == 0 for a in free_axes(mesh) if a not in axes]
+    return Place(lax.axis_index(axes) if axes else 0, jnp.all(jnp.array(others, bool)))
 
 
 def _contract(w: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, repeat, stack
+from lowrank_optax._tree import Layout, alike, repeat, stack, start
 from lowrank_optax._types import (
     NEEDS,
     Context,
@@ -247,10 +247,13 @@ class _Engine:
         return isinstance(self.update_every, numbers.Integral) and self.update_every == 1
 
     def init(self, params: Any) -> ScaleByLREState:
+        return start(self._init, params)
+
+    def _init(self, params: Any) -> ScaleByLREState:
         layout = Layout.of(params, self.groups, self.dtype)
         n, rank = layout.n, self.basis.coordinates(layout)
         period = self.update_every if isinstance(self.update_every, numbers.Integral) else rank
-        start = self.inner.init(rank, layout.dtype)
+        inner = self.inner.init(rank, layout.dtype)
         key, first = jax.random.split(jax.random.key(self.seed))
         rest = (
             self.complement if isinstance(self.complement, optax.GradientTransformation) else None
@@ -263,7 +266,7 @@ class _Engine:
             since=ints(),
             curvature=self.curvature.init(layout, max(1, min(int(period), rank))),
             basis=self.basis.init(layout, first),
-            inner=jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), start),
+            inner=jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), inner),
             complement=rest.init(params) if rest else (),
             key=jax.random.key_data(key),
             events=Events(ints(), ints(), ints(), ints()),
@@ -272,10 +275,15 @@ class _Engine:
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any):
         layout = Layout.of(updates, self.groups, self.dtype)
-        count = jnp.asarray(optax.safe_increment(state.count))
         if not layout.names:
-            return updates, state._replace(count=count)
+            return updates, state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
         self.basis.check_state(layout, state.basis)
+        like = updates, state
+        return alike(self._update, like, *like, params=params, **extra)
+
+    def _update(self, updates: Any, state: Any, params: Any, **extra: Any):
+        layout = Layout.of(updates, self.groups, self.dtype)
+        count = jnp.asarray(optax.safe_increment(state.count))
         g = layout.flatten(updates)
         square = layout.inner(g, g)
         accept = jnp.isfinite(square) & (square > 0)

@@ -270,9 +270,11 @@ class Learner:
             if self.orthonormal:
                 s = gram + cross + cross.T + layout.gram(steps)[0]
                 t = _linalg.matrix_power(s, -0.5, damping=0, rdamping=0)
-            turn = partial(_stepped, t, steps, layout.dtype)
+            turn = lambda _, at, block, step: (
+                t @ (block.astype(layout.dtype) + step.astype(layout.dtype))
+            )
             always = jnp.ones(1, bool)
-            rows, new, back = rewrite(rows, layout, always, r, turn, cross=True)
+            rows, new, back = rewrite(rows, layout, always, r, turn, steps, cross=True)
             c = (
                 back[0]
                 if self.orthonormal
@@ -471,12 +473,6 @@ def _clean(
 
 def _mean(some: jax.Array, dtype: Any) -> jax.Array:
     return some.astype(dtype) / jnp.maximum(1, jnp.sum(some))
-
-
-def _stepped(t, steps, dtype, leaf, start, block):
-    """``T (A + U)`` of a block of columns."""
-    step = jax.lax.dynamic_slice_in_dim(steps[leaf], start, block.shape[1], 1)
-    return t @ (block.astype(dtype) + step.astype(dtype))
 
 
 def _widened(rows: Any, dtype: Any) -> Any:
