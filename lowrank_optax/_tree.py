@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.shard_alike import shard_alike
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, auto_axes, explicit_axes, reshard
 from jax.sharding import PartitionSpec as P
 
 from lowrank_optax import _linalg
@@ -130,7 +130,7 @@ class Layout:
             return arrays
         shardings = [NamedSharding(self.mesh, spec) for spec in self._specs(arrays)]
         if AxisType.Explicit in self.mesh.axis_types:
-            return jax.sharding.reshard(arrays, shardings)
+            return reshard(arrays, shardings)
         return lax.with_sharding_constraint(arrays, shardings)
 
     def _specs(self, arrays: Vector | Columns) -> list[P]:
@@ -298,11 +298,25 @@ def start(init: Callable[[Any], Any], params: Any) -> Any:
     `jax.jit` forgets arguments that no result depends on, and their devices with them: the barrier
     makes the state depend on the parameters.
     """
-    if mesh_of(params) is None:
+    mesh = mesh_of(params)
+    if mesh is None:
         return init(params)
     if not _traced(params):
         return _compiled(start, init, params)
-    return lax.optimization_barrier((init(params), params))[0]
+    state, explicit = init(params), AxisType.Explicit in mesh.axis_types
+    # A state of zeros has no operands that would tell XLA where it belongs, but types do.
+    types = state if explicit else jax.eval_shape(init, _typed(params, mesh))
+
+    def put(x, like):
+        spec = jax.typeof(like).sharding.spec
+        if explicit and mesh_of(like) is None:
+            return reshard(x, NamedSharding(mesh, P(*[None] * x.ndim)))
+        if explicit or not any(spec):
+            return x
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    state = jax.tree.map(put, state, types)
+    return lax.optimization_barrier((state, params))[0]
 
 
 def alike(run: Callable[..., Any], like: Any, *given: Any, params: Any = None, **extra: Any) -> Any:
@@ -332,14 +346,12 @@ def alike(run: Callable[..., Any], like: Any, *given: Any, params: Any = None, *
 
     def automatic(given, params, arrays):
         outer = {
-            name: lambda *x, f=f: jax.sharding.explicit_axes(
-                f, axes=axes, in_sharding=(inside,) * len(x)
-            )(*x)
+            name: lambda *x, f=f: explicit_axes(f, axes=axes, in_sharding=(inside,) * len(x))(*x)
             for name, f in functions.items()
         }
         return run(*given, params, **arrays, **outer)
 
-    automatic = jax.sharding.auto_axes(automatic, axes=axes, out_sharding=outside)
+    automatic = auto_axes(automatic, axes=axes, out_sharding=outside)
     return automatic(given, params, arrays)
 
 
@@ -351,6 +363,59 @@ def _compiled(how, run, *given, **extra):
 
 def _traced(tree: Any) -> bool:
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def shardings(init: Callable[[Any], Any], params: Any) -> Any:
+    """The shardings of ``init(params)``, such as an optimizer's state, without computing it.
+
+    Rows ``(m, leaf.size)`` are split along their last axis over as many axes of the mesh as divide
+    it, whatever the parameter's own sharding; what is shaped like a parameter is sharded like it;
+    the rest is on all devices.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("x",))
+      >>> place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+      >>> params = {"w": jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=place)}
+      >>> tx = lro.lre(1e-2, basis=lro.basis.GGT(3))
+      >>> places = lro.shardings(tx.init, params)
+      >>> init = jax.jit(tx.init, out_shardings=places)        # puts every part where it belongs
+
+    Args:
+      init: ``tx.init`` of any optax transformation, or a function of arrays alone.
+      params: a tree of arrays, or of `jax.ShapeDtypeStruct` with shardings, on one mesh.
+
+    Returns:
+      A tree of `jax.sharding.NamedSharding`, as ``out_shardings`` of `jax.jit` and checkpoint
+      libraries take it.
+
+    Raises:
+      ValueError: where no parameter has a `jax.sharding.NamedSharding`.
+    """
+    places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+    mesh = next((s.mesh for s in places if isinstance(s, NamedSharding)), None)
+    check(
+        mesh is not None,
+        "shardings: no parameter has a NamedSharding; pass arrays that lie on a mesh, or "
+        "jax.ShapeDtypeStruct(shape, dtype, sharding=...).",
+    )
+    return jax.tree.map(
+        lambda x: NamedSharding(mesh, P() if x.sharding is None else x.sharding.spec),
+        jax.eval_shape(init, _typed(params, mesh)),
+    )
+
+
+def _typed(tree: Any, mesh: Any) -> Any:
+    """Shapes of arrays on the same mesh with explicit axes, where types tell shardings."""
+    kinds = (AxisType.Explicit,) * len(mesh.axis_names)
+    explicit = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=kinds)
+
+    def typed(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(x, "sharding", None)
+        spec = sharding.spec if isinstance(sharding, NamedSharding) else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(explicit, spec))
+
+    return jax.tree.map(typed, tree)
 
 
 def per_leaf(path: Any) -> str:
@@ -450,7 +515,7 @@ def random_rows(layout: Layout, key: jax.Array, count: int) -> Columns:
         jax.random.normal(k, (count, size), layout.dtype).astype(t)
         for k, size, t in zip(keys, layout.sizes, layout.rows, strict=False)
     ]
-    return orthonormal(layout, rows)
+    return orthonormal(layout, layout.split(rows))
 
 
 def orthonormal(layout: Layout, rows: Columns) -> Columns:

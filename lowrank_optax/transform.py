@@ -278,8 +278,9 @@ class _Engine:
         if not layout.names:
             return updates, state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
         self.basis.check_state(layout, state.basis)
-        like = updates, state
-        return alike(self._update, like, *like, params=params, **extra)
+        same = jax.tree.structure(params) == layout.treedef
+        like = params if same else updates, state
+        return alike(self._update, like, updates, state, params=params, **extra)
 
     def _update(self, updates: Any, state: Any, params: Any, **extra: Any):
         layout = Layout.of(updates, self.groups, self.dtype)
