@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.shard_alike import shard_alike
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, auto_axes, explicit_axes, reshard
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lowrank_optax import _linalg
@@ -128,10 +128,22 @@ class Layout:
         """Vectors or rows spread over the devices along their last axis."""
         if self.mesh is None:
             return arrays
-        shardings = [NamedSharding(self.mesh, spec) for spec in self._specs(arrays)]
-        if AxisType.Explicit in self.mesh.axis_types:
-            return reshard(arrays, shardings)
-        return lax.with_sharding_constraint(arrays, shardings)
+        return [_put(x, self.mesh, s) for x, s in zip(arrays, self._specs(arrays), strict=True)]
+
+    def deal(self, tree: Any) -> Any:
+        """Arrays ``(n, ...)`` of matrices spread along the first axis, or the last if that fits no
+        better.
+        """
+        if self.mesh is None:
+            return tree
+
+        def put(x: jax.Array) -> jax.Array:
+            axes = [_dividing(x.shape[i], self.mesh) for i in (0, -1)]
+            ends = P(axes[0]), P(*[None] * (x.ndim - 1), axes[1])
+            parts = [math.prod(self.mesh.shape[a] for a in names) for names in axes]
+            return _put(x, self.mesh, ends[parts[1] > parts[0]])
+
+        return jax.tree.map(put, tree)
 
     def _specs(self, arrays: Vector | Columns) -> list[P]:
         """How vectors or rows are split."""
@@ -279,7 +291,7 @@ def mesh_of(tree: Any) -> Any:
     Axes that `jax.shard_map` has made manual are not ours: there every device runs on its own.
     """
     for x in jax.tree.leaves(tree):
-        if not isinstance(x, jax.ShapeDtypeStruct):
+        if isinstance(x, jax.Array):
             mesh = jax.typeof(x).sharding.mesh
             if math.prod(mesh.shape[a] for a in free_axes(mesh)) > 1:
                 return mesh
@@ -295,70 +307,60 @@ def free_axes(mesh: Any) -> tuple[str, ...]:
 def start(init: Callable[[Any], Any], params: Any) -> Any:
     """``init(params)`` on the devices of ``params``.
 
-    `jax.jit` forgets arguments that no result depends on, and their devices with them: the barrier
-    makes the state depend on the parameters.
+    Zeros have no operands that would tell XLA where they belong, but types do: see `shardings`.
     """
     mesh = mesh_of(params)
     if mesh is None:
         return init(params)
     if not _traced(params):
-        return _compiled(start, init, params)
-    state, explicit = init(params), AxisType.Explicit in mesh.axis_types
-    # A state of zeros has no operands that would tell XLA where it belongs, but types do.
-    types = state if explicit else jax.eval_shape(init, _typed(params, mesh))
-
-    def put(x, like):
-        spec = jax.typeof(like).sharding.spec
-        if explicit and mesh_of(like) is None:
-            return reshard(x, NamedSharding(mesh, P(*[None] * x.ndim)))
-        if explicit or not any(spec):
-            return x
-        return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    state = jax.tree.map(put, state, types)
+        return jax.jit(init, out_shardings=shardings(init, params))(params)
+    state = init(params)
+    if AxisType.Explicit in mesh.axis_types:
+        everywhere = lambda x: _put(x, mesh, P(*[None] * x.ndim))
+        put = lambda x: x if mesh_of(x) is not None else everywhere(x)
+        state = jax.tree.map(put, state)
+    else:
+        spec = lambda like: P() if like.sharding is None else like.sharding.spec
+        put = lambda x, like: _put(x, mesh, spec(like)) if any(spec(like)) else x
+        state = jax.tree.map(put, state, _types(init, params, mesh))
+    # `jax.jit` forgets arguments that no result depends on, and their devices with them.
     return lax.optimization_barrier((state, params))[0]
 
 
-def alike(run: Callable[..., Any], like: Any, *given: Any, params: Any = None, **extra: Any) -> Any:
-    """``run(*given, params, **extra)``: arrays sharded like their counterparts in ``like``.
+def alike(run: Callable[..., Any], like: Any, *given: Any, **functions: Any) -> Any:
+    """``run(*given, **functions)``: arrays sharded like their counterparts in ``like``.
 
     The result and ``like`` are tuples; ``None`` in ``like`` stands for small arrays, which are on
-    all devices. Inside, all axes of the mesh are automatic, but for the functions of the parameters
-    in ``extra``. Without a mesh it is the plain call.
+    all devices. Inside, all axes of the mesh are automatic, but not so in the functions, whose
+    arguments are like ``like[0]``. Without a mesh it is the plain call.
     """
     mesh = mesh_of(given)
     if mesh is None:
-        return run(*given, params, **extra)
-    functions = {name: x for name, x in extra.items() if callable(x)}
-    arrays = {name: x for name, x in extra.items() if name not in functions}
+        return run(*given, **functions)
     if not _traced(given):
-        whole = partial(run, **functions) if functions else run
-        return _compiled(alike, whole, like, *given, params=params, **arrays)
+        run = partial(run, **functions) if functions else run
+        return _compiled(run, like, *given)
     if AxisType.Explicit not in mesh.axis_types:
-        out = run(*given, params, **extra)
-        pairs = zip(out, like, strict=True)
+        pairs = zip(run(*given, **functions), like, strict=True)
         return tuple(new if old is None else shard_alike(new, old)[0] for new, old in pairs)
-    axes, type_of = free_axes(mesh), lambda x: jax.typeof(x).sharding
-    inside = jax.tree.map(type_of, params)
-    outside = tuple(
-        NamedSharding(mesh, P()) if x is None else jax.tree.map(type_of, x) for x in like
+    axes, everywhere = free_axes(mesh), NamedSharding(mesh, P())
+    types = tuple(
+        everywhere if x is None else jax.tree.map(lambda x: jax.typeof(x).sharding, x) for x in like
     )
 
-    def automatic(given, params, arrays):
-        outer = {
-            name: lambda *x, f=f: explicit_axes(f, axes=axes, in_sharding=(inside,) * len(x))(*x)
-            for name, f in functions.items()
-        }
-        return run(*given, params, **arrays, **outer)
+    def automatic(*given):
+        outer = lambda f: (
+            lambda x: jax.sharding.explicit_axes(f, axes=axes, in_sharding=(types[0],))(x)
+        )
+        return run(*given, **{name: outer(f) for name, f in functions.items()})
 
-    automatic = auto_axes(automatic, axes=axes, out_sharding=outside)
-    return automatic(given, params, arrays)
+    return jax.sharding.auto_axes(automatic, axes=axes, out_sharding=types)(*given)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _compiled(how, run, *given, **extra):
-    """For calls outside of `jax.jit`, compiled once for each ``run``."""
-    return how(run, *given, **extra)
+@partial(jax.jit, static_argnums=0)
+def _compiled(run, like, *given):
+    """`alike` outside of `jax.jit`, compiled once for each ``run``."""
+    return alike(run, like, *given)
 
 
 def _traced(tree: Any) -> bool:
@@ -401,21 +403,22 @@ def shardings(init: Callable[[Any], Any], params: Any) -> Any:
     )
     return jax.tree.map(
         lambda x: NamedSharding(mesh, P() if x.sharding is None else x.sharding.spec),
-        jax.eval_shape(init, _typed(params, mesh)),
+        _types(init, params, mesh.abstract_mesh),
     )
 
 
-def _typed(tree: Any, mesh: Any) -> Any:
-    """Shapes of arrays on the same mesh with explicit axes, where types tell shardings."""
-    kinds = (AxisType.Explicit,) * len(mesh.axis_names)
-    explicit = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=kinds)
+def _types(init: Callable[[Any], Any], params: Any, mesh: Any) -> Any:
+    """What ``init`` would return were all axes explicit, whose types show shardings."""
+    kinds = [t if t == AxisType.Manual else AxisType.Explicit for t in mesh.axis_types]
+    explicit = mesh.update(axis_types=tuple(kinds))
 
     def typed(x: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(x, "sharding", None)
         spec = sharding.spec if isinstance(sharding, NamedSharding) else P()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(explicit, spec))
 
-    return jax.tree.map(typed, tree)
+    with jax.sharding.use_abstract_mesh(explicit):
+        return jax.eval_shape(init, jax.tree.map(typed, params))
 
 
 def per_leaf(path: Any) -> str:
@@ -620,6 +623,13 @@ def _dividing(size: int, mesh: Any) -> tuple[str, ...]:
     choices = (c for k in range(len(free) + 1) for c in itertools.combinations(free, k))
     parts = lambda names: math.prod(mesh.shape[name] for name in names)
     return max((c for c in choices if size % parts(c) == 0), key=parts)
+
+
+def _put(x: jax.Array, mesh: Any, spec: P) -> jax.Array:
+    """An array split as ``spec`` says."""
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 class Place(NamedTuple):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, per_leaf, repeat
+from lowrank_optax._tree import Layout, alike, per_leaf, repeat, start
 from lowrank_optax._types import (
     NEEDS,
     Context,
@@ -293,9 +293,12 @@ class _Engine:
     seed: Any
 
     def init(self, params: Any) -> ScaleByMatrixLREState:
+        return start(self._init, params)
+
+    def _init(self, params: Any) -> ScaleByMatrixLREState:
         key, *keys = jax.random.split(jax.random.key(self.seed), 3)
 
-        def start(kind: _Matrices) -> MatricesState:
+        def begin(kind: _Matrices) -> MatricesState:
             n, dtype = kind.short.n, kind.short.dtype
             short, long = (
                 () if basis is None else basis.init(layout, k)
@@ -323,7 +326,7 @@ class _Engine:
             count=jnp.zeros((), jnp.int32),
             # `optax.tree.map_params` inits a tree without leaves, to find out where parameters are:
             # one leaf stands for all of this.
-            matrices={name: start(kind) for name, kind in matrices.items()}
+            matrices={name: layout.deal(begin(kind)) for name, kind in matrices.items()}
             if layout.names
             else jnp.zeros(()),
             rest=self.rest.init(params),
@@ -337,12 +340,24 @@ class _Engine:
         if not layout.names:
             return updates, state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
         self._check_state(matrices, state)
+        same = jax.tree.structure(params) == layout.treedef
+        like = params if same else updates, state
+        functions = {name: x for name, x in extra.items() if callable(x)}
+        arrays = {name: x for name, x in extra.items() if name not in functions}
+        return alike(self._update, like, updates, state, params, arrays, **functions)
+
+    def _update(self, updates: Any, state: Any, params: Any, arrays: Any, **functions: Any):
+        layout = Layout.of(updates, None, self.dtype, OWNER)
+        matrices, extra = self._matrices(layout), arrays | functions
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
         leaves, rest, fine = self._others(layout, matrices, updates, state.rest, params, extra)
         new, given = {}, layout.leaves(updates)
         for i, (name, kind) in enumerate(matrices.items()):
             step, new[name] = self._step(
-                kind, kind.read(given), state.matrices[name], jax.random.fold_in(key, i)
+                kind,
+                layout.deal(kind.read(given)),
+                state.matrices[name],
+                jax.random.fold_in(key, i),
             )
             leaves |= kind.write(step)
         return layout.unflatten([leaves[i] for i in range(len(leaves))]), ScaleByMatrixLREState(

@@ -280,9 +280,12 @@ class _Engine:
         self.basis.check_state(layout, state.basis)
         same = jax.tree.structure(params) == layout.treedef
         like = params if same else updates, state
-        return alike(self._update, like, updates, state, params=params, **extra)
+        functions = {name: x for name, x in extra.items() if callable(x)}
+        arrays = {name: x for name, x in extra.items() if name not in functions}
+        return alike(self._update, like, updates, state, params, arrays, **functions)
 
-    def _update(self, updates: Any, state: Any, params: Any, **extra: Any):
+    def _update(self, updates: Any, state: Any, params: Any, arrays: Any, **functions: Any):
+        extra = arrays | functions
         layout = Layout.of(updates, self.groups, self.dtype)
         count = jnp.asarray(optax.safe_increment(state.count))
         g = layout.flatten(updates)

@@ -47,6 +47,10 @@ class Operator:
     gram: jax.Array
     layout: Layout = dataclasses.field(metadata={"static": True})
 
+    def __post_init__(self):
+        # Where the rows are they know themselves, and may move.
+        object.__setattr__(self, "layout", self.layout.on(()))
+
     @classmethod
     def of(cls, rows: Any, h: jax.Array, example: Any = None) -> "Operator":
         """The operator of given rows, whose leaves are ``(r, *shape)``, and ``(r, r)`` moments.
