@@ -130,21 +130,6 @@ class Layout:
             return arrays
         return [_put(x, self.mesh, s) for x, s in zip(arrays, self._specs(arrays), strict=True)]
 
-    def deal(self, tree: Any) -> Any:
-        """Arrays ``(n, ...)`` of matrices spread along the first axis, or the last if that fits no
-        better.
-        """
-        if self.mesh is None:
-            return tree
-
-        def put(x: jax.Array) -> jax.Array:
-            axes = [_dividing(x.shape[i], self.mesh) for i in (0, -1)]
-            ends = P(axes[0]), P(*[None] * (x.ndim - 1), axes[1])
-            parts = [math.prod(self.mesh.shape[a] for a in names) for names in axes]
-            return _put(x, self.mesh, ends[parts[1] > parts[0]])
-
-        return jax.tree.map(put, tree)
-
     def _specs(self, arrays: Vector | Columns) -> list[P]:
         """How vectors or rows are split."""
         axes = [_dividing(size, self.mesh) or None for size in self.sizes]
@@ -304,6 +289,32 @@ def free_axes(mesh: Any) -> tuple[str, ...]:
     return tuple(name for name, kind in kinds if kind != AxisType.Manual)
 
 
+def spread(tree: Any, mesh: Any, axes: tuple[int, ...] | None = None) -> Any:
+    """Arrays split along that of their ``axes``, by default all, which most devices can share.
+
+    Among equals it is the first of ``axes``, or the longest. Without a mesh nothing happens.
+    """
+    if mesh is None:
+        return tree
+
+    def put(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) or not x.ndim:
+            return x
+        longest = sorted(range(x.ndim), key=lambda i: -x.shape[i])
+        names = {i % x.ndim: _dividing(x.shape[i], mesh) for i in axes or longest}
+        best = max(names, key=lambda i: math.prod(mesh.shape[a] for a in names[i]))
+        return _put(x, mesh, P(*(names[i] or None if i == best else None for i in range(x.ndim))))
+
+    return jax.tree.map(put, tree)
+
+
+def everywhere(tree: Any, mesh: Any) -> Any:
+    """Arrays whole on all devices."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: _put(x, mesh, P(*[None] * x.ndim)), tree)
+
+
 def start(init: Callable[[Any], Any], params: Any) -> Any:
     """``init(params)`` on the devices of ``params``.
 
@@ -316,8 +327,7 @@ def start(init: Callable[[Any], Any], params: Any) -> Any:
         return jax.jit(init, out_shardings=shardings(init, params))(params)
     state = init(params)
     if AxisType.Explicit in mesh.axis_types:
-        everywhere = lambda x: _put(x, mesh, P(*[None] * x.ndim))
-        put = lambda x: x if mesh_of(x) is not None else everywhere(x)
+        put = lambda x: x if mesh_of(x) is not None else everywhere(x, mesh)
         state = jax.tree.map(put, state)
     else:
         spec = lambda like: P() if like.sharding is None else like.sharding.spec
@@ -343,9 +353,9 @@ def alike(run: Callable[..., Any], like: Any, *given: Any, **functions: Any) -> 
     if AxisType.Explicit not in mesh.axis_types:
         pairs = zip(run(*given, **functions), like, strict=True)
         return tuple(new if old is None else shard_alike(new, old)[0] for new, old in pairs)
-    axes, everywhere = free_axes(mesh), NamedSharding(mesh, P())
+    axes, small = free_axes(mesh), NamedSharding(mesh, P())
     types = tuple(
-        everywhere if x is None else jax.tree.map(lambda x: jax.typeof(x).sharding, x) for x in like
+        small if x is None else jax.tree.map(lambda x: jax.typeof(x).sharding, x) for x in like
     )
 
     def automatic(*given):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, alike, per_leaf, repeat, start
+from lowrank_optax._tree import Layout, alike, per_leaf, repeat, spread, start
 from lowrank_optax._types import (
     NEEDS,
     Context,
@@ -34,6 +34,9 @@ from lowrank_optax.inner import as_inner
 from lowrank_optax.transform import Events, carry, step_inside, tally
 
 OWNER = "scale_by_matrix_lre"
+
+deal = partial(spread, axes=(0, -1))
+"""Arrays of ``n`` matrices dealt out to the devices, or split along their last axis."""
 
 
 class MatricesState(NamedTuple):
@@ -326,7 +329,7 @@ class _Engine:
             count=jnp.zeros((), jnp.int32),
             # `optax.tree.map_params` inits a tree without leaves, to find out where parameters are:
             # one leaf stands for all of this.
-            matrices={name: layout.deal(begin(kind)) for name, kind in matrices.items()}
+            matrices={name: deal(begin(kind), layout.mesh) for name, kind in matrices.items()}
             if layout.names
             else jnp.zeros(()),
             rest=self.rest.init(params),
@@ -355,7 +358,7 @@ class _Engine:
         for i, (name, kind) in enumerate(matrices.items()):
             step, new[name] = self._step(
                 kind,
-                layout.deal(kind.read(given)),
+                deal(kind.read(given), layout.mesh),
                 state.matrices[name],
                 jax.random.fold_in(key, i),
             )

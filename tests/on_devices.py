@@ -1,20 +1,23 @@
 """Checks that need several devices, run by `test_sharding.py` in processes of their own.
 
 ``python tests/on_devices.py NAME ...`` prints a line of JSON for every check: its name and what
-went wrong, if anything.
+went wrong, if anything. With ``--process I N PORT`` before the names it is the ``I``-th of ``N``
+processes. In float64 (``JAX_ENABLE_X64=1``), where rounding is far below all else.
 """
 
 import functools
 import json
 import re
 import sys
+import time
 import traceback
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cases import BASES, DEFAULT, MORE_BASES, STEADY, quick_jit
+from cases import BASES, MORE_BASES, STEADY, quick_jit
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -76,12 +79,18 @@ def gathered(x):
 
 
 def mesh_of(kind):
-    return jax.make_mesh((4, 2), AXES, axis_types=(kind,) * 2)
+    count = jax.device_count()
+    shape = (count // 2, 2) if count > 2 else (count, 1)
+    return jax.make_mesh(shape, AXES, axis_types=(kind,) * 2)
 
 
 def fsdp(shape):
     """The largest axis over all devices, where they divide it."""
-    fits = [i for i in np.argsort([-s for s in shape], kind="stable") if shape[i] % 8 == 0]
+    fits = [
+        i
+        for i in np.argsort([-s for s in shape], kind="stable")
+        if shape[i] % jax.device_count() == 0
+    ]
     return P(*(AXES if i == fits[0] else None for i in range(len(shape)))) if fits else P()
 
 
@@ -109,6 +118,9 @@ KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 def assert_close(a, b, tolerance=1e-9):
     """Trees of arrays wherever they are, to rounding of their largest entries."""
+    a = fetch(a)
+    if jax.process_index():  # what it is to be is known to the first process alone
+        return
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
     ):
@@ -117,6 +129,23 @@ def assert_close(a, b, tolerance=1e-9):
         assert np.isfinite(x).all() and x.shape == y.shape, where
         error = np.abs(x - y).max(initial=0)
         assert error <= tolerance * max(np.abs(y).max(initial=0), 1e-3), f"{where}: {error}"
+
+
+def fetch(tree):
+    """Arrays that other processes have parts of."""
+
+    def whole(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return x
+        everywhere = NamedSharding(x.sharding.mesh, P())
+        return jax.jit(lambda x: x, out_shardings=everywhere)(x)
+
+    return jax.tree.map(whole, tree)
+
+
+def on_the_first(function):
+    """For references: nothing in the other processes."""
+    return functools.cache(lambda *args: None if jax.process_index() else function(*args))
 
 
 def assert_placed(tree, places):
@@ -143,7 +172,7 @@ def train_step(params, state, tokens):
     return optax.apply_updates(params, updates), state, value
 
 
-@functools.cache
+@on_the_first
 def trained_alone():
     params, values, step = transformer(), [], quick_jit(train_step)
     state = TX.init(params)
@@ -181,25 +210,32 @@ def step_alone(name):
     """Each basis on a tree of which leaves split eight ways, four ways and not at all."""
     shapes = {"eight": (6, 16), "four": (5, 4), "none": (7,)}
     rng = np.random.default_rng(3)
-    draw = lambda: {n: jnp.asarray(rng.normal(size=s), float) for n, s in shapes.items()}
+    draw = lambda: {n: rng.normal(size=s) for n, s in shapes.items()}
     rule = lambda shape: {16: P(None, AXES), 4: P(None, "a")}.get(shape[-1], P())
-    mesh, params = mesh_of(AxisType.Auto), draw()
-    tx = lro.scale_by_lre(lro.curvature.Covariance(), (BASES | MORE_BASES)[name], STEADY)
+    mesh, params, grads = mesh_of(AxisType.Auto), draw(), [draw() for _ in range(6)]
+    tx = lro.scale_by_lre(
+        lro.curvature.Covariance(), (BASES | MORE_BASES)[name], lro.inner.EMA(0.5)
+    )
     where = place(mesh, params, rule)
-    state, alone, homes = tx.init(where), tx.init(params), None
-    on_mesh, on_one = quick_jit(lambda g, s, p: tx.update(g, s, p)), quick_jit(tx.update)
-    for _ in range(6):
-        g = draw()
-        u, state = on_mesh(place(mesh, g, rule), state, where)
-        v, alone = on_one(g, alone, params)
-        assert_close(u, v)
+    state, homes, found = tx.init(where), None, []
+    update = quick_jit(lambda g, s, p: tx.update(g, s, p))
+    for g in grads:
+        u, state = update(place(mesh, g, rule), state, where)
+        found.append(u)
         assert_placed(u, placements(where))
         homes = homes or placements(state)
         assert_placed(state, homes)
-    assert on_mesh._cache_size() == on_one._cache_size() == 1, (
-        on_mesh._cache_size(),
-        on_one._cache_size(),
-    )
+    assert update._cache_size() == 1
+
+    @on_the_first
+    def alone():
+        update, state, found = quick_jit(tx.update), tx.init(params), []
+        for g in grads:
+            u, state = update(g, state, params)
+            found.append(u)
+        return found
+
+    assert_close(found, alone())
 
 
 MATRICES = {
@@ -207,7 +243,7 @@ MATRICES = {
         lro.basis.SubspaceIteration(2, 0.0), None, lro.inner.EMA(0.5), update_every=2
     ),
     "soap": lambda: lro.scale_by_matrix_lre(
-        lro.basis.FullMatrix(0.9, every=2), lro.basis.Eigen(3), lro.inner.EMA(0.5)
+        lro.basis.FullMatrix(0.9, every=2), lro.basis.FullMatrix(0.9), lro.inner.EMA(0.5)
     ),
 }
 
@@ -218,8 +254,7 @@ def matrices(kind, name):
     shapes = {f"layer{i}": (6, 8) if i % 2 else (8, 6) for i in range(8)}
     shapes |= {"up": (8, 32), "down": (32, 8), "bias": (8,)}
     draw = lambda: {n: jnp.asarray(rng.normal(size=s)) for n, s in shapes.items()}
-    rule = lambda shape: P(*(AXES if size % 8 == 0 else None for size in shape))
-    rule = lambda shape, rule=rule: P(None, AXES) if shape == (8, 32) else rule(shape)
+    rule = fsdp
     mesh, params, tx = mesh_of(KINDS[kind]), draw(), MATRICES[name]()
     where = place(mesh, params, rule)
     state, alone, homes = tx.init(where), tx.init(params), None
@@ -319,6 +354,60 @@ for kind in KINDS:
 
 
 @check
+def spectral_fit():
+    """Batches, parameters and the optimizer's state over the devices of the current mesh."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(64, 8))
+    data, seen = (x, x + 0.1 * rng.normal(size=(64, 8))), {}
+
+    class Watched(lro.spectral.operators.CanonicalDependence):
+        def apply(self, f, g, batch):
+            jax.debug.inspect_array_sharding(batch[0], callback=partial(see, "batch"))
+            return super().apply(f, g, batch)
+
+    def see(name, sharding):
+        seen[name] = sharding
+
+    def watch(updates, state, params):
+        jax.debug.inspect_array_sharding(params[0]["in"], callback=partial(see, "params"))
+        jax.debug.inspect_array_sharding(state["in"], callback=partial(see, "state"))
+        return updates, state
+
+    watched = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p[0]), watch)
+    adam = optax.chain(optax.adam(1e-2), watched)
+
+    def init(key, x):
+        keys = jax.random.split(key, 2)
+        shapes = {"in": (8, 16), "out": (16, 3)}
+        return {
+            n: 0.3 * jax.random.normal(k, s) for (n, s), k in zip(shapes.items(), keys, strict=True)
+        }
+
+    def apply(params, x):
+        return jnp.tanh(x @ params["in"]) @ params["out"]
+
+    fit = lambda: lro.spectral.fit(
+        Watched(*data),
+        (init, apply),
+        optimizer=adam,
+        steps=6,
+        batch_size=32,
+        evaluate_every=6,
+        evaluate_batches=2,
+    )
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        there = fit()
+    count, shapes = jax.device_count(), {"batch": (32, 8), "params": (8, 16), "state": (8, 16)}
+    for name, shape in shapes.items():
+        local = seen[name].shard_shape(shape)
+        assert np.prod(local) * count == np.prod(shape), f"{name}: {seen[name]}"
+    alone = fit() if not jax.process_index() else there
+    assert_close(there.params, alone.params, 1e-7)
+    assert_close(there.eigenvalues, alone.eigenvalues, 1e-7)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(there.params))
+
+
+@check
 def data_parallel_by_shard_map():
     """Inside `jax.shard_map` every device takes the whole step on the mean gradient."""
     mesh = mesh_of(AxisType.Auto)
@@ -337,22 +426,127 @@ def data_parallel_by_shard_map():
     assert_close((params, state), trained_alone()[:2])
 
 
-def main(names):
-    import time
+# What the compiled step exchanges ----------------------------------------------------------------
 
+EXCHANGES = (
+    "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+)
+
+
+COPIES = ("copy", "concatenate", "transpose", "select", "convert")
+
+
+def instructions(hlo):
+    """``(computation, types, opcode)`` of every instruction; a computation that is ENTRY is so."""
+    where = None
+    for line in hlo.splitlines():
+        if line and not line[0].isspace() and "{" in line:
+            where = "ENTRY" if line.startswith("ENTRY") else line.split()[0]
+        found = re.match(r"\s+(?:ROOT )?%\S+ = (.*?) ([a-z][\w-]*)\(", line)
+        if found:
+            yield where, re.findall(r"\w+\[([\d,]*)\]", found[1]), found[2].removesuffix("-start")
+
+
+def entries(shape):
+    return int(np.prod([int(x) for x in shape.split(",") if x]))
+
+
+def exchanged(basis, entry, loops):
+    """A step sends the gradient once there and once back, and small sums; never rows."""
+    params = {"w": jnp.ones((64, 64)), "v": jnp.ones((32, 128)), "b": jnp.ones(8)}
+    mesh, m = mesh_of(AxisType.Auto), 8
+    params = place(mesh, params, lambda shape: P(*[None] * (len(shape) - 1), AXES))
+    tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.EMA(0.5))
+    state = tx.init(params)
+    rows = jax.tree.leaves(state.basis.rows)
+    m, d = rows[0].shape[0], sum(x.size for x in jax.tree.leaves(params))
+    compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+    found = {True: {}, False: {}}
+    for where, shapes, opcode in instructions(compiled.as_text()):
+        if re.fullmatch(EXCHANGES, opcode):
+            sizes = found[where == "ENTRY"]
+            sizes[opcode] = sizes.get(opcode, 0) + sum(map(entries, shapes))
+    moved = found[True].pop("all-to-all")
+    assert d // 8 <= moved <= 2 * d // 8, moved
+    assert set(found[True]) <= {"all-reduce"} and found[True]["all-reduce"] <= entry(m), found
+    assert set(found[False]) <= {"all-reduce"}, found
+    assert found[False].get("all-reduce", 0) <= loops(m), found
+    local = {f"{m},{w.shape[1] // 8}" for w in rows}
+    copies = [
+        x
+        for x in instructions(compiled.as_text())
+        if local & set(x[1]) and x[2] in COPIES and "fused" not in x[0]
+    ]
+    assert not copies, copies
+    memory = compiled.memory_analysis()
+    mine = sum(w.nbytes for w in rows) / 8
+    assert mine <= memory.alias_size_in_bytes and memory.temp_size_in_bytes < mine
+
+
+CHECKS["exchange_ggt"] = lambda: exchanged(lro.basis.GGT(8), lambda m: m + 1, lambda m: 0)
+CHECKS["exchange_eigen"] = lambda: exchanged(
+    lro.basis.Eigen(8), lambda m: m + 3, lambda m: m * m + 4 * m
+)
+CHECKS["exchange_random"] = lambda: exchanged(
+    lro.basis.Random(8), lambda m: m + 1, lambda m: 6 * m * m
+)
+
+
+@check
+def init_places_the_state():
+    """Compiled from shapes alone: every device makes its own part of the rows and nothing else."""
+    mesh = mesh_of(AxisType.Auto)
+    split = NamedSharding(mesh, P(None, AXES))
+    params = {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=split)}
+    tx = optax.chain(lro.scale_by_lre(*PARTS), optax.adam(1e-2))
+    places = lro.shardings(tx.init, params)
+    assert places[1][0].mu["w"] == split
+    for options in ({"out_shardings": places}, {}):
+        compiled = jax.jit(tx.init, **options).lower(params).compile()
+        where = compiled.output_shardings
+        rows, found = places[0].basis.rows["w"], where[0].basis.rows["w"]
+        assert rows.is_equivalent_to(found, 2) and rows.shard_shape((8, 4096)) == (8, 512)
+        memory = compiled.memory_analysis()
+        assert memory.temp_size_in_bytes < 4 * 4096
+        moments = 2 * 4096 * 4 / (8 if options else 1)  # without shardings Adam's are everywhere
+        assert memory.output_size_in_bytes < 8 * 512 * 4 + moments + 4000
+
+
+PARTS = lro.curvature.Covariance(), lro.basis.GGT(8), lro.inner.EMA(0.5)
+
+
+@check
+def types_of_the_state():
+    """What optax asks of its own optimizers: init and update, compiled or not, agree on types."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    tx = lro.scale_by_lre(*PARTS, complement=optax.scale_by_adam())
+    with jax.set_mesh(mesh):
+        params = jnp.zeros((2, 8, 4), jnp.float16, out_sharding=P(None, "x"))
+        state = tx.init(params)
+        updates, after = tx.update(params, state, params)
+        compiled = jax.jit(tx.update)(params, state, params)
+        types = lambda tree: jax.tree.map(jax.typeof, tree)
+        assert types(state) == types(jax.jit(tx.init)(params)) == types(after)
+        assert types(compiled) == types((updates, after)) and types(updates) == types(params)
+    assert types(tx.init(jax.ShapeDtypeStruct((2, 4, 8), jnp.float32))).count.shape == ()
+
+
+def main(arguments):
+    names = arguments
+    if names[:1] == ["--process"]:
+        index, count, port = map(int, names[1:4])
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+        assert jax.process_count() == count
+        names = names[4:]
     for name in names or CHECKS:
-        wrong = ""
-        start = time.process_time()
+        wrong, begin = "", time.process_time()
         try:
             CHECKS[name]()
         except Exception:
             wrong = traceback.format_exc()
-        print(
-            json.dumps(
-                {"name": name, "wrong": wrong, "seconds": round(time.process_time() - start, 1)}
-            ),
-            flush=True,
-        )
+        seconds = round(time.process_time() - begin, 1)
+        print(json.dumps({"name": name, "wrong": wrong, "seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":
