@@ -278,7 +278,8 @@ def mesh_of(tree: Any) -> Any:
     for x in jax.tree.leaves(tree):
         if isinstance(x, jax.Array):
             mesh = jax.typeof(x).sharding.mesh
-            if math.prod(mesh.shape[a] for a in free_axes(mesh)) > 1:
+            devices = math.prod(mesh.shape[a] for a in free_axes(mesh))
+            if devices > 1 or AxisType.Explicit in mesh.axis_types:  # whose types hold for one too
                 return mesh
     return None
 

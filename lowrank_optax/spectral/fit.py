@@ -165,8 +165,8 @@ def fit(
     kinds = jax.sharding.get_abstract_mesh().axis_types
     check(
         jax.sharding.AxisType.Explicit not in kinds,
-        f"fit: the current mesh has axes of the types {kinds}; give jax.set_mesh one whose axes "
-        "are automatic.",
+        f"fit: the current mesh has axes of the types {kinds}; make one with "
+        "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...)).",
     )
     state = jax.jit(partial(_start, operator, networks, method, optimizer, batch_size))(first)
 
