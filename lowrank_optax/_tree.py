@@ -324,9 +324,13 @@ def start(init: Callable[[Any], Any], params: Any) -> Any:
     mesh = mesh_of(params)
     if mesh is None:
         return init(params)
-    if not _traced(params):
-        return jax.jit(init, out_shardings=shardings(init, params))(params)
-    state = init(params)
+    if _traced(params):
+        return jax.jit(partial(_start, init))(params)  # also where `jax.vmap` alone traces
+    return jax.jit(init, out_shardings=shardings(init, params))(params)
+
+
+def _start(init: Callable[[Any], Any], params: Any) -> Any:
+    mesh, state = mesh_of(params), init(params)
     if AxisType.Explicit in mesh.axis_types:
         put = lambda x: x if mesh_of(x) is not None else everywhere(x, mesh)
         state = jax.tree.map(put, state)
@@ -345,12 +349,15 @@ def alike(run: Callable[..., Any], like: Any, *given: Any, **functions: Any) -> 
     all devices. Inside, all axes of the mesh are automatic, but not so in the functions, whose
     arguments are like ``like[0]``. Without a mesh it is the plain call.
     """
-    mesh = mesh_of(given)
-    if mesh is None:
+    if mesh_of(given) is None:
         return run(*given, **functions)
-    if not _traced(given):
-        run = partial(run, **functions) if functions else run
-        return _compiled(run, like, *given)
+    if functions:  # which differ from call to call
+        return jax.jit(partial(_alike, run, **functions))(like, *given)
+    return _compiled(run, like, *given)
+
+
+def _alike(run: Callable[..., Any], like: Any, *given: Any, **functions: Any) -> Any:
+    mesh = mesh_of(given)
     if AxisType.Explicit not in mesh.axis_types:
         pairs = zip(run(*given, **functions), like, strict=True)
         return tuple(new if old is None else shard_alike(new, old)[0] for new, old in pairs)
@@ -368,10 +375,8 @@ def alike(run: Callable[..., Any], like: Any, *given: Any, **functions: Any) -> 
     return jax.sharding.auto_axes(automatic, axes=axes, out_sharding=types)(*given)
 
 
-@partial(jax.jit, static_argnums=0)
-def _compiled(run, like, *given):
-    """`alike` outside of `jax.jit`, compiled once for each ``run``."""
-    return alike(run, like, *given)
+_compiled = jax.jit(_alike, static_argnums=0)
+"""Compiled once for each ``run``, for calls outside of `jax.jit` too."""
 
 
 def _traced(tree: Any) -> bool:
@@ -464,22 +469,19 @@ def repeat(times: jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) 
 def write(rows: Columns, layout: Layout, slots: jax.Array, columns: Columns) -> Columns:
     """Puts column ``j`` of ``k`` into row ``slots[:, j]`` of its group; a slot of ``m`` drops it.
 
-    The rows are read before (``slots`` depends on the read), so that XLA writes in place.
+    A column that is dropped puts back what was there, so that nothing depends on a predicate and
+    `jax.vmap` of it copies nothing either. The rows are read before (``slots`` depends on the
+    read), so that XLA writes in place.
     """
 
     def put(w: jax.Array, at: jax.Array, c: jax.Array) -> jax.Array:
-        def body(j, w):
-            return repeat(
-                at[j] < w.shape[0],
-                lambda _, w: lax.dynamic_update_slice_in_dim(
-                    w, lax.dynamic_slice_in_dim(c, j, 1, 0), at[j], 0
-                ),
-                w,
-            )
+        def one(j, w):
+            row = jnp.minimum(at[j], w.shape[0] - 1)
+            old = lax.dynamic_slice_in_dim(w, row, 1, 0)
+            new = jnp.where(at[j] < w.shape[0], lax.dynamic_slice_in_dim(c, j, 1, 0), old)
+            return lax.dynamic_update_slice_in_dim(w, new, row, 0)
 
-        if c.shape[0] == 1:
-            return body(0, w)
-        return lax.fori_loop(0, c.shape[0], body, w)
+        return one(0, w) if c.shape[0] == 1 else lax.fori_loop(0, c.shape[0], one, w)
 
     return [
         put(w, at, c)

@@ -238,6 +238,39 @@ def step_alone(name):
     assert_close(found, alone())
 
 
+def layers(kind):
+    """`jax.vmap` over the axis of layers of a scanned model: an optimizer for each layer."""
+    rng = np.random.default_rng(8)
+    draw = lambda: {"w": rng.normal(size=(3, 6, 16)), "b": rng.normal(size=(3, 5))}
+    rule = lambda shape: P(None, None, AXES) if len(shape) == 3 else P()
+    mesh, params, grads = mesh_of(KINDS[kind]), draw(), [draw() for _ in range(5)]
+    tx = lro.scale_by_lre(lro.curvature.Covariance(), lro.basis.GGT(3), lro.inner.EMA(0.5))
+    where, update = place(mesh, params, rule), quick_jit(jax.vmap(tx.update))
+    state, found = jax.vmap(tx.init)(where), []
+    for g in grads:
+        u, state = update(place(mesh, g, rule), state, where)
+        found.append(u)
+    assert state.basis.rows["w"].addressable_shards[0].data.shape == (3, 3, 12)
+
+    @on_the_first
+    def alone():
+        update, found = quick_jit(tx.update), []
+        layer = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+        for i in range(3):
+            state = tx.init(layer(params, i))
+            found.append([])
+            for g in grads:
+                u, state = update(layer(g, i), state, layer(params, i))
+                found[i].append(u)
+        return jax.tree.map(lambda *x: jnp.stack(x), *found)
+
+    assert_close(found, alone())
+
+
+for kind in KINDS:
+    CHECKS[f"layers_{kind}"] = lambda k=kind: layers(k)
+
+
 MATRICES = {
     "galore": lambda: lro.scale_by_matrix_lre(
         lro.basis.SubspaceIteration(2, 0.0), None, lro.inner.EMA(0.5), update_every=2

@@ -1,6 +1,8 @@
 """Sharded parameters, data and state: `on_devices.py` in processes with more than one device.
 
-The rest of the suite keeps its one device. Equality is to rounding in float64.
+The rest of the suite keeps its one device. Equality is to rounding in float64. These are the checks
+that differ most; ``JAX_ENABLE_X64=1 XLA_FLAGS=--xla_force_host_platform_device_count=8 python
+tests/on_devices.py`` makes all of them.
 """
 
 import json
@@ -19,24 +21,20 @@ EIGHT_DEVICES = (
     "train_auto_tensor",
     "train_explicit_fsdp",
     "train_explicit_tensor",
+    "data_parallel_by_shard_map",
     "basis_eigen",
-    "basis_low_rank_factor",
     "basis_random",
-    "basis_topk",
-    "galore_auto",
+    "layers_auto",
     "soap_explicit",
     "learner_explicit",
     "hessian_explicit",
-    "fisher_auto",
-    "data_parallel_by_shard_map",
     "spectral_fit",
     "exchange_ggt",
-    "exchange_eigen",
     "exchange_random",
     "init_places_the_state",
     "types_of_the_state",
 )
-PROCESSES = {2: ("train_auto_fsdp", "learner_auto", "spectral_fit"), 4: ("basis_eigen",)}
+PROCESSES = {2: ("train_auto_fsdp", "spectral_fit"), 4: ("basis_eigen",)}
 
 
 def launch(arguments, devices):
@@ -58,7 +56,7 @@ def launch(arguments, devices):
 def assert_right(processes, names):
     """Every process made every check, and none found anything wrong."""
     try:
-        outputs = [p.communicate(timeout=600) for p in processes]
+        outputs = [p.communicate(timeout=900) for p in processes]
     finally:
         for process in processes:
             process.kill()
