@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-METHODS = ("Adam", "GGT(20)", "Eigen(20)", "galore(16)", "soap")
+METHODS = ("Adam", "GGT(20)", "Eigen(20)", "galore(16)")
 WIDTH, VOCABULARY, LAYERS = 128, 4096, 2
 
 ASSUMPTIONS = {
@@ -128,7 +128,6 @@ def measure(samples: int, quick: bool) -> list[dict]:
         "GGT(20)": lambda: optax.chain(whiten(lro.basis.GGT(20)), optax.scale_by_adam()),
         "Eigen(20)": lambda: optax.chain(whiten(lro.basis.Eigen(20)), optax.scale_by_adam()),
         "galore(16)": lambda: lro.galore(1e-2, rank=16, update_every=10),
-        "soap": lambda: lro.soap(1e-2),
     }
     layer = {
         "qkv": (WIDTH, 3 * WIDTH),
@@ -245,7 +244,7 @@ def draw(rows: list[dict], estimate: list[dict], path: Path) -> None:
     right.axhline(20, color="grey", lw=0.8, ls=":")
     right.set_xticks(count, [str(c) for c in count])
     right.minorticks_off()
-    right.set(xlabel="accelerators", title="On paper: rank in a quarter of 80 GB each, bf16")
+    right.set(xlabel="accelerators", title="On paper: rank in 20 GB each, bf16")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -411,16 +412,20 @@ def shardings(init: Callable[[Any], Any], params: Any) -> Any:
       ValueError: where no parameter has a `jax.sharding.NamedSharding`.
     """
     places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
-    mesh = next((s.mesh for s in places if isinstance(s, NamedSharding)), None)
+    mesh: Any = next((s.mesh for s in places if isinstance(s, NamedSharding)), None)
     check(
         mesh is not None,
         "shardings: no parameter has a NamedSharding; pass arrays that lie on a mesh, or "
         "jax.ShapeDtypeStruct(shape, dtype, sharding=...).",
     )
-    return jax.tree.map(
-        lambda x: NamedSharding(mesh, P() if x.sharding is None else x.sharding.spec),
-        _types(init, params, mesh.abstract_mesh),
-    )
+
+    def place(x: Any) -> NamedSharding:
+        spec = () if x.sharding is None else tuple(x.sharding.spec)
+        while spec and spec[-1] is None:  # as XLA spells what it returns, or steps compile twice
+            spec = spec[:-1]
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree.map(place, _types(init, params, mesh.abstract_mesh))
 
 
 def _types(init: Callable[[Any], Any], params: Any, mesh: Any) -> Any:

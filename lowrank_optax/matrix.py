@@ -173,7 +173,9 @@ def scale_by_matrix_lre(
 
     Cost: a step ``4 (r_S a b + r_S r_L b)`` flops a matrix; an update that of the bases for ``b``
     and ``a`` columns and ``4 r_S r_L (r_S + r_L)`` flops for each state of the inner parts. Leaves
-    of one shape and dtype are treated together, batched over the small algebra.
+    of one shape and dtype are treated together, batched over the small algebra. On several devices
+    the state's arrays are dealt out matrix by matrix as far as their number is divisible, otherwise
+    split along their last axis; the rest is XLA's partitioning, which moves a few times ``d``.
 
     Source: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
     ICML 2024; Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024; Gupta, Koren
@@ -362,7 +364,8 @@ class _Engine:
                 state.matrices[name],
                 jax.random.fold_in(key, i),
             )
-            leaves |= kind.write(step)
+            # Taken from their devices all at once: one by one they would go to every device.
+            leaves |= kind.write(spread(step, layout.mesh, (1, 2)))
         return layout.unflatten([leaves[i] for i in range(len(leaves))]), ScaleByMatrixLREState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             matrices=new,

@@ -162,6 +162,16 @@ def scale_by_lre(
     Cost: two passes over the rows a step (``4 m d`` flops, ``m d`` numbers of state), plus the
     small algebra of basis and inner parts.
 
+    Several devices: the mesh is that of the gradients, whose axes may be automatic or explicit.
+    Rows are split along their last axis over all axes of the mesh that divide ``leaf.size``
+    together, whatever the parameter's own sharding; small algebra is done on every device. Of
+    ``N`` devices each receives ``2 d / N`` numbers a step, the gradient as flat vectors and the
+    update as it was, and sums of ``m``; a leaf sharded along its first axis alone is flat already.
+    A leaf that no axis divides is on all devices: pad such vocabularies. The state is placed by
+    `lowrank_optax.shardings`; updates are sharded like the parameters where these are passed. In
+    `jax.shard_map`, pass the mean gradient. Layers of a scanned model are ``jax.vmap`` of ``init``
+    and ``update`` over their axis; with `GGT` it copies no rows.
+
     Source: the original LRE; for the products see `lowrank_optax.alias`.
     """
     check(

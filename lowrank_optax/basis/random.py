@@ -96,7 +96,7 @@ class Random(Basis):
         def draw(leaf: int, at: jax.Array, block: jax.Array) -> jax.Array:
             # A key for each column: what is drawn does not depend on blocks and devices.
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, leaf)))(at)
-            normal = partial(jax.random.normal, shape=self.rank, dtype=layout.dtype)
+            normal = partial(jax.random.normal, shape=(self.rank,), dtype=layout.dtype)
             return jax.vmap(normal, out_axes=1)(keys) * each[leaf][:, None]
 
         rows, gram, cross = rewrite(

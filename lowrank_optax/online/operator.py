@@ -40,6 +40,9 @@ class Operator:
       layout: the example's structure and shapes (static).
 
     Cost: memory ``r d``; every product ``4 r d`` flops, with ``O(r³)`` for powers and solves.
+
+    On several devices the rows of a `learner` are split along their last axis. With explicit axes,
+    call the methods within `jax.sharding.auto_axes`.
     """
 
     rows: Any
