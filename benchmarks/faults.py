@@ -137,10 +137,10 @@ def finite(tree):
 
 def arguments_of(params, bad):
     """Everything a curvature may ask for; where ``bad`` all of it is NaN."""
-    hurt = lambda x: jnp.where(bad, jnp.nan, x)
+    hurt = lambda x: x * jnp.where(bad, jnp.nan, 1)
     flat = lambda p: jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(p)])
     value_fn = lambda p: hurt(jnp.sum((flat(p) - 0.3) ** 4 + flat(p) ** 2))
-    vector = lambda p: hurt(jnp.ones(())) * (flat(p)[:3] ** 2 - 0.1)
+    vector = lambda p: hurt(flat(p)[:3] ** 2 - 0.1)
     return {
         "value_fn": value_fn,
         "value": value_fn(params),
@@ -157,7 +157,9 @@ def runner(tx, dtype=jnp.float32):
         g, bad = given
         g = jax.tree.map(lambda x: x.astype(dtype), g)
         updates, state = tx.update(g, state, params, **arguments_of(params, bad))
-        moved = jax.tree.map(lambda p, u: p - jnp.asarray(1e-2, p.dtype) * u, params, updates)
+        # However large an update is, the loss is to be one that the dtype can hold.
+        small = lambda u: jnp.clip(1e-2 * u, -0.1, 0.1).astype(dtype)
+        moved = jax.tree.map(lambda p, u: p - small(u), params, updates)
         return (moved, state), updates
 
     start = jax.tree.map(lambda x: jnp.asarray(x, dtype), trials.tree(np.zeros(trials.SIZE)))

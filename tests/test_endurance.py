@@ -7,6 +7,7 @@ import optax
 import pytest
 import trials
 from cases import BASES, DEFAULT, INNERS, MORE_BASES, quick_jit
+from dense import spectrum, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -204,6 +205,25 @@ def test_a_loss_that_is_not_finite_is_not_collected(value):
     values = jnp.linspace(2, 1, 16).at[4].set(value)
     state, _ = quick_jit(lambda s, x: jax.lax.scan(step, s, x))(state, (NOISE, values))
     assert int(state.events.eigh[0]) == 0 and int(state.steps[0]) == 16 and trials.whole(state)
+
+
+@pytest.mark.parametrize("bad", [np.nan, 1e25])
+def test_columns_that_are_not_finite_leave_the_basis(bad):
+    """Of examples or of a Hessian: the gradient beside them is sound."""
+    tx = lro.scale_by_lre(lro.curvature.EmpiricalFisher(), BASES["eigen"], lro.inner.Adam())
+    update = quick_jit(lambda g, s, given: tx.update(g, s, per_example_grads=given))
+    state = tx.init(jax.tree.map(lambda x: x[0], NOISE))
+    for i in range(8):
+        examples = jax.tree.map(lambda x, i=i: x[i : i + 3] * (bad if i in (0, 4) else 1), NOISE)
+        before = state
+        updates, state = update(jax.tree.map(lambda x, i=i: x[i], NOISE), state, examples)
+        assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+        if i in (0, 4):
+            assert_same(state.inner, before.inner)
+            for view in (vectors, spectrum):  # rows may have been rotated that were due for it
+                np.testing.assert_allclose(view(state.basis), view(before.basis), atol=1e-6)
+    assert [int(n[0]) for n in state.events] == [0, 0, 2, 0]
+    assert np.any(updates["a"]) and int(state.steps[0]) == 6 and trials.whole(state)
 
 
 # Matrices ---------------------------------------------------------------------------------------

@@ -341,7 +341,8 @@ class Frame(Basis, Spectrum):
         )
 
         kept = [x for x in jax.tree.leaves(memory) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        fine = _linalg.finite(lam, z, y, *kept)
+        # Of a column without a finite length the scale is 0, and so is then ``y``.
+        fine = _linalg.finite(gram, lam, z, y, *kept)
         ok = accept & fine
         # The new directions as combinations of rows: their size is what rounding in K grows by.
         behind = mix @ alpha.T

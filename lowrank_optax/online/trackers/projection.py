@@ -143,7 +143,7 @@ class PETRELS(Forgetting):
 
     def read(self, layout, rows, small, weight):
         rows, scale = _unit_rows(layout, rows[0])
-        return rows, scale[:, None] * small[0] * scale / weight
+        return rows, scale[:, None] * (small[0] / weight) * scale
 
 
 @dataclasses.dataclass(frozen=True)
