@@ -361,9 +361,13 @@ class _Engine:
         step, new = self.rest.update(updates, old, params, **extra)
         step = mine(step)
         # A second moment that overflowed would divide by infinity for ever.
-        burst = jax.tree.map(lambda x, y: jnp.any(jnp.isfinite(y) & ~jnp.isfinite(x)), new, old)
+        burst = [
+            jnp.any(jnp.isfinite(y) & ~jnp.isfinite(x))
+            for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+            if jnp.issubdtype(x.dtype, jnp.inexact)
+        ]
         fine = _linalg.finite(*given.values(), *step.values(), jnp.zeros(()))
-        fine = fine & ~jnp.any(jnp.array([False, *jax.tree.leaves(burst)]))
+        fine = fine & ~jnp.any(jnp.array([False, *burst]))
         step = {i: jnp.where(fine, jnp.reshape(x, -1), 0) for i, x in step.items()}
         return step, jax.tree.map(partial(jnp.where, fine), new, old), fine
 
