@@ -6,7 +6,7 @@ and the methods people know are beside it under their names.
 """
 
 from lowrank_optax import basis, curvature, diagnose, inner, online, spectral
-from lowrank_optax._tree import per_leaf
+from lowrank_optax._tree import per_leaf, shardings
 from lowrank_optax._types import (
     MATRIX,
     MOMENTS,
@@ -82,6 +82,7 @@ __all__ = [
     "natural_gradient",
     "online",
     "per_leaf",
+    "shardings",
     "scale_by_lre",
     "orthogonalize",
     "polar_soap",

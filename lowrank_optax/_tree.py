@@ -4,17 +4,28 @@ A `Layout` is the static picture of a tree: its leaves, their shapes, and which 
 to. Vectors are lists of flat leaves, rows are lists of ``(m, leaf.size)`` arrays: two-dimensional
 because XLA copies rows that carry a leaf's own shape. Sums over the leaves of a group give small
 arrays with a leading axis of groups; nothing here ever concatenates the leaves.
+
+On several devices rows and vectors are split along their last axis over as many axes of the mesh as
+divide it, whatever the parameter's own sharding: moving one gradient costs ``d``, moving the rows
+``m d``. The mesh is that of the leaves, which carry it in their types; small algebra is on all
+devices. `alike` is how a step enters and leaves this arrangement.
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lowrank_optax import _linalg
 from lowrank_optax._types import Columns, Vector, check
@@ -33,6 +44,7 @@ class Layout:
       group: the group of every leaf, ``0 .. n-1``.
       n: how many groups there are; at least one.
       dtype: of the small algebra: float32, or float64 where a leaf is.
+      mesh: the mesh of the leaves where there are several devices to spread over, else ``None``.
     """
 
     treedef: Any
@@ -43,6 +55,7 @@ class Layout:
     group: tuple[int, ...]
     n: int
     dtype: Any
+    mesh: Any = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def of(
@@ -81,6 +94,7 @@ class Layout:
             group=tuple(order[label] for label in labels),
             n=max(1, len(order)),
             dtype=jnp.result_type(jnp.float32, *dtypes),
+            mesh=mesh_of([leaf for _, leaf in leaves]),
         )
 
     @property
@@ -103,7 +117,45 @@ class Layout:
     def flatten(self, tree: Any) -> Vector:
         """The tree as a vector, rounded to the dtype of the rows."""
         leaves = self.treedef.flatten_up_to(tree)
-        return [jnp.reshape(x, -1).astype(t) for x, t in zip(leaves, self.rows, strict=True)]
+        return self.split(
+            [jnp.reshape(x, -1).astype(t) for x, t in zip(leaves, self.rows, strict=True)]
+        )
+
+    def on(self, tree: Any) -> "Layout":
+        """The same layout where the arrays of ``tree`` are."""
+        return dataclasses.replace(self, mesh=mesh_of(tree))
+
+    def split(self, arrays: Vector | Columns) -> Vector | Columns:
+        """Vectors or rows spread over the devices along their last axis."""
+        if self.mesh is None:
+            return arrays
+        return [_put(x, self.mesh, s) for x, s in zip(arrays, self._specs(arrays), strict=True)]
+
+    def _specs(self, arrays: Vector | Columns) -> list[P]:
+        """How vectors or rows are split."""
+        axes = [_dividing(size, self.mesh) or None for size in self.sizes]
+        return [P(*[None] * (x.ndim - 1), a) for x, a in zip(arrays, axes, strict=True)]
+
+    def _locally(self, run: Callable[..., Any], given: Any, out: Any) -> Any:
+        """``run(places, *given)`` on each device's own columns.
+
+        ``places`` says of every leaf which part of it that is, and whether it is the first device
+        that has it. Lists in ``given`` hold one array a leaf, as do those in ``out``.
+        """
+        axes = free_axes(self.mesh)
+        specs = lambda tree: tuple(self._specs(x) if isinstance(x, list) else P() for x in tree)
+
+        def mine(*given):
+            return run([_place(size, self.mesh) for size in self.sizes], *given)
+
+        return jax.shard_map(
+            mine,
+            mesh=self.mesh,
+            in_specs=specs(given),
+            out_specs=specs(out) if isinstance(out, tuple) else P(),
+            axis_names=set(axes),
+            check_vma=False,
+        )(*given)
 
     def columns(self, tree: Any, owner: str) -> tuple[Columns, bool]:
         """A vector, or vectors along a leading axis, as columns; and whether there was that axis.
@@ -126,10 +178,11 @@ class Layout:
                 f"({', '.join(map(str, ('k', *shape)))}) for k vectors, the same k in every leaf.",
             )
         head = (1,) if one else (shapes[0][0],)
-        return [
+        columns = [
             jnp.reshape(x, (*head, size)).astype(t)
             for x, size, t in zip(leaves, self.sizes, self.rows, strict=True)
-        ], not one
+        ]
+        return self.split(columns), not one
 
     def vectors(self, columns: Columns) -> Any:
         """Columns as a tree of the leaves' shapes with a leading axis."""
@@ -159,7 +212,9 @@ class Layout:
 
     def zeros(self, count: int) -> Columns:
         """``count`` rows of zeros."""
-        return [jnp.zeros((count, size), t) for size, t in zip(self.sizes, self.rows, strict=True)]
+        return self.split(
+            [jnp.zeros((count, size), t) for size, t in zip(self.sizes, self.rows, strict=True)]
+        )
 
     def spread(self, values: jax.Array) -> list[jax.Array]:
         """The value of each leaf's group, from an array with a leading axis of groups."""
@@ -172,23 +227,32 @@ class Layout:
             sums[group] = sums[group] + part.astype(self.dtype)
         return jnp.stack(sums)
 
+    def _sum(self, dot: Callable[..., jax.Array], shape: tuple[int, ...], *arrays: Any):
+        """`gather` of products over columns, with one sum over the devices for all the leaves."""
+
+        def own(places, *arrays):
+            parts = [dot(*each) for each in zip(*arrays, strict=True)]
+            if places:
+                parts = [jnp.where(p.first, x, 0) for p, x in zip(places, parts, strict=True)]
+            return self.gather(parts, shape)
+
+        if self.mesh is None:
+            return own((), *arrays)
+        total = lambda *all: lax.psum(own(*all), free_axes(self.mesh))
+        return self._locally(total, arrays, None)
+
     def dot(self, rows: Columns, vector: Vector | Columns) -> jax.Array:
         """``W v``: ``(n, m)`` for a vector, ``(n, m, k)`` for columns. One pass over the rows."""
         if vector and vector[0].ndim == 2 and vector[0].shape[0] == 1:  # a gemv is the faster one
             return self.dot(rows, [v[0] for v in vector])[..., None]
-        parts = [_contract(w, v, self.dtype) for w, v in zip(rows, vector, strict=True)]
         count = rows[0].shape[0] if rows else 0
         tail = () if not rows or vector[0].ndim == 1 else (vector[0].shape[0],)
-        return self.gather(parts, (count, *tail))
+        return self._sum(partial(_contract, dtype=self.dtype), (count, *tail), rows, vector)
 
     def inner(self, a: Vector, b: Vector) -> jax.Array:
         """``a · b`` within each group, ``(n,)``."""
-        return self.gather(
-            [
-                jnp.vdot(x.astype(self.dtype), y.astype(self.dtype))
-                for x, y in zip(a, b, strict=True)
-            ]
-        )
+        dot = lambda x, y: jnp.vdot(x.astype(self.dtype), y.astype(self.dtype))
+        return self._sum(dot, (), a, b)
 
     def squares(self, columns: Columns) -> jax.Array:
         """Squared norms of columns over all leaves, ``(k,)``."""
@@ -205,6 +269,177 @@ class Layout:
     def combine(self, weights: jax.Array, rows: Columns) -> Vector | Columns:
         """``c W``: weights ``(n, m)`` give a vector, ``(n, k, m)`` columns. One pass."""
         return [combine(c, w, self.dtype) for c, w in zip(self.spread(weights), rows, strict=True)]
+
+
+def mesh_of(tree: Any) -> Any:
+    """The mesh that arrays lie on, ``None`` where there is nothing to spread over.
+
+    Axes that `jax.shard_map` has made manual are not ours: there every device runs on its own.
+    """
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array):
+            mesh = jax.typeof(x).sharding.mesh
+            devices = math.prod(mesh.shape[a] for a in free_axes(mesh))
+            if devices > 1 or AxisType.Explicit in mesh.axis_types:  # whose types hold for one too
+                return mesh
+    return None
+
+
+def free_axes(mesh: Any) -> tuple[str, ...]:
+    """The axes of a mesh that are not manual."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind != AxisType.Manual)
+
+
+def spread(tree: Any, mesh: Any, axes: tuple[int, ...] | None = None) -> Any:
+    """Arrays split along that of their ``axes``, by default all, which most devices can share.
+
+    Among equals it is the first of ``axes``, or the longest. Without a mesh nothing happens.
+    """
+    if mesh is None:
+        return tree
+
+    def put(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) or not x.ndim:
+            return x
+        longest = sorted(range(x.ndim), key=lambda i: -x.shape[i])
+        names = {i % x.ndim: _dividing(x.shape[i], mesh) for i in axes or longest}
+        best = max(names, key=lambda i: math.prod(mesh.shape[a] for a in names[i]))
+        return _put(x, mesh, P(*(names[i] or None if i == best else None for i in range(x.ndim))))
+
+    return jax.tree.map(put, tree)
+
+
+def everywhere(tree: Any, mesh: Any) -> Any:
+    """Arrays whole on all devices."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: _put(x, mesh, P(*[None] * x.ndim)), tree)
+
+
+def start(init: Callable[[Any], Any], params: Any) -> Any:
+    """``init(params)`` on the devices of ``params``.
+
+    Zeros have no operands that would tell XLA where they belong, but types do: see `shardings`.
+    """
+    mesh = mesh_of(params)
+    if mesh is None:
+        return init(params)
+    if _traced(params):
+        return jax.jit(partial(_start, init))(params)  # also where `jax.vmap` alone traces
+    return jax.jit(init, out_shardings=shardings(init, params))(params)
+
+
+def _start(init: Callable[[Any], Any], params: Any) -> Any:
+    mesh, state = mesh_of(params), init(params)
+    if AxisType.Explicit in mesh.axis_types:
+        put = lambda x: x if mesh_of(x) is not None else everywhere(x, mesh)
+        state = jax.tree.map(put, state)
+    else:
+        spec = lambda like: P() if like.sharding is None else like.sharding.spec
+        put = lambda x, like: _put(x, mesh, spec(like)) if any(spec(like)) else x
+        state = jax.tree.map(put, state, _types(init, params, mesh))
+    # `jax.jit` forgets arguments that no result depends on, and their devices with them.
+    return lax.optimization_barrier((state, params))[0]
+
+
+def alike(run: Callable[..., Any], like: Any, *given: Any, **functions: Any) -> Any:
+    """``run(*given, **functions)``: arrays sharded like their counterparts in ``like``.
+
+    The result and ``like`` are tuples; ``None`` in ``like`` stands for small arrays, which are on
+    all devices. Inside, all axes of the mesh are automatic, but not so in the functions, whose
+    arguments are like ``like[0]``. Without a mesh it is the plain call.
+    """
+    if mesh_of(given) is None:
+        return run(*given, **functions)
+    if functions:  # which differ from call to call
+        return jax.jit(partial(_alike, run, **functions))(like, *given)
+    return _compiled(run, like, *given)
+
+
+def _alike(run: Callable[..., Any], like: Any, *given: Any, **functions: Any) -> Any:
+    mesh = mesh_of(given)
+    if AxisType.Explicit not in mesh.axis_types:
+        pairs = zip(run(*given, **functions), like, strict=True)
+        return tuple(new if old is None else shard_alike(new, old)[0] for new, old in pairs)
+    axes, small = free_axes(mesh), NamedSharding(mesh, P())
+    types = tuple(
+        small if x is None else jax.tree.map(lambda x: jax.typeof(x).sharding, x) for x in like
+    )
+
+    def automatic(*given):
+        outer = lambda f: (
+            lambda x: jax.sharding.explicit_axes(f, axes=axes, in_sharding=(types[0],))(x)
+        )
+        return run(*given, **{name: outer(f) for name, f in functions.items()})
+
+    return jax.sharding.auto_axes(automatic, axes=axes, out_sharding=types)(*given)
+
+
+_compiled = jax.jit(_alike, static_argnums=0)
+"""Compiled once for each ``run``, for calls outside of `jax.jit` too."""
+
+
+def _traced(tree: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def shardings(init: Callable[[Any], Any], params: Any) -> Any:
+    """The shardings of ``init(params)``, such as an optimizer's state, without computing it.
+
+    Rows ``(m, leaf.size)`` are split along their last axis over as many axes of the mesh as divide
+    it, whatever the parameter's own sharding; what is shaped like a parameter is sharded like it;
+    the rest is on all devices.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("x",))
+      >>> place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+      >>> params = {"w": jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=place)}
+      >>> tx = lro.lre(1e-2, basis=lro.basis.GGT(3))
+      >>> places = lro.shardings(tx.init, params)
+      >>> init = jax.jit(tx.init, out_shardings=places)        # puts every part where it belongs
+
+    Args:
+      init: ``tx.init`` of any optax transformation, or a function of arrays alone.
+      params: a tree of arrays, or of `jax.ShapeDtypeStruct` with shardings, on one mesh.
+
+    Returns:
+      A tree of `jax.sharding.NamedSharding`, as ``out_shardings`` of `jax.jit` and checkpoint
+      libraries take it.
+
+    Raises:
+      ValueError: where no parameter has a `jax.sharding.NamedSharding`.
+    """
+    places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+    mesh: Any = next((s.mesh for s in places if isinstance(s, NamedSharding)), None)
+    check(
+        mesh is not None,
+        "shardings: no parameter has a NamedSharding; pass arrays that lie on a mesh, or "
+        "jax.ShapeDtypeStruct(shape, dtype, sharding=...).",
+    )
+
+    def place(x: Any) -> NamedSharding:
+        spec = () if x.sharding is None else tuple(x.sharding.spec)
+        while spec and spec[-1] is None:  # as XLA spells what it returns, or steps compile twice
+            spec = spec[:-1]
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree.map(place, _types(init, params, mesh.abstract_mesh))
+
+
+def _types(init: Callable[[Any], Any], params: Any, mesh: Any) -> Any:
+    """What ``init`` would return were all axes explicit, whose types show shardings."""
+    kinds = [t if t == AxisType.Manual else AxisType.Explicit for t in mesh.axis_types]
+    explicit = mesh.update(axis_types=tuple(kinds))
+
+    def typed(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(x, "sharding", None)
+        spec = sharding.spec if isinstance(sharding, NamedSharding) else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(explicit, spec))
+
+    with jax.sharding.use_abstract_mesh(explicit):
+        return jax.eval_shape(init, jax.tree.map(typed, params))
 
 
 def per_leaf(path: Any) -> str:
@@ -239,22 +474,19 @@ def repeat(times: jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) 
 def write(rows: Columns, layout: Layout, slots: jax.Array, columns: Columns) -> Columns:
     """Puts column ``j`` of ``k`` into row ``slots[:, j]`` of its group; a slot of ``m`` drops it.
 
-    The rows are read before (``slots`` depends on the read), so that XLA writes in place.
+    A column that is dropped puts back what was there, so that nothing depends on a predicate and
+    `jax.vmap` of it copies nothing either. The rows are read before (``slots`` depends on the
+    read), so that XLA writes in place.
     """
 
     def put(w: jax.Array, at: jax.Array, c: jax.Array) -> jax.Array:
-        def body(j, w):
-            return repeat(
-                at[j] < w.shape[0],
-                lambda _, w: lax.dynamic_update_slice_in_dim(
-                    w, lax.dynamic_slice_in_dim(c, j, 1, 0), at[j], 0
-                ),
-                w,
-            )
+        def one(j, w):
+            row = jnp.minimum(at[j], w.shape[0] - 1)
+            old = lax.dynamic_slice_in_dim(w, row, 1, 0)
+            new = jnp.where(at[j] < w.shape[0], lax.dynamic_slice_in_dim(c, j, 1, 0), old)
+            return lax.dynamic_update_slice_in_dim(w, new, row, 0)
 
-        if c.shape[0] == 1:
-            return body(0, w)
-        return lax.fori_loop(0, c.shape[0], body, w)
+        return one(0, w) if c.shape[0] == 1 else lax.fori_loop(0, c.shape[0], one, w)
 
     return [
         put(w, at, c)
@@ -267,28 +499,34 @@ def rewrite(
     layout: Layout,
     when: jax.Array,
     height: int,
-    make: Callable[[int, jax.Array, jax.Array], jax.Array],
+    make: Callable[..., jax.Array],
+    *beside: Columns,
     cross: bool = False,
 ) -> tuple[Columns, jax.Array, jax.Array]:
     """Replaces the first ``height`` rows of the groups in ``when``, ``(n,)``, in place.
 
-    ``make(leaf, start, block)`` turns the columns ``start ..`` of a leaf's rows, ``(m, width)``,
-    into the new ``(height, width)``. Besides the rows it returns the Gram matrix of the new ones,
-    ``(n, height, height)``, and with ``cross`` (else empty) their products with the old,
-    ``(n, height, m)``, measured on what is stored; both are 0 for the other groups.
+    ``make(leaf, at, block, *blocks)`` turns columns of a leaf's rows, ``(m, width)``, of indices
+    ``at``, ``(width,)``, into the new ``(height, width)``; ``blocks`` are those columns of
+    ``beside``. Besides the rows it returns the Gram matrix of the new ones, ``(n, height,
+    height)``, and with ``cross`` (else empty) their products with the old, ``(n, height, m)``,
+    measured on what is stored; both are 0 for the other groups. Every device treats its own columns
+    and the products are summed at the end.
     """
     count = rows[0].shape[0] if rows else height
-    done, grams, crosses = [], [], []
-    for leaf, (w, go) in enumerate(zip(rows, layout.spread(when), strict=True)):
-        w, *sums = _rewrite_leaf(
-            w, go, height, partial(make, leaf), cross, layout.block(count), layout.dtype
-        )
-        done.append(w)
-        grams.append(sums[0])
-        crosses.append(sums[-1])
-    gram = layout.gather(grams, (height, height))
-    empty = jnp.zeros((layout.n, height, 0), layout.dtype)
-    return done, gram, layout.gather(crosses, (height, count)) if cross else empty
+    zeros = lambda width: jnp.zeros((layout.n, height, width), layout.dtype)
+    local = partial(_rewrite, layout=layout, height=height, make=make, cross=cross)
+    if layout.mesh is None:
+        return local(rows, when, beside, [Place(0, True)] * len(rows))
+
+    def mine(places, rows, when, *beside):
+        rows, *sums = local(rows, when, beside, places)
+        return rows, *lax.psum(sums, free_axes(layout.mesh))
+
+    def body(_, carry):
+        return layout._locally(mine, (carry[0], when, *beside), (rows, None, None))
+
+    # The sums over the devices wait within the loop that mostly does not run.
+    return repeat(jnp.any(when), body, (rows, zeros(height), zeros(count if cross else 0)))
 
 
 def random_rows(layout: Layout, key: jax.Array, count: int) -> Columns:
@@ -298,7 +536,7 @@ def random_rows(layout: Layout, key: jax.Array, count: int) -> Columns:
         jax.random.normal(k, (count, size), layout.dtype).astype(t)
         for k, size, t in zip(keys, layout.sizes, layout.rows, strict=False)
     ]
-    return orthonormal(layout, rows)
+    return orthonormal(layout, layout.split(rows))
 
 
 def orthonormal(layout: Layout, rows: Columns) -> Columns:
@@ -330,7 +568,7 @@ def cholesky_qr(
     r = gram.shape[-1]
     total = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
 
-    def turn(each: list[jax.Array], leaf: int, start: jax.Array, block: jax.Array) -> jax.Array:
+    def turn(each: list[jax.Array], leaf: int, at: jax.Array, block: jax.Array) -> jax.Array:
         return combine(each[leaf], block, layout.dtype)
 
     for shift in (10.0, 1.0):
@@ -347,22 +585,44 @@ def combine(weights: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
     return lax.dot_general(weights.astype(rows.dtype), rows, over, preferred_element_type=dtype)
 
 
-def _rewrite_leaf(w, go, height, make, cross, width, dtype):
-    """`rewrite` for one leaf: a loop over blocks of columns with a trip count of zero or all."""
+def _rewrite(rows, when, beside, places, *, layout: Layout, height, make, cross):
+    """`rewrite` on one device."""
+    count = rows[0].shape[0] if rows else height
+    done, grams, crosses = [], [], []
+    along = zip(*beside, strict=True) if beside else [()] * len(rows)
+    for leaf, (w, go, blocks, place) in enumerate(
+        zip(rows, layout.spread(when), along, places, strict=True)
+    ):
+        w, *sums = _rewrite_leaf(
+            (w, *blocks), go, height, partial(make, leaf), cross, layout, place
+        )
+        done.append(w)
+        grams.append(sums[0])
+        crosses.append(sums[-1])
+    gram = layout.gather(grams, (height, height))
+    empty = jnp.zeros((layout.n, height, 0), layout.dtype)
+    return done, gram, layout.gather(crosses, (height, count)) if cross else empty
+
+
+def _rewrite_leaf(arrays, go, height, make, cross, layout: Layout, place: "Place"):
+    """`_rewrite` for one leaf: a loop over blocks of columns with a trip count of zero or all."""
+    w, *beside = arrays
     count, size = w.shape
+    dtype = layout.dtype
     sums = [jnp.zeros((height, height), dtype)]
     sums += [jnp.zeros((height, count), dtype)] if cross else []
     if size == 0:
         return w, *sums
-    width = min(size, width)
+    width = min(size, layout.block(count))
 
     def body(j, carry):
         w, *sums = carry
         start = jnp.minimum(j * width, size - width)
-        block = lax.dynamic_slice_in_dim(w, start, width, 1)
-        new = make(start, block).astype(w.dtype)
-        mine = start + jnp.arange(width) >= j * width  # the last block overlaps the one before
-        counted = jnp.where(mine, new, 0)
+        block, *blocks = (lax.dynamic_slice_in_dim(x, start, width, 1) for x in (w, *beside))
+        at = start + jnp.arange(width)
+        new = make(place.part * size + at, block, *blocks).astype(w.dtype)
+        mine = at >= j * width  # the last block overlaps the one before
+        counted = jnp.where(mine & place.first, new, 0)
         sums = [a + _contract(counted, b, dtype) for a, b in zip(sums, (new, block), strict=False)]
         # What is written depends on all that was read before, or XLA copies the rows.
         fine = jnp.all(jnp.isfinite(sums[-1]))
@@ -370,6 +630,37 @@ def _rewrite_leaf(w, go, height, make, cross, width, dtype):
         return lax.dynamic_update_slice(w, new, (jnp.zeros_like(start), start)), *sums
 
     return repeat(jnp.where(go, -(-size // width), 0), body, (w, *sums))
+
+
+def _dividing(size: int, mesh: Any) -> tuple[str, ...]:
+    """The axes of the mesh with the most devices among those whose number divides ``size``.
+
+    JAX has no uneven splits of arguments and results. A leaf that fits no axis is on all devices.
+    """
+    free = free_axes(mesh)
+    choices = (c for k in range(len(free) + 1) for c in itertools.combinations(free, k))
+    parts = lambda names: math.prod(mesh.shape[name] for name in names)
+    return max((c for c in choices if size % parts(c) == 0), key=parts)
+
+
+def _put(x: jax.Array, mesh: Any, spec: P) -> jax.Array:
+    """An array split as ``spec`` says."""
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+class Place(NamedTuple):
+    """Which of the equal parts of a leaf a device has, and whether it is the first that has it."""
+
+    part: Any
+    first: Any
+
+
+def _place(size: int, mesh: Any) -> Place:
+    axes = _dividing(size, mesh)
+    others = [lax.axis_index(a) == 0 for a in free_axes(mesh) if a not in axes]
+    return Place(lax.axis_index(axes) if axes else 0, jnp.all(jnp.array(others, bool)))
 
 
 def _contract(w: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:

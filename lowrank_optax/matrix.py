@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, per_leaf, repeat
+from lowrank_optax._tree import Layout, alike, per_leaf, repeat, spread, start
 from lowrank_optax._types import (
     NEEDS,
     Context,
@@ -34,6 +34,9 @@ from lowrank_optax.inner import as_inner
 from lowrank_optax.transform import Events, carry, step_inside, tally
 
 OWNER = "scale_by_matrix_lre"
+
+deal = partial(spread, axes=(0, -1))
+"""Arrays of ``n`` matrices dealt out to the devices, or split along their last axis."""
 
 
 class MatricesState(NamedTuple):
@@ -173,7 +176,9 @@ def scale_by_matrix_lre(
 
     Cost: a step ``4 (r_S a b + r_S r_L b)`` flops a matrix; an update that of the bases for ``b``
     and ``a`` columns and ``4 r_S r_L (r_S + r_L)`` flops for each state of the inner parts. Leaves
-    of one shape and dtype are treated together, batched over the small algebra.
+    of one shape and dtype are treated together, batched over the small algebra. On several devices
+    the state's arrays are dealt out matrix by matrix as far as their number is divisible, otherwise
+    split along their last axis; the rest is XLA's partitioning, which moves a few times ``d``.
 
     Source: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
     ICML 2024; Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024; Gupta, Koren
@@ -316,9 +321,12 @@ class _Engine:
     seed: Any
 
     def init(self, params: Any) -> ScaleByMatrixLREState:
+        return start(self._init, params)
+
+    def _init(self, params: Any) -> ScaleByMatrixLREState:
         key, *keys = jax.random.split(jax.random.key(self.seed), 3)
 
-        def start(kind: _Matrices) -> MatricesState:
+        def begin(kind: _Matrices) -> MatricesState:
             n, dtype = kind.short.n, kind.short.dtype
             short, long = (
                 () if basis is None else basis.init(layout, k)
@@ -346,7 +354,7 @@ class _Engine:
             count=jnp.zeros((), jnp.int32),
             # `optax.tree.map_params` inits a tree without leaves, to find out where parameters are:
             # one leaf stands for all of this.
-            matrices={name: start(kind) for name, kind in matrices.items()}
+            matrices={name: deal(begin(kind), layout.mesh) for name, kind in matrices.items()}
             if layout.names
             else jnp.zeros(()),
             rest=self.rest.init(params),
@@ -360,14 +368,27 @@ class _Engine:
         if not layout.names:
             return updates, state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
         self._check_state(matrices, state)
+        same = jax.tree.structure(params) == layout.treedef
+        like = params if same else updates, state
+        functions = {name: x for name, x in extra.items() if callable(x)}
+        arrays = {name: x for name, x in extra.items() if name not in functions}
+        return alike(self._update, like, updates, state, params, arrays, **functions)
+
+    def _update(self, updates: Any, state: Any, params: Any, arrays: Any, **functions: Any):
+        layout = Layout.of(updates, None, self.dtype, OWNER)
+        matrices, extra = self._matrices(layout), arrays | functions
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
         leaves, rest, fine = self._others(layout, matrices, updates, state.rest, params, extra)
         new, given = {}, layout.leaves(updates)
         for i, (name, kind) in enumerate(matrices.items()):
             step, new[name] = self._step(
-                kind, kind.read(given), state.matrices[name], jax.random.fold_in(key, i)
+                kind,
+                deal(kind.read(given), layout.mesh),
+                state.matrices[name],
+                jax.random.fold_in(key, i),
             )
-            leaves |= kind.write(step)
+            # Taken from their devices all at once: one by one they would go to every device.
+            leaves |= kind.write(spread(step, layout.mesh, (1, 2)))
         return layout.unflatten([leaves[i] for i in range(len(leaves))]), ScaleByMatrixLREState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             matrices=new,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, repeat, stack
+from lowrank_optax._tree import Layout, alike, repeat, stack, start
 from lowrank_optax._types import (
     NEEDS,
     Context,
@@ -162,6 +162,16 @@ def scale_by_lre(
     Cost: two passes over the rows a step (``4 m d`` flops, ``m d`` numbers of state), plus the
     small algebra of basis and inner parts.
 
+    Several devices: the mesh is that of the gradients, whose axes may be automatic or explicit.
+    Rows are split along their last axis over all axes of the mesh that divide ``leaf.size``
+    together, whatever the parameter's own sharding; small algebra is done on every device. Of
+    ``N`` devices each receives ``2 d / N`` numbers a step, the gradient as flat vectors and the
+    update as it was, and sums of ``m``; a leaf sharded along its first axis alone is flat already.
+    A leaf that no axis divides is on all devices: pad such vocabularies. The state is placed by
+    `lowrank_optax.shardings`; updates are sharded like the parameters where these are passed. In
+    `jax.shard_map`, pass the mean gradient. Layers of a scanned model are ``jax.vmap`` of ``init``
+    and ``update`` over their axis; with `GGT` it copies no rows.
+
     Source: the original LRE; for the products see `lowrank_optax.alias`.
     """
     check(
@@ -247,10 +257,13 @@ class _Engine:
         return isinstance(self.update_every, numbers.Integral) and self.update_every == 1
 
     def init(self, params: Any) -> ScaleByLREState:
+        return start(self._init, params)
+
+    def _init(self, params: Any) -> ScaleByLREState:
         layout = Layout.of(params, self.groups, self.dtype)
         n, rank = layout.n, self.basis.coordinates(layout)
         period = self.update_every if isinstance(self.update_every, numbers.Integral) else rank
-        start = self.inner.init(rank, layout.dtype)
+        inner = self.inner.init(rank, layout.dtype)
         key, first = jax.random.split(jax.random.key(self.seed))
         rest = (
             self.complement if isinstance(self.complement, optax.GradientTransformation) else None
@@ -263,7 +276,7 @@ class _Engine:
             since=ints(),
             curvature=self.curvature.init(layout, max(1, min(int(period), rank))),
             basis=self.basis.init(layout, first),
-            inner=jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), start),
+            inner=jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), inner),
             complement=rest.init(params) if rest else (),
             key=jax.random.key_data(key),
             events=Events(ints(), ints(), ints(), ints()),
@@ -272,10 +285,19 @@ class _Engine:
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any):
         layout = Layout.of(updates, self.groups, self.dtype)
-        count = jnp.asarray(optax.safe_increment(state.count))
         if not layout.names:
-            return updates, state._replace(count=count)
+            return updates, state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
         self.basis.check_state(layout, state.basis)
+        same = jax.tree.structure(params) == layout.treedef
+        like = params if same else updates, state
+        functions = {name: x for name, x in extra.items() if callable(x)}
+        arrays = {name: x for name, x in extra.items() if name not in functions}
+        return alike(self._update, like, updates, state, params, arrays, **functions)
+
+    def _update(self, updates: Any, state: Any, params: Any, arrays: Any, **functions: Any):
+        extra = arrays | functions
+        layout = Layout.of(updates, self.groups, self.dtype)
+        count = jnp.asarray(optax.safe_increment(state.count))
         g = layout.flatten(updates)
         square = layout.inner(g, g)
         accept = jnp.isfinite(square) & (square > 0)

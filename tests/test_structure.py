@@ -152,3 +152,16 @@ def test_second_step_does_not_recompile(compiled, basis):
     for _ in range(7):  # past a rotation of eigen_sum's rows
         _, state = step.step(grads, state)
     assert step.step._cache_size() == 1
+
+
+def test_layers_along_an_axis():
+    """`jax.vmap` over the layers of a scanned model copies no rows either."""
+    tx = lro.scale_by_lre(lro.curvature.Covariance(), lro.basis.GGT(6), lro.inner.EMA(0.5))
+    params = jnp.zeros((3, 5000))
+    state = jax.vmap(tx.init)(params)
+    update = jax.jit(jax.vmap(lambda g, s: tx.update(g, s)), donate_argnums=1)
+    compiled = update.lower(params, state).compile()
+    opcodes = re.findall(r"f32\[3,6,5000\]\S* ([\w-]+)\(", compiled.as_text())
+    assert opcodes.count("scatter") == 1
+    assert not {"copy", "select", "transpose", "concatenate", "convert"} & set(opcodes)
+    assert compiled.memory_analysis().temp_size_in_bytes < params.nbytes

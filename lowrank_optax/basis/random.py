@@ -1,6 +1,7 @@
 """Random: an orthonormal basis that knows nothing."""
 
 import dataclasses
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -92,9 +93,11 @@ class Random(Basis):
         live = jnp.arange(self.rank) < jnp.asarray(layout.dims)[:, None]
         each = layout.spread(live)
 
-        def draw(leaf: int, start: jax.Array, block: jax.Array) -> jax.Array:
-            mine = jax.random.fold_in(jax.random.fold_in(key, leaf), start)
-            return jax.random.normal(mine, block.shape, layout.dtype) * each[leaf][:, None]
+        def draw(leaf: int, at: jax.Array, block: jax.Array) -> jax.Array:
+            # A key for each column: what is drawn does not depend on blocks and devices.
+            keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, leaf)))(at)
+            normal = partial(jax.random.normal, shape=(self.rank,), dtype=layout.dtype)
+            return jax.vmap(normal, out_axes=1)(keys) * each[leaf][:, None]
 
         rows, gram, cross = rewrite(
             layout.leaves(state.rows), layout, drawn, self.rank, draw, cross=True

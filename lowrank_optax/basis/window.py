@@ -315,13 +315,12 @@ class LowRankFactor(Ring, Spectrum):
         m = self.rank
         mixes = layout.spread(cut.mix[:, :keep])
 
-        def mix(leaf: int, start: jax.Array, block: jax.Array) -> jax.Array:
-            new = lax.dynamic_slice_in_dim(columns[leaf], start, block.shape[1], 1)
+        def mix(leaf: int, at: jax.Array, block: jax.Array, new: jax.Array) -> jax.Array:
             return combine(mixes[leaf][:, :m], block, layout.dtype) + combine(
                 mixes[leaf][:, m:], new, layout.dtype
             )
 
-        rows, gram, _ = rewrite(rows, layout, cut.full, keep, mix)
+        rows, gram, _ = rewrite(rows, layout, cut.full, keep, mix, columns)
         rest = [(0, 0), (0, m - keep), (0, m - keep)]
         gram = jnp.where(cut.full[:, None, None], jnp.pad(gram, rest), small.gram)
         t = jnp.where(

@@ -84,7 +84,9 @@ class Learned(Basis, Spectrum):
         zeros = lambda *shape: jnp.zeros((layout.n, *shape), layout.dtype)
         states = tuple(
             self.learner.init(k, example)
-            for k, example in zip(keys, _groups(layout, _example(layout)), strict=True)
+            for k, example in zip(
+                keys, _groups(layout, [x[0] for x in layout.zeros(1)]), strict=True
+            )
         )
         return LearnedState(states, zeros(r, r), zeros(r))
 
@@ -144,12 +146,6 @@ class Learned(Basis, Spectrum):
         c = turned @ info.change @ state.operator.gram @ t.T
         failed = accept & (~fine | (new.failed > state.failed))
         return new, turned, jnp.where(fine, lam, 0), c, failed
-
-
-def _example(layout: Layout) -> list[Any]:
-    return [
-        jax.ShapeDtypeStruct((size,), t) for size, t in zip(layout.sizes, layout.rows, strict=True)
-    ]
 
 
 def _groups(layout: Layout, leaves: list[Any]) -> list[list[Any]]:

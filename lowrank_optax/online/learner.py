@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, orthonormal, random_rows, repeat, rewrite
+from lowrank_optax._tree import Layout, alike, orthonormal, random_rows, repeat, rewrite, start
 from lowrank_optax._types import Columns, check, check_count, check_decay
 from lowrank_optax.online.operator import Operator
 from lowrank_optax.online.purposes import (
@@ -92,6 +92,10 @@ class Learner:
         Raises:
           ValueError: for a rank above the number of entries, or rows of other shapes.
         """
+        return start(self._init, (key, example, rows))
+
+    def _init(self, given: tuple[jax.Array, Any, Any]) -> LearnerState:
+        key, example, rows = given
         layout = Layout.of(example, None, self.dtype, owner="learner.init")
         r, d, dtype = self.rank, sum(layout.sizes), layout.dtype
         check(
@@ -143,7 +147,6 @@ class Learner:
         Raises:
           ValueError: for shapes unlike the example's, or a stream that is missing or not asked for.
         """
-        columns = partial(state.operator.layout.columns, owner="learner.update")
         needed = {name: p for p in self.purposes for name in p.streams}
         for name, purpose in needed.items():
             check(
@@ -157,13 +160,18 @@ class Learner:
             f"learner.update: no purpose asks for {', '.join(unknown)}; pass "
             f"{', '.join(sorted(needed)) or 'vectors alone'}.",
         )
-        stream = columns(vectors)[0]
-        after = None if next is None else columns(next)[0]
+        return alike(self._update, (state, None), state, vectors, next, extra)
+
+    def _update(self, state: LearnerState, vectors: Any, next: Any, extra: dict[str, Any]):
+        layout = state.operator.layout.on(vectors)
+        columns = lambda tree: layout.columns(tree, "learner.update")[0]
+        stream = columns(vectors)
+        after = None if next is None else columns(next)
         check(
             after is None or not stream or after[0].shape == stream[0].shape,
             "learner.update: next holds another number of vectors; pass one for each.",
         )
-        return self.step(state, stream, after, {k: columns(v)[0] for k, v in extra.items()})
+        return self.step(state, stream, after, {k: columns(v) for k, v in extra.items()})
 
     def step(
         self,
@@ -259,8 +267,8 @@ class Learner:
 
     def _retract(self, old: Operator, steps: Columns, moved: jax.Array):
         """Rows moved by a step, orthonormal again if they are to be, and ``C``; rarely run."""
-        layout = old.layout
-        rows, r = layout.leaves(old.rows), self.rank
+        rows, r = old.layout.leaves(old.rows), self.rank
+        layout = old.layout.on(rows)
         eye = jnp.eye(r, dtype=old.h.dtype)
 
         def body(_, carry):
@@ -270,9 +278,11 @@ class Learner:
             if self.orthonormal:
                 s = gram + cross + cross.T + layout.gram(steps)[0]
                 t = _linalg.matrix_power(s, -0.5, damping=0, rdamping=0)
-            turn = partial(_stepped, t, steps, layout.dtype)
+            turn = lambda _, at, block, step: (
+                t @ (block.astype(layout.dtype) + step.astype(layout.dtype))
+            )
             always = jnp.ones(1, bool)
-            rows, new, back = rewrite(rows, layout, always, r, turn, cross=True)
+            rows, new, back = rewrite(rows, layout, always, r, turn, steps, cross=True)
             c = (
                 back[0]
                 if self.orthonormal
@@ -471,12 +481,6 @@ def _clean(
 
 def _mean(some: jax.Array, dtype: Any) -> jax.Array:
     return some.astype(dtype) / jnp.maximum(1, jnp.sum(some))
-
-
-def _stepped(t, steps, dtype, leaf, start, block):
-    """``T (A + U)`` of a block of columns."""
-    step = jax.lax.dynamic_slice_in_dim(steps[leaf], start, block.shape[1], 1)
-    return t @ (block.astype(dtype) + step.astype(dtype))
 
 
 def _widened(rows: Any, dtype: Any) -> Any:

@@ -40,12 +40,19 @@ class Operator:
       layout: the example's structure and shapes (static).
 
     Cost: memory ``r d``; every product ``4 r d`` flops, with ``O(r³)`` for powers and solves.
+
+    On several devices the rows of a `learner` are split along their last axis. With explicit axes,
+    call the methods within `jax.sharding.auto_axes`.
     """
 
     rows: Any
     h: jax.Array
     gram: jax.Array
     layout: Layout = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        # Where the rows are they know themselves, and may move.
+        object.__setattr__(self, "layout", self.layout.on(()))
 
     @classmethod
     def of(cls, rows: Any, h: jax.Array, example: Any = None) -> "Operator":

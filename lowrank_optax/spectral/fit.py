@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.experimental.shard_alike import shard_alike
 
+from lowrank_optax._tree import everywhere, mesh_of, spread
 from lowrank_optax._types import check, check_count, check_decay
 from lowrank_optax.spectral._fingerprint import fingerprint
 from lowrank_optax.spectral.decomposition import (
@@ -106,6 +108,10 @@ def fit(
     Returns:
       A `Decomposition`.
 
+    Several devices: where there is a current mesh (`jax.set_mesh`) with automatic axes, or the
+    operator's data lie on one, batches are split over its devices, and parameters and optimizer's
+    state along their longest axes.
+
     Raises:
       ValueError: for arguments out of range, outputs that do not fit, or another fit's checkpoint.
 
@@ -156,6 +162,12 @@ def fit(
         "where the kink's second derivative is a point mass that no sample sees; pass kink=False.",
     )
     first, training, evaluation = jax.random.split(jax.random.key(seed), 3)
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    check(
+        jax.sharding.AxisType.Explicit not in kinds,
+        f"fit: the current mesh has axes of the types {kinds}; make one with "
+        "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...)).",
+    )
     state = jax.jit(partial(_start, operator, networks, method, optimizer, batch_size))(first)
 
     advance = jax.jit(
@@ -165,8 +177,9 @@ def fit(
     evaluate = jax.jit(
         partial(_evaluate, operator, networks, batch_size, evaluate_batches, evaluation)
     )
+    whole = jax.jit(lambda tree: everywhere(tree, mesh_of(tree)))
     read = lambda state: Decomposition.of(
-        operator, networks, state.average, evaluate(state), step=int(state.step)
+        operator, networks, whole(state.average), evaluate(state), step=int(state.step)
     )
 
     identity, history = "", []
@@ -205,7 +218,7 @@ def fit(
             }
         )
         if checkpoint is not None:
-            _save(checkpoint, state, history, identity)
+            _save(checkpoint, whole(state), history, identity)
         if progress is not None:
             progress(history[-1])
         if patience is not None and _stalled(history, patience):
@@ -218,10 +231,9 @@ def fit(
 
 
 def _start(operator: Operator, networks, method, optimizer, batch_size, key) -> FitState:
-    params = initialize(operator, networks, key)
-    apply = lambda p: operator.apply(
-        *functions_of(networks, p), operator.sample(key, batch_size, operator.init())
-    )
+    batch = operator.sample(key, batch_size, operator.init())
+    mesh, params = mesh_of(batch), initialize(operator, networks, key)
+    apply = lambda p: operator.apply(*functions_of(networks, p), batch)
     outputs: Any = jax.eval_shape(apply, params)
     check(
         len({out.shape[-1] for out in outputs}) == 1 and all(out.ndim == 2 for out in outputs),
@@ -236,6 +248,10 @@ def _start(operator: Operator, networks, method, optimizer, batch_size, key) -> 
         memory=method.init(outputs[0].shape[-1]),
         sampler=operator.init(),
         faults=jnp.zeros((), jnp.int32),
+    )
+    large = lambda tree: spread(tree, mesh)
+    state = state._replace(
+        params=large(state.params), average=large(state.average), optimizer=large(state.optimizer)
     )
     # Weak types would turn into others after the first step, and everything be compiled twice.
     return jax.tree.map(
@@ -253,6 +269,8 @@ def _pairs(outputs: tuple[jax.Array, ...]):
 def _advance(operator, networks, method, optimizer, ema, batch_size, key, state, steps):
     def step(state: FitState, _) -> tuple[FitState, None]:
         batch = operator.sample(jax.random.fold_in(key, state.step), batch_size, state.sampler)
+        mesh = mesh_of(batch)
+        batch = spread(batch, mesh, (0,))
 
         def loss(params) -> tuple[jax.Array, Any]:
             pairs = _pairs(operator.apply(*functions_of(networks, params), batch))
@@ -280,7 +298,8 @@ def _advance(operator, networks, method, optimizer, ema, batch_size, key, state,
         ok = _finite((pairs, grads, params, memory))
         kept = state._replace(faults=state.faults + 1)
         new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, kept)
-        return new._replace(step=state.step + 1), None
+        new = new._replace(step=state.step + 1)
+        return new if mesh is None else shard_alike(new, state)[0], None
 
     return lax.scan(step, state, length=steps)[0]
 
@@ -291,6 +310,7 @@ def _evaluate(operator, networks, batch_size, batches, key, state):
 
     def one(_, i):
         batch = operator.sample(jax.random.fold_in(key, i), batch_size, state.sampler)
+        batch = spread(batch, mesh_of(batch), (0,))
         return None, moments(_pairs(operator.apply(*functions, batch)))
 
     return lax.scan(one, None, jnp.arange(batches))[1]
