@@ -5,7 +5,9 @@ is kept), `inner` (what runs inside). `lre` is the recipe to start from,
 and the methods people know are beside it under their names.
 """
 
-from lowrank_optax import basis, curvature, diagnose, inner, online, spectral
+import typing
+
+from lowrank_optax import basis, curvature, diagnose, inner
 from lowrank_optax._tree import per_leaf, shardings
 from lowrank_optax._types import (
     MATRIX,
@@ -45,6 +47,9 @@ from lowrank_optax.matrix import (
     squarest,
 )
 from lowrank_optax.transform import Events, Metrics, ScaleByLREState, scale_by_lre
+
+if typing.TYPE_CHECKING:
+    from lowrank_optax import online, spectral
 
 __version__ = "0.1.0"
 
@@ -97,8 +102,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """`training` and `plot` need extras, so they are imported when first asked for."""
-    if name in ("training", "plot"):
+    """Imported when first asked for: half of the package, and what needs extras."""
+    if name in ("online", "spectral", "training", "plot"):
         import importlib
 
         return importlib.import_module(f"lowrank_optax.{name}")

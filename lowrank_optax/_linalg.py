@@ -1,6 +1,8 @@
 """Small dense algebra: pure functions of arrays, one group at a time."""
 
+import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -8,6 +10,39 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_optax._types import Law
+
+_outside: ContextVar[Any] = ContextVar("outside")
+
+
+def exact(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f`` with products of float32 numbers in float32 on every device.
+
+    GPUs multiply them in TF32 and TPUs in bfloat16 unless they are asked not to, and then a basis
+    is orthogonal to three digits and a Gram matrix blind below that. `as_called` is the exception.
+    """
+
+    @functools.wraps(f)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = _outside.set(jax.config.jax_default_matmul_precision)  # pyright: ignore
+        try:
+            with jax.default_matmul_precision("highest"):
+                return f(*args, **kwargs)
+        finally:
+            _outside.reset(token)
+
+    return run
+
+
+def as_called(f: Callable[..., Any]) -> Callable[..., Any]:
+    """A user's function: also inside `exact` its products have the precision of the caller."""
+
+    @functools.wraps(f)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        inside = jax.config.jax_default_matmul_precision  # pyright: ignore
+        with jax.default_matmul_precision(_outside.get(inside)):
+            return f(*args, **kwargs)
+
+    return run
 
 
 def symmetrize(a: jax.Array) -> jax.Array:

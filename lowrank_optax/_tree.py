@@ -222,10 +222,10 @@ class Layout:
 
     def gather(self, parts: Sequence[jax.Array], shape: tuple[int, ...] = ()) -> jax.Array:
         """Sums one small array a leaf over the leaves of each group: ``(n, *shape)``."""
-        sums = [jnp.zeros(shape, self.dtype) for _ in range(self.n)]
+        sums: list[list[jax.Array]] = [[] for _ in range(self.n)]
         for group, part in zip(self.group, parts, strict=True):
-            sums[group] = sums[group] + part.astype(self.dtype)
-        return jnp.stack(sums)
+            sums[group].append(part.astype(self.dtype))
+        return jnp.stack([_total(each, shape, self.dtype) for each in sums])
 
     def _sum(self, dot: Callable[..., jax.Array], shape: tuple[int, ...], *arrays: Any):
         """`gather` of products over columns, with one sum over the devices for all the leaves."""
@@ -257,7 +257,7 @@ class Layout:
     def squares(self, columns: Columns) -> jax.Array:
         """Squared norms of columns over all leaves, ``(k,)``."""
         parts = [jnp.sum(jnp.square(c.astype(self.dtype)), axis=1) for c in columns]
-        return sum(parts[1:], parts[0])
+        return _total(parts, (columns[0].shape[0],), self.dtype)
 
     def gram(self, columns: Columns) -> jax.Array:
         """``(n, k, k)`` inner products of columns; one column costs one elementwise pass."""
@@ -466,9 +466,22 @@ def repeat(times: jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) 
     """Runs ``body(i, carry)`` a traced number of times, mostly zero or one.
 
     The engine's only form of "now and then": `lax.cond` makes XLA copy big buffers through both of
-    its branches, a loop updates its carry in place and costs nothing when it does not run.
+    its branches, a loop updates its carry in place and costs nothing when it does not run. Under
+    `jax.vmap` it runs as often as any of the batch asks for, since separate counts would copy the
+    carry: ``body`` leaves alone what does not ask, as it has to for groups.
     """
-    return lax.fori_loop(0, times.astype(jnp.int32), body, carry)
+    return lax.fori_loop(0, _most(times.astype(jnp.int32)), body, carry)
+
+
+@jax.custom_batching.custom_vmap
+def _most(times: jax.Array) -> jax.Array:
+    """``times``, and under `jax.vmap` the largest of the batch, the same for all."""
+    return times
+
+
+@_most.def_vmap
+def _(size, batched, times):
+    return jnp.max(times), False
 
 
 def write(rows: Columns, layout: Layout, slots: jax.Array, columns: Columns) -> Columns:
@@ -515,17 +528,18 @@ def rewrite(
     count = rows[0].shape[0] if rows else height
     zeros = lambda width: jnp.zeros((layout.n, height, width), layout.dtype)
     local = partial(_rewrite, layout=layout, height=height, make=make, cross=cross)
-    if layout.mesh is None:
-        return local(rows, when, beside, [Place(0, True)] * len(rows))
 
     def mine(places, rows, when, *beside):
         rows, *sums = local(rows, when, beside, places)
         return rows, *lax.psum(sums, free_axes(layout.mesh))
 
     def body(_, carry):
+        if layout.mesh is None:
+            return local(carry[0], when, beside, [Place(0, True)] * len(rows))
         return layout._locally(mine, (carry[0], when, *beside), (rows, None, None))
 
-    # The sums over the devices wait within the loop that mostly does not run.
+    # One loop around those of the leaves, which mostly does not run: in it the sums over devices
+    # wait, and on a GPU the host, which decides whether a loop runs, waits for one answer a step.
     return repeat(jnp.any(when), body, (rows, zeros(height), zeros(count if cross else 0)))
 
 
@@ -582,7 +596,7 @@ def cholesky_qr(
 def combine(weights: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
     """``c W`` with the accumulation in ``dtype``."""
     over = (((weights.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(weights.astype(rows.dtype), rows, over, preferred_element_type=dtype)
+    return _product(weights.astype(rows.dtype), rows, over, dtype)
 
 
 def _rewrite(rows, when, beside, places, *, layout: Layout, height, make, cross):
@@ -621,7 +635,8 @@ def _rewrite_leaf(arrays, go, height, make, cross, layout: Layout, place: "Place
         block, *blocks = (lax.dynamic_slice_in_dim(x, start, width, 1) for x in (w, *beside))
         at = start + jnp.arange(width)
         new = make(place.part * size + at, block, *blocks).astype(w.dtype)
-        mine = at >= j * width  # the last block overlaps the one before
+        # The last block overlaps the one before; in a batch of runs a loop may run for others.
+        mine = (at >= j * width) & go
         counted = jnp.where(mine & place.first, new, 0)
         sums = [a + _contract(counted, b, dtype) for a, b in zip(sums, (new, block), strict=False)]
         # What is written depends on all that was read before, or XLA copies the rows.
@@ -663,11 +678,35 @@ def _place(size: int, mesh: Any) -> Place:
     return Place(lax.axis_index(axes) if axes else 0, jnp.all(jnp.array(others, bool)))
 
 
+def _total(parts: Sequence[jax.Array], shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The sum of small arrays of one shape, as a reduction that stays one.
+
+    XLA puts a copy of a chain of additions into every operation that reads the sum, and there are
+    some of these for every leaf: programs, and the time to compile them, grew with the square of
+    the number of leaves. A sum over stacked arrays, or over scalars, it turns back into a chain.
+    """
+    if len(parts) < 2:
+        return parts[0] if parts else jnp.zeros(shape, dtype)
+    flat = jnp.concatenate([jnp.reshape(x, -1) for x in parts])
+    if parts[0].size > 1:
+        return jnp.reshape(jnp.sum(jnp.reshape(flat, (len(parts), -1)), axis=0), shape)
+    halves = jnp.sum(jnp.reshape(jnp.pad(flat, (0, len(parts) % 2)), (-1, 2)), axis=0)
+    return jnp.reshape(halves[0] + halves[1], shape)
+
+
 def _contract(w: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:
     """``W v`` or ``W V^T`` with the accumulation in ``dtype``."""
-    return lax.dot_general(
-        w, v.astype(w.dtype), (((1,), (v.ndim - 1,)), ((), ())), preferred_element_type=dtype
-    )
+    return _product(w, v.astype(w.dtype), (((1,), (v.ndim - 1,)), ((), ())), dtype)
+
+
+def _product(a: jax.Array, b: jax.Array, over: Any, dtype: Any) -> jax.Array:
+    """A product over rows: exact in what is stored, and of 16-bit rows no more than that.
+
+    An accelerator reads 16-bit rows as they are; for float32 it has to be asked for float32.
+    """
+    short = a.dtype.itemsize < 4
+    precision = lax.Precision.DEFAULT if short else lax.Precision.HIGHEST
+    return lax.dot_general(a, b, over, precision=precision, preferred_element_type=dtype)
 
 
 def _dtype(leaf: Any) -> Any:

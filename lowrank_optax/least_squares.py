@@ -134,6 +134,7 @@ def levenberg_marquardt(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any):
         params = need_params(OWNER, params)
         fn = require(OWNER, extra, "residuals_fn", "params -> residuals (k,)")
+        fn = _linalg.as_called(fn)
         layout = Layout.of(params, None, owner=OWNER)
         tree = lambda p: layout.unflatten(jnp.split(p, np.cumsum(layout.sizes)[:-1]))
 
@@ -186,7 +187,7 @@ def levenberg_marquardt(
             nonfinite=state.nonfinite + ~sound,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, _linalg.exact(update))
 
 
 def _given(layout: Layout, tree: Any, r: jax.Array) -> jax.Array:

@@ -213,6 +213,7 @@ def scale_by_matrix_lre(
         dtype is None or jnp.issubdtype(dtype, jnp.floating),
         f"{OWNER}: dtype is {dtype!r}; pass a floating-point dtype such as jnp.bfloat16.",
     )
+    others = rest or optax.scale_by_adam()
 
     def seen(shape: tuple[int, ...]) -> tuple[int, int] | None:
         found = (view or squarest)(shape)
@@ -222,7 +223,7 @@ def scale_by_matrix_lre(
         return found if any(b is not None and size <= largest for b, size in pairs) else None
 
     others = optax.masked(
-        rest or optax.scale_by_adam(),
+        others._replace(update=_linalg.as_called(others.update)),
         partial(jax.tree.map, lambda x: seen(jnp.shape(x)) is None),
     )
     engine = _Engine(
@@ -238,7 +239,9 @@ def scale_by_matrix_lre(
         dtype,
         seed,
     )
-    return optax.GradientTransformationExtraArgs(engine.init, engine.update)
+    return optax.GradientTransformationExtraArgs(
+        _linalg.exact(engine.init), _linalg.exact(engine.update)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

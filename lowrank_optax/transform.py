@@ -120,6 +120,15 @@ def scale_by_lre(
     fails, returns zeros, leaves basis and inner state as they were, and is counted in
     ``state.events``, group by group.
 
+    Donate the state, and the parameters where nothing else reads them, so that the rows are updated
+    where they lie: ``jax.jit(step, donate_argnums=(0, 1))`` for ``step(params, state, batch)``. No
+    two leaves of a state share a buffer. What was donated is gone: keep the state that comes back.
+
+    Products of float32 numbers are float32 on GPUs and TPUs, too, whatever
+    ``jax.default_matmul_precision`` says, since a basis is as orthogonal as its Gram matrix is
+    exact; rows in bfloat16 (``dtype``) are read as such, with sums in float32. Functions that are
+    passed in, and an optax complement, keep the precision that was set outside.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
       >>> whiten = lro.scale_by_lre(
@@ -207,6 +216,7 @@ def scale_by_lre(
     )
     if isinstance(complement, optax.GradientTransformation):
         complement = optax.with_extra_args_support(complement)
+        complement = complement._replace(update=_linalg.as_called(complement.update))
     _check_product(curvature, basis, rule, complement)
     engine = _Engine(
         curvature,
@@ -220,7 +230,9 @@ def scale_by_lre(
         dtype,
         seed,
     )
-    return optax.GradientTransformationExtraArgs(engine.init, engine.update)
+    return optax.GradientTransformationExtraArgs(
+        _linalg.exact(engine.init), _linalg.exact(engine.update)
+    )
 
 
 class _Refreshed(NamedTuple):

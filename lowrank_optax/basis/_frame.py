@@ -287,28 +287,38 @@ class Frame(Basis, Spectrum):
         """
         m = self.slots + self.capacity
         slots = jnp.where(step.refine[:, None], step.slots, m)
-        eye = jnp.eye(slots.shape[1], dtype=layout.dtype)
         used = (jnp.diagonal(old.gram, axis1=1, axis2=2) > 0)[..., None]
+        transposed = lambda x: jnp.swapaxes(x, 1, 2)
 
-        def less(vectors, alpha, rows):
-            inside = layout.combine(jnp.swapaxes(alpha, 1, 2), rows)
-            return [v.astype(layout.dtype) - x for v, x in zip(vectors, inside, strict=True)]
+        def less(mix, vectors, weights, rows):
+            """``mix V - weights W``: the only arrays of a vector's size that are made here."""
+            inside = layout.combine(weights, rows)
+            return [
+                f @ v.astype(layout.dtype) - x
+                for f, v, x in zip(layout.spread(mix), vectors, inside, strict=True)
+            ]
 
-        def mixed(mix, vectors):
-            return [f @ v for f, v in zip(layout.spread(mix), vectors, strict=True)]
+        def measured(vectors, rows):
+            """The factor that makes nearly orthonormal vectors so; of the result Gram and products.
 
-        def unit(vectors):
-            return mixed(1.5 * eye - 0.5 * layout.gram(vectors), vectors)
+            A step of Newton and Schulz, as in `_linalg.orthonormalize`.
+            """
+            gram = layout.gram(vectors)
+            unit = 1.5 * jnp.eye(slots.shape[1], dtype=layout.dtype) - 0.5 * gram
+            s = jnp.where(used, layout.dot(rows, vectors) @ transposed(unit), 0)
+            return unit, unit @ gram @ transposed(unit), s
 
         def body(_, carry):
             rows, gram, t = carry
-            rest = unit(mixed(step.mix, less(columns, step.alpha, rows)))
-            s = jnp.where(used, layout.dot(rows, rest), 0)
-            rest = unit(less(rest, jnp.einsum("nrm,nrl,nlk->nmk", old.t, old.t, s), rows))
-            s = jnp.where(used, layout.dot(rows, rest), 0)
+            rest = less(step.mix, columns, step.mix @ transposed(step.alpha), rows)
+            unit, _, s = measured(rest, rows)
+            again = jnp.einsum("nlk,nrl,nrm->nkm", s, old.t, old.t)
+            rest = less(unit, rest, again, rows)
+            unit, corner, s = measured(rest, rows)
             # Slots that depend on the last read let XLA write in place.
             at = jnp.where(jnp.all(jnp.isfinite(s), axis=(1, 2))[:, None], slots, m)
-            gram, t = jax.vmap(_remeasure)(gram, t, at, s, layout.gram(rest))
+            gram, t = jax.vmap(_remeasure)(gram, t, at, s, corner)
+            rest = [f @ v for f, v in zip(layout.spread(unit), rest, strict=True)]
             return write(rows, layout, at, rest), gram, t
 
         return repeat(jnp.any(step.refine), body, carry)

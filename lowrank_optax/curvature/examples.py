@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_optax._linalg import as_called
 from lowrank_optax._tree import Layout, cast_like, stack, write
 from lowrank_optax._types import Correction, Vector, check, check_count, require
 from lowrank_optax.curvature._curvature import (
@@ -86,12 +87,8 @@ class EmpiricalFisher(Examples):
     """
 
     def vector_fn(self, evidence: Evidence) -> Callable[[Any], jax.Array]:
-        return require(
-            "EmpiricalFisher",
-            evidence.extra,
-            "losses_fn",
-            "params -> losses (k,); or per_example_grads, a tree of (k, ...)",
-        )
+        meaning = "params -> losses (k,); or per_example_grads, a tree of (k, ...)"
+        return as_called(require("EmpiricalFisher", evidence.extra, "losses_fn", meaning))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +125,8 @@ class GaussNewton(Examples):
     """
 
     def vector_fn(self, evidence: Evidence) -> Callable[[Any], jax.Array]:
-        return require(
-            "GaussNewton",
-            evidence.extra,
-            "residuals_fn",
-            "params -> residuals (k,); or per_example_grads, a tree of (k, ...)",
-        )
+        meaning = "params -> residuals (k,); or per_example_grads, a tree of (k, ...)"
+        return as_called(require("GaussNewton", evidence.extra, "residuals_fn", meaning))
 
 
 class History(NamedTuple):

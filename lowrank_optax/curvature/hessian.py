@@ -332,7 +332,7 @@ def _check_is(owner: str, name: str, value: Any, kind: type, what: str) -> None:
 def _loss(owner: str, evidence: Evidence):
     """``value_fn`` and the parameters."""
     return (
-        require(owner, evidence.extra, "value_fn", "params -> loss"),
+        _linalg.as_called(require(owner, evidence.extra, "value_fn", "params -> loss")),
         need_params(owner, evidence.params),
     )
 

@@ -80,6 +80,7 @@ class Learner:
     relative: bool
     dtype: Any
 
+    @_linalg.exact
     def init(self, key: jax.Array, example: Any, rows: Any = None) -> LearnerState:
         """The state before the first vector.
 
@@ -173,6 +174,7 @@ class Learner:
         )
         return self.step(state, stream, after, {k: columns(v) for k, v in extra.items()})
 
+    @_linalg.exact
     def step(
         self,
         state: LearnerState,

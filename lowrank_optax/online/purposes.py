@@ -405,7 +405,7 @@ class Dynamics(Purpose):
         if self.f is None:
             return codes @ theta.T
         apply = self.f[1] if isinstance(self.f, tuple) else self.f.apply
-        return jax.vmap(lambda z: apply(theta, z))(codes)
+        return jax.vmap(_linalg.as_called(lambda z: apply(theta, z)))(codes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,7 +482,7 @@ class Activation(Purpose):
 
     def terms(self, view: View, theta: Any) -> Terms:
         layout, (columns, weights) = view.operator.layout, view.stream
-        logits = lambda x: jax.vmap(self.head)(layout.vectors(x))
+        logits = lambda x: jax.vmap(_linalg.as_called(self.head))(layout.vectors(x))
         target = jax.nn.log_softmax(logits(columns))
 
         def loss(x):
@@ -545,7 +545,8 @@ class Custom(Purpose):
             codes = op.codes(view.stream.columns)
             h = through(old.h, (codes.T * view.stream.weights) @ codes)
             gram = through(old.gram, layout.gram(layout.leaves(rows))[0])
-            return self.function(dataclasses.replace(op, h=h, gram=gram), batch)
+            own = _linalg.as_called(self.function)
+            return own(dataclasses.replace(op, h=h, gram=gram), batch)
 
         value, rows = jax.value_and_grad(loss)(old.rows)
         return Terms(value, dense=layout.leaves(rows))

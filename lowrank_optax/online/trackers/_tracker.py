@@ -122,6 +122,7 @@ class Tracker(abc.ABC):
         memory = self._resumed(state, rows, lam, count)
         return dataclasses.replace(state, memory=memory, seen=count)
 
+    @_linalg.exact
     def _update(self, state: TrackerState, columns: Columns, *others: Columns) -> TrackerState:
         dtype = state.layout.dtype
         squares = [jnp.sum(c.astype(dtype) ** 2, axis=1) for c in columns]
