@@ -111,6 +111,17 @@ def finite(*arrays: jax.Array) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in arrays]))
 
 
+def tally(counter: jax.Array, n: jax.Array | int = 1, period: jax.Array | int = 1) -> jax.Array:
+    """``counter + n``, for ``0 <= n``; a counter without room for it does not overflow.
+
+    It stays within ``max(n, period)`` of its largest value, and its remainder by the period goes on
+    as if it had counted.
+    """
+    n = jnp.asarray(n, counter.dtype)
+    room = jnp.iinfo(counter.dtype).max - counter >= n
+    return counter + jnp.where(room, n, -(-n % period))
+
+
 def safe_divide(a: jax.Array | float, b: jax.Array) -> jax.Array:
     """``a / b``, and 0 where ``b`` is 0."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
@@ -163,8 +174,10 @@ def regularize(
 
     With ``abs`` they lose their signs; of what is live the ``truncate`` largest remain, and of
     those the ones above ``eig_tol * max|lam|``; the rest get ``damping + rdamping * max|lam|``
-    added, away from zero. Never keeps what the dtype cannot tell from zero.
+    added, away from zero. Never keeps what the dtype cannot tell from zero. NaN, which is what an
+    eigenproblem gives that failed, stays: dropped, it would pass for an empty basis.
     """
+    failed = jnp.isnan(lam)
     lam = jnp.where(live, jnp.abs(lam) if abs else lam, 0)
     size = jnp.abs(lam)
     top = jnp.max(size, initial=0)
@@ -173,7 +186,7 @@ def regularize(
     if truncate is not None:
         live = live & (jnp.cumsum(live) <= truncate)
     shift = (damping + rdamping * top) * jnp.where(lam < 0, -1, 1)
-    return jnp.where(live, lam + shift, 0), live
+    return jnp.where(failed, jnp.nan, jnp.where(live, lam + shift, 0)), live | failed
 
 
 def matrix_power(

@@ -98,6 +98,12 @@ class Layout:
         )
 
     @property
+    def example(self) -> Any:
+        """The tree's shapes and dtypes."""
+        leaves = zip(self.shapes, self.dtypes, strict=True)
+        return self.treedef.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of every leaf."""
         return tuple(int(np.prod(shape)) for shape in self.shapes)
@@ -440,6 +446,37 @@ def _types(init: Callable[[Any], Any], params: Any, mesh: Any) -> Any:
 
     with jax.sharding.use_abstract_mesh(explicit):
         return jax.eval_shape(init, jax.tree.map(typed, params))
+
+
+def check_kind(owner: str, state: Any, kind: type) -> None:
+    """Raises ``ValueError`` for a state of another class, such as the dictionary of a bare file."""
+    check(
+        isinstance(state, kind),
+        f"{owner}: the state is a {type(state).__name__}, not a {kind.__name__}; pass what init "
+        "returned. A checkpoint is to be restored with such a state as its target.",
+    )
+
+
+def check_fits(owner: str, state: Any, like: Any, but: str | None = None) -> None:
+    """Raises ``ValueError`` where a state's arrays are not shaped as those of ``like``, shapes.
+
+    What lies under the field ``but`` may differ.
+    """
+    check_kind(owner, state, type(like))
+    read = lambda tree: {
+        jax.tree_util.keystr(path): np.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if getattr(path[0], "name", None) != but
+    }
+    got, needed = read(state), read(like)
+    say = lambda shapes, path: f"an array {shapes[path]}" if path in shapes else "nothing"
+    for path in (*needed, *got):
+        check(
+            got.get(path) == needed.get(path),
+            f"{owner}: the state holds {say(got, path)} at {path}, where these gradients and parts "
+            f"need {say(needed, path)}. Pass gradients shaped like the parameters given to init, "
+            "and a state that the same parts made in the same version, or call init again.",
+        )
 
 
 def per_leaf(path: Any) -> str:

@@ -179,12 +179,12 @@ def levenberg_marquardt(
 
         keep = lambda new, old: jnp.where(sound & jnp.isfinite(top), new, old)
         return tree(step), LevenbergMarquardtState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
+            count=_linalg.tally(state.count),
             damping=keep(mu, state.damping),
             step=keep(step, state.step),
             loss=keep(jnp.where(better, losses[at], here), state.loss),
-            refused=state.refused + (sound & ~better),
-            nonfinite=state.nonfinite + ~sound,
+            refused=_linalg.tally(state.refused, sound & ~better),
+            nonfinite=_linalg.tally(state.nonfinite, ~sound),
         )
 
     return optax.GradientTransformationExtraArgs(init, _linalg.exact(update))

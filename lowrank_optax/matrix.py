@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, alike, per_leaf, repeat, spread, start
+from lowrank_optax._tree import Layout, alike, check_fits, per_leaf, repeat, spread, start
 from lowrank_optax._types import (
     NEEDS,
     Context,
@@ -31,7 +31,7 @@ from lowrank_optax._types import (
 )
 from lowrank_optax.basis import Basis
 from lowrank_optax.inner import as_inner
-from lowrank_optax.transform import Events, carry, step_inside, tally
+from lowrank_optax.transform import Events, carry, step_inside
 
 OWNER = "scale_by_matrix_lre"
 
@@ -367,10 +367,9 @@ class _Engine:
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any):
         layout = Layout.of(updates, None, self.dtype, OWNER)
-        matrices = self._matrices(layout)
         if not layout.names:
-            return updates, state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
-        self._check_state(matrices, state)
+            return updates, state._replace(count=_linalg.tally(state.count))
+        check_fits(OWNER, state, jax.eval_shape(self.init, updates), but="rest")
         same = jax.tree.structure(params) == layout.treedef
         like = params if same else updates, state
         functions = {name: x for name, x in extra.items() if callable(x)}
@@ -393,10 +392,10 @@ class _Engine:
             # Taken from their devices all at once: one by one they would go to every device.
             leaves |= kind.write(spread(step, layout.mesh, (1, 2)))
         return layout.unflatten([leaves[i] for i in range(len(leaves))]), ScaleByMatrixLREState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
+            count=_linalg.tally(state.count),
             matrices=new,
             rest=rest,
-            dropped=tally(state.dropped, ~fine),
+            dropped=_linalg.tally(state.dropped, ~fine),
             key=state.key,
         )
 
@@ -407,9 +406,14 @@ class _Engine:
         given = mine(updates)
         step, new = self.rest.update(updates, old, params, **extra)
         step = mine(step)
-        fine = jnp.all(
-            jnp.array([jnp.all(jnp.isfinite(x)) for x in (*given.values(), *step.values())])
-        )
+        # A second moment that overflowed would divide by infinity for ever.
+        burst = [
+            jnp.any(jnp.isfinite(y) & ~jnp.isfinite(x))
+            for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+            if jnp.issubdtype(x.dtype, jnp.inexact)
+        ]
+        fine = _linalg.finite(*given.values(), *step.values(), jnp.zeros(()))
+        fine = fine & ~jnp.any(jnp.array([False, *burst]))
         step = {i: jnp.where(fine, jnp.reshape(x, -1), 0) for i, x in step.items()}
         return step, jax.tree.map(partial(jnp.where, fine), new, old), fine
 
@@ -430,15 +434,6 @@ class _Engine:
                 " return two sizes with as many entries, or None.",
             )
         return _Matrices.of(layout, views, self.dtype)
-
-    def _check_state(self, matrices: dict[str, _Matrices], state: Any) -> None:
-        got = {name: kind.short.n for name, kind in matrices.items()}
-        known = {name: len(each.steps) for name, each in state.matrices.items()}
-        check(
-            got == known,
-            f"{OWNER}: the gradients hold these matrices: {got}, but init saw {known}; pass "
-            "gradients shaped like the parameters, or call init again.",
-        )
 
     def _step(self, kind: _Matrices, g: jax.Array, old: MatricesState, key: jax.Array):
         """The step of all matrices of one shape, ``(n, a, b)``."""
@@ -476,12 +471,12 @@ class _Engine:
         failures = Events(~jnp.isfinite(square), square == 0, failed, accept & ~fine)
         captured = _linalg.safe_divide(jnp.sum(u0**2, axis=(1, 2)), square)
         return step, MatricesState(
-            steps=tally(old.steps, taken),
-            since=jnp.where(due & ~failed, 0, tally(old.since, taken)),
+            steps=_linalg.tally(old.steps, taken),
+            since=jnp.where(due & ~failed, 0, _linalg.tally(old.since, taken)),
             short=short,
             long=long,
             inner=inside,
-            events=jax.tree.map(tally, old.events, failures),
+            events=jax.tree.map(_linalg.tally, old.events, failures),
             captured=jnp.where(taken, captured, old.captured),
         )
 
@@ -629,9 +624,12 @@ def orthogonalize(
             return x
         g = jnp.reshape(x, shape).astype(jnp.promote_types(x.dtype, jnp.float32))
         g = g.T if shape[0] > shape[1] else g
-        norm = jnp.linalg.norm(g)
-        sound = jnp.isfinite(norm) & (norm > 0)
-        y = g / jnp.where(sound, norm, 1)
+        top = jnp.max(jnp.abs(g))
+        sound = jnp.isfinite(top) & (top > 0)
+        # First the largest entry, or the norm's squares leave the dtype's range; its inverse has to
+        # stay in it too.
+        y = g / jnp.where(sound, jnp.minimum(top, jnp.finfo(g.dtype).max / 64), 1)
+        y = y / jnp.where(sound, jnp.linalg.norm(y), 1)
         for _ in range(iterations):
             k = y @ y.T
             y = 3.4445 * y + (-4.775 * k + 2.0315 * k @ k) @ y

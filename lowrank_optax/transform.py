@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, alike, repeat, stack, start
+from lowrank_optax._tree import Layout, alike, check_fits, repeat, stack, start
 from lowrank_optax._types import (
     NEEDS,
     Context,
@@ -73,7 +73,7 @@ class ScaleByLREState(NamedTuple):
     Attributes:
       count: calls of ``update``, dropped steps included.
       steps: ``(n,)`` steps taken.
-      since: ``(n,)`` steps since the basis was last updated.
+      since: ``(n,)`` steps since the basis was last updated, and failures to update it.
       curvature: the curvature's state.
       basis: the basis's state; its rows are arrays ``(m, leaf.size)``.
       inner: the inner parts' state, with a leading axis of groups.
@@ -297,9 +297,10 @@ class _Engine:
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any):
         layout = Layout.of(updates, self.groups, self.dtype)
+        like = jax.eval_shape(self.init, updates)
+        check_fits("scale_by_lre", state, like, but="complement")  # that is the user's own
         if not layout.names:
-            return updates, state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
-        self.basis.check_state(layout, state.basis)
+            return updates, state._replace(count=_linalg.tally(state.count))
         same = jax.tree.structure(params) == layout.treedef
         like = params if same else updates, state
         functions = {name: x for name, x in extra.items() if callable(x)}
@@ -309,7 +310,7 @@ class _Engine:
     def _update(self, updates: Any, state: Any, params: Any, arrays: Any, **functions: Any):
         extra = arrays | functions
         layout = Layout.of(updates, self.groups, self.dtype)
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = _linalg.tally(state.count)
         g = layout.flatten(updates)
         square = layout.inner(g, g)
         accept = jnp.isfinite(square) & (square > 0)
@@ -344,6 +345,10 @@ class _Engine:
             u0, inside, context, accept & warm
         )
         taken = accept & fine
+        # After a failed update the next step tries again; should that fail too, a step that was
+        # collected before is to blame.
+        since = _linalg.tally(state.since, taken | new.failed)
+        again = new.failed & (since > self._period(state))
 
         # Back to the parameters, with what becomes of the part of the gradient outside the basis.
         step, rest = self._unproject(
@@ -353,22 +358,27 @@ class _Engine:
         failures = Events(~jnp.isfinite(square), square == 0, new.failed, accept & ~fine)
         return layout.unflatten(step), ScaleByLREState(
             count=count,
-            steps=tally(state.steps, taken),
-            since=jnp.where(moved, 0, tally(state.since, taken)),
-            curvature=self.curvature.undo(layout, new.failed, new.curvature, state.curvature),
+            steps=_linalg.tally(state.steps, taken),
+            since=jnp.where(moved, 0, since),
+            curvature=self.curvature.undo(
+                layout, new.failed, again, new.curvature, state.curvature
+            ),
             basis=new.basis,
             inner=inside,
             complement=rest,
             key=state.key,
-            events=jax.tree.map(tally, state.events, failures),
+            events=jax.tree.map(_linalg.tally, state.events, failures),
             metrics=jax.tree.map(partial(jnp.where, taken), metrics, state.metrics),
         )
 
     def _due(self, state: ScaleByLREState) -> jax.Array:
         """The groups whose basis this step updates, ``(n,)``."""
+        return (state.since + 1 >= self._period(state)) | (state.steps == 0)
+
+    def _period(self, state: ScaleByLREState) -> Any:
+        """Steps between two updates of the basis, as they are now."""
         every = self.update_every
-        period: Any = every(state.steps) if callable(every) else every
-        return (state.since + 1 >= period) | (state.steps == 0)
+        return every(state.steps) if callable(every) else every
 
     def _refreshed(self, layout, state, observed, g, due, params, extra):
         """The basis after this step's update, if any; the gradient in it where that is known."""
@@ -490,11 +500,6 @@ def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement:
 
 def _needs(inner: Inner) -> frozenset[str]:
     return getattr(inner, "needs", frozenset())
-
-
-def tally(counter: jax.Array, hit: jax.Array) -> jax.Array:
-    """A counter that goes up where ``hit``, and stays at its largest value."""
-    return jnp.where(hit, optax.safe_increment(counter), counter)
 
 
 def _symmetric(

@@ -15,7 +15,6 @@ from lowrank_optax._types import (
     Eigenbasis,
     Increment,
     Vector,
-    check,
     check_count,
     check_decay,
     check_least,
@@ -63,23 +62,6 @@ class Basis(abc.ABC):
     def unproject(self, layout: Layout, state: Any, u: jax.Array) -> Vector | Columns:
         """``Q u``: ``(n, r)`` gives a vector, ``(n, k, r)`` columns. One pass over the rows."""
         return layout.combine(jnp.einsum("n...r,nrm->n...m", u, state.t), layout.leaves(state.rows))
-
-    def check_state(self, layout: Layout, state: Any) -> None:
-        """Raises ``ValueError`` where gradients do not have the shapes that ``init`` saw."""
-        try:
-            rows = layout.leaves(state.rows)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"scale_by_lre: the gradients' structure {layout.treedef} is not that "
-                f"of the parameters given to init: {error}"
-            ) from error
-        for name, size, w in zip(layout.names, layout.sizes, rows, strict=True):
-            check(
-                getattr(w, "ndim", 0) == 2 and w.shape[1] == size,
-                f"scale_by_lre: the gradient's leaf {name} has {size} entries, but init saw "
-                f"{getattr(w, 'shape', (0, w))[-1]}; pass gradients shaped like the parameters, or "
-                "call init again.",
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

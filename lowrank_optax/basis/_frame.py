@@ -195,7 +195,7 @@ class Frame(Basis, Spectrum):
             done = more(whole, done, rest)
         state = done.state
         return Absorbed(
-            state._replace(updates=state.updates + (accept & ~done.failed)),
+            state._replace(updates=_linalg.tally(state.updates, accept & ~done.failed)),
             done.c[:, :rank, :rank],
             done.u[:, :rank],
             done.failed,
@@ -350,7 +350,9 @@ class Frame(Basis, Spectrum):
             signed,
         )
 
-        fine = _linalg.finite(lam, z, y)
+        kept = [x for x in jax.tree.leaves(memory) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        # Of a column without a finite length the scale is 0, and so is then ``y``.
+        fine = _linalg.finite(gram, lam, z, y, *kept)
         ok = accept & fine
         # The new directions as combinations of rows: their size is what rounding in K grows by.
         behind = mix @ alpha.T
@@ -370,7 +372,7 @@ class Frame(Basis, Spectrum):
             lam=lam,
             memory=memory,
             fill=old.fill + jnp.sum(slots < m, dtype=jnp.int32),
-            columns=old.columns + jnp.sum(weights != 0, dtype=jnp.int32),
+            columns=_linalg.tally(old.columns, jnp.sum(weights != 0)),
         )
         new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
         c = jnp.where(ok, z[:, :r], jnp.eye(r, dtype=s.dtype))

@@ -16,7 +16,6 @@ from lowrank_optax._types import (
     Eigenbasis,
     Increment,
     Vector,
-    check,
     check_count,
     check_decay,
 )
@@ -55,16 +54,6 @@ class Dense(Basis):
             parts.append(whole[group][..., start[group] : start[group] + size])
             start[group] += size
         return parts
-
-    def check_state(self, layout: Layout, state: Any) -> None:
-        n, _, d = state.t.shape
-        most = max(layout.dims)
-        check(
-            (n, d) == (layout.n, most),
-            f"scale_by_lre: the gradients form {layout.n} groups of at most {most} entries, but "
-            f"init saw {n} of at most {d}; pass gradients shaped like the parameters, or call init "
-            "again.",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +125,8 @@ class FullMatrix(Dense, Spectrum):
         still, always = (state.lam, state.t, eye), isinstance(self.every, numbers.Integral)
         always = always and self.every == 1
         lam, t, c = turned(0, still) if always else repeat(jnp.any(accept & turn), turned, still)
-        return Absorbed(*jax.vmap(_accept)(state, matrix, lam, t, c, y, accept, turn))
+        updates = _linalg.tally(state.updates, period=self.every)
+        return Absorbed(*jax.vmap(_accept)(state, matrix, lam, t, c, y, updates, accept, turn))
 
     def eigenbasis(self, state: FullMatrixState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))
@@ -152,11 +142,11 @@ class FullMatrix(Dense, Spectrum):
         return lam, jnp.where(live[:, None], t, 0)
 
 
-def _accept(old: FullMatrixState, matrix, lam, t, c, y, accept, turn):
+def _accept(old: FullMatrixState, matrix, lam, t, c, y, updates, accept, turn):
     """One group: what of the new it takes."""
     fine = _linalg.finite(matrix, lam, t)
     ok = accept & fine
-    new = FullMatrixState(matrix, t, lam, old.updates + 1)
+    new = FullMatrixState(matrix, t, lam, updates)
     new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
     pick = partial(jnp.where, turn)
     new = new._replace(t=pick(new.t, old.t), lam=pick(new.lam, old.lam))

@@ -177,7 +177,7 @@ class CayleyAdamG(Rule):
         )
 
     def step(self, memory, v, rows, x, lam, count):
-        slots, steps = memory.momentum.shape[1], memory.count + 1
+        slots, steps = memory.momentum.shape[1], _linalg.tally(memory.count)
         gradient = -(rows @ x) @ x.T
         momentum = v @ jnp.pad(memory.momentum, ((0, 0), (0, x.shape[1])))
         momentum = self.b1 * momentum + (1 - self.b1) * gradient
@@ -252,6 +252,6 @@ def _outside(momentum: jax.Array, rows: jax.Array, count: int) -> jax.Array:
     rest = momentum - momentum @ rows.T @ rows
     size, z = _linalg.eigh(_linalg.symmetrize(rest.T @ rest))
     kind = jnp.finfo(rest.dtype)
-    some = size > jnp.maximum(kind.eps**0.5 * jnp.max(size), kind.tiny)
-    z = jnp.where(some[:, None], z, 0)[:count]
+    rounding = size <= jnp.maximum(kind.eps**0.5 * jnp.max(size), kind.tiny)
+    z = jnp.where(rounding[:, None], 0, z)[:count]
     return z - z @ rows.T @ rows

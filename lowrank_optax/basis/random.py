@@ -114,7 +114,11 @@ class Random(Basis):
         lam = jnp.where(drawn[:, None], (live & fine[:, None]).astype(t.dtype), state.lam)
         u = t @ layout.dot(rows, cast_like(correction.columns, rows))
         new = RandomState(
-            layout.tree(rows), pick(gram, state.gram), t, lam, state.updates + (accept & ~failed)
+            layout.tree(rows),
+            pick(gram, state.gram),
+            t,
+            lam,
+            _linalg.tally(state.updates, accept & ~failed, self.redraw or 1),
         )
         return Absorbed(new, c, u, failed)
 

@@ -52,6 +52,11 @@ class Selection(Basis):
     def __post_init__(self):
         check_count(type(self).__name__, "rank", self.rank)
 
+    @property
+    def period(self) -> int:
+        """Corrections after which its rhythm, if it has any, starts again."""
+        return 1
+
     @abc.abstractmethod
     def choose(
         self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array
@@ -92,7 +97,10 @@ class Selection(Basis):
         ]
         index = jnp.where(ok[:, None], index, state.indices)
         new = SelectionState(
-            layout.tree(rows), index, jnp.where(ok[:, None], lam, state.lam), state.updates + ok
+            layout.tree(rows),
+            index,
+            jnp.where(ok[:, None], lam, state.lam),
+            _linalg.tally(state.updates, ok, self.period),
         )
         same = (index[:, :, None] == state.indices[:, None, :]) & (index >= 0)[:, :, None]
         c = same.astype(layout.dtype)
@@ -141,6 +149,10 @@ class RandomPermutation(Selection):
         super().__post_init__()
         if self.redraw is not None:
             check_count("RandomPermutation", "redraw", self.redraw)
+
+    @property
+    def period(self) -> int:
+        return self.redraw or 1
 
     def choose(self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array):
         drawn = jax.vmap(partial(_sample, rank=self.rank))(
@@ -224,7 +236,9 @@ class TopK(Selection):
         order = jnp.argsort(-jnp.abs(lam), axis=1)
         index, lam = jnp.take_along_axis(index, order, 1), jnp.take_along_axis(lam, order, 1)
         if self.beta is not None:
-            lam = lam / (1 - jnp.asarray(self.beta, lam.dtype) ** (state.updates + 1)[:, None])
+            lam = lam / (
+                1 - jnp.asarray(self.beta, lam.dtype) ** _linalg.tally(state.updates)[:, None]
+            )
         return rows, index, lam, jnp.isfinite(total)
 
 
@@ -381,7 +395,7 @@ class Histogram(Basis):
             layout.tree(mean),
             counts,
             (counts > 0).astype(layout.dtype),
-            state.updates + ok,
+            _linalg.tally(state.updates, ok),
         )
         c = _scale(counts)[:, :, None] * shared * _scale(state.counts)[:, None, :]
         u = self.project(layout, new, correction.columns)

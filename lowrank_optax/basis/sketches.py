@@ -193,9 +193,9 @@ class Nystrom(Average):
         sketch = decay * jnp.pad(memory.sketch, ((0, 0), (0, k))) + samples @ x.T
         core = decay * memory.core + samples @ samples.T
         size, u = _linalg.eigh(_linalg.symmetrize(core))
-        some = size > jnp.finfo(x.dtype).eps * rank * jnp.max(size)
-        root = jnp.sqrt(jnp.where(some, size, 1))
-        half = jnp.where(some[:, None], u @ sketch / root[:, None], 0)
+        rounding = size <= jnp.finfo(x.dtype).eps * rank * jnp.max(size)
+        root = jnp.sqrt(jnp.where(rounding, 1, size))
+        half = jnp.where(rounding[:, None], 0, u @ sketch / root[:, None])
         lam, z = _linalg.eigh(_linalg.symmetrize(half.T @ half))
         lam, live = self.stored(lam[:rank], lam[:rank] > 0)
         z = jnp.where(live[:, None], z[:rank], 0)

@@ -153,11 +153,11 @@ class SubspaceIteration(Dense):
         t = _linalg.eigh(_linalg.symmetrize(s.T @ s))[1][:r] @ x
         # Measured like this, an eigenvalue is known to eps² of the largest, not to eps.
         lam = jnp.sum((m @ t.T) ** 2, axis=0)
-        live = lam > 100 * d * eps**2 * jnp.max(lam)
+        live = ~(lam <= 100 * d * eps**2 * jnp.max(lam))  # what is NaN is to be seen
         lam, t = jnp.where(live, lam, 0), jnp.where(live[:, None], t, 0)
         fine = _linalg.finite(m, lam, t)
         ok = accept & fine
-        new = SubspaceIterationState(t, lam, old.updates + 1)
+        new = SubspaceIterationState(t, lam, _linalg.tally(old.updates))
         new = jax.tree.map(partial(jnp.where, ok), new, old)
         c = jnp.where(ok, t @ old.t.T, jnp.eye(r, dtype=t.dtype))
         return new, c, new.t @ y.T, accept & ~fine

@@ -67,11 +67,14 @@ class Curvature(abc.ABC):
         """The state after seeing a step."""
         return state
 
-    def undo(self, layout: Layout, failed: jax.Array, state: Any, before: Any) -> Any:
+    def undo(
+        self, layout: Layout, failed: jax.Array, again: jax.Array, state: Any, before: Any
+    ) -> Any:
         """The state after a step whose update of the basis ``failed``, ``(n,)``.
 
         ``before`` is the state before `observe`. What a step collected is to be forgotten, and what
-        was collected before it kept.
+        was collected before it kept, unless the last update had failed ``again``, ``(n,)``: then
+        all is to be forgotten.
         """
         return state
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, cast_like, stack, write
 from lowrank_optax._types import Correction, Vector, check_decay, require
 from lowrank_optax.curvature._curvature import (
@@ -77,20 +78,28 @@ class Collecting(Curvature):
         memory = self.remember(layout, state.memory, seen)
         column, weight = self.column(layout, memory, seen)
         columns, window = layout.leaves(state.columns), state.weights.shape[1]
-        slots = jnp.where(seen.accept, state.fill % window, window)[:, None]
-        columns = write(
-            columns, layout, slots, cast_like(stack(seen.g if column is None else column), columns)
-        )
         weight = jnp.ones(layout.n, layout.dtype) if weight is None else weight
+        # One column that is not finite would spoil all that it is collected with.
+        sound = seen.accept & jnp.isfinite(weight)
+        if column is None:
+            column = seen.g
+        else:
+            sound = sound & jnp.isfinite(layout.inner(column, column))
+        slots = jnp.where(sound, state.fill % window, window)[:, None]
+        columns = write(columns, layout, slots, cast_like(stack(column), columns))
         weights = jnp.where(slots == jnp.arange(window), weight[:, None], state.weights)
-        return Collected(layout.tree(columns), weights, state.fill + seen.accept, memory)
+        fill = _linalg.tally(state.fill, sound, window)
+        return Collected(layout.tree(columns), weights, fill, memory)
 
-    def undo(self, layout: Layout, failed: jax.Array, state: Any, before: Any) -> Any:
+    def undo(
+        self, layout: Layout, failed: jax.Array, again: jax.Array, state: Any, before: Any
+    ) -> Any:
         if not isinstance(state, Collected):
             return state
+        kept = jnp.where(again[:, None], 0, before.weights), jnp.where(again, 0, before.fill)
         return state._replace(
-            weights=jnp.where(failed[:, None], before.weights, state.weights),
-            fill=jnp.where(failed, before.fill, state.fill),
+            weights=jnp.where(failed[:, None], kept[0], state.weights),
+            fill=jnp.where(failed, kept[1], state.fill),
         )
 
     def correct(self, layout: Layout, state: Any, evidence: Evidence) -> tuple[Correction, Any]:
@@ -135,7 +144,8 @@ class CovarianceTimesLoss(Collecting):
     """Covariance of gradients times loss: the correction is ``+ (l g)(l g)^T``, weight ``l²``.
 
     ``l`` is the loss, or with ``adaptive`` its excess over the lowest loss before (over zero on the
-    first step). ``update`` needs ``value``, the loss. Experimental.
+    first step). ``update`` needs ``value``, the loss; one that is not finite gives no correction.
+    Experimental.
 
     Args:
       adaptive: subtract the lowest loss seen so far.
@@ -161,7 +171,7 @@ class CovarianceTimesLoss(Collecting):
         good = seen.accept & jnp.isfinite(value)
         return Excess(
             jnp.where(good, jnp.minimum(memory.lowest, value), memory.lowest),
-            jnp.where(seen.accept, value - base, memory.excess),
+            jnp.where(seen.accept, jnp.where(good, value - base, 0), memory.excess),
         )
 
     def column(self, layout: Layout, memory: Excess, seen: Observation | Evidence):

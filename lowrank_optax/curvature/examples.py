@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_optax import _linalg
 from lowrank_optax._linalg import as_called
 from lowrank_optax._tree import Layout, cast_like, stack, write
 from lowrank_optax._types import Correction, Vector, check, check_count, require
@@ -193,7 +194,7 @@ class UnrolledGaussNewton(Collecting):
         return History(
             layout.tree(columns),
             losses,
-            memory.fill + good,
+            _linalg.tally(memory.fill, good, self.history),
             jnp.where(good, jnp.minimum(memory.lowest, value), memory.lowest),
         )
 

@@ -78,7 +78,7 @@ class Adam:
         return AdamState._make((SCALAR, moments, SECOND_MOMENT if self.amsgrad else None))
 
     def update(self, u: jax.Array, state: AdamState, context: Context):
-        count = state.count + 1
+        count = _linalg.tally(state.count)
         mean = ema(state.moments.mean, u, self.b1)
         second = ema(state.moments.second, u * u, self.b2)
         v = debias(second, self.b2, count)
@@ -134,7 +134,7 @@ class FullMatrixAdam:
         return FullMatrixAdamState._make((SCALAR, VECTOR, MATRIX))
 
     def update(self, u: jax.Array, state: FullMatrixAdamState, context: Context):
-        count = state.count + 1
+        count = _linalg.tally(state.count)
         mean = ema(state.mean, u, self.b1)
         start = identity_at_first(state.covariance, state.count, context)
         covariance = ema(start, jnp.outer(u, u), self.b2)
@@ -195,7 +195,7 @@ class CubicAdam:
         return CubicAdamState._make((SCALAR, VECTOR, SECOND_MOMENT, THIRD_MOMENT))
 
     def update(self, u: jax.Array, state: CubicAdamState, context: Context):
-        count = state.count + 1
+        count = _linalg.tally(state.count)
         mean, second, third = (
             ema(old, u**power, decay)
             for old, power, decay in (
@@ -284,7 +284,7 @@ class EMA:
         return EMAState._make((SCALAR, VECTOR))
 
     def update(self, u: jax.Array, state: EMAState, context: Context):
-        state = EMAState(state.count + 1, ema(state.mean, u, self.beta))
+        state = EMAState(_linalg.tally(state.count), ema(state.mean, u, self.beta))
         return debias(state.mean, self.beta, state.count) if self.debias else state.mean, state
 
 

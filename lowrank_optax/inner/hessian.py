@@ -94,7 +94,8 @@ class HutchinsonAdam:
         return HutchinsonAdamState._make((SCALAR, SCALAR, VECTOR, SECOND_MOMENT))
 
     def update(self, u: jax.Array, state: HutchinsonAdamState, context: Context):
-        count, estimates = state.count + 1, state.estimates + context.moved
+        count = _linalg.tally(state.count)
+        estimates = _linalg.tally(state.estimates, context.moved)
         z, hz = _pair(context)
         v = z * hz
         v = v * v if self.gamma is None else v
@@ -148,7 +149,8 @@ class _FullMatrixHessian(abc.ABC):
         return FullMatrixHessianState._make((SCALAR, SCALAR, VECTOR, MATRIX))
 
     def update(self, u: jax.Array, state: FullMatrixHessianState, context: Context):
-        count, estimates = state.count + 1, state.estimates + context.moved
+        count = _linalg.tally(state.count)
+        estimates = _linalg.tally(state.estimates, context.moved)
         mean = ema(state.mean, u, self.b1)
         old = identity_at_first(state.hessian, state.count, context)
         new = ema(old, self._estimate(old, *_pair(context)), self.b2)

@@ -149,7 +149,7 @@ class ClipNormByEMA:
         scale = _linalg.safe_divide(size, jnp.linalg.norm(u))
         if not self.normalize:
             scale = jnp.minimum(scale, 1)
-        return u * scale, ClipNormByEMAState(state.count + 1, mean, norm)
+        return u * scale, ClipNormByEMAState(_linalg.tally(state.count), mean, norm)
 
 
 @dataclasses.dataclass(frozen=True)

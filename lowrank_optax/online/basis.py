@@ -109,7 +109,9 @@ class Learned(Basis, Spectrum):
             for c, w in zip(correction.columns, layout.spread(root), strict=True)
         ]
         on = accept[:, None] & (correction.weights > 0)
-        each = zip(_groups(layout, columns), state.learners, state.t, on, accept, strict=True)
+        each = zip(
+            _groups(layout, columns), state.learners, state.t, state.lam, on, accept, strict=True
+        )
         groups = [self._absorb(*group) for group in each]
         learners = tuple(g[0] for g in groups)
         t, lam, c, failed = (jnp.stack(x) for x in zip(*(g[1:] for g in groups), strict=True))
@@ -125,16 +127,7 @@ class Learned(Basis, Spectrum):
     def unproject(self, layout: Layout, state: LearnedState, u: jax.Array) -> Vector | Columns:
         return layout.combine(jnp.einsum("n...r,nrm->n...m", u, state.t), _rows(layout, state))
 
-    def check_state(self, layout: Layout, state: LearnedState) -> None:
-        sizes = [s.operator.layout.sizes for s in state.learners]
-        got = [tuple(x) for x in _groups(layout, list(layout.sizes))]
-        check(
-            sizes == got,
-            f"scale_by_lre: the gradients' leaves have {got} entries in each group, but init saw "
-            f"{sizes}; pass gradients shaped like the parameters, or call init again.",
-        )
-
-    def _absorb(self, columns: Columns, state: LearnerState, t, on, accept):
+    def _absorb(self, columns: Columns, state: LearnerState, t, old, on, accept):
         """One group: its learner, ``T``, eigenvalues and ``C = Q_new^T Q_old``."""
         new, info = self.learner.step(state, columns, None, {}, on)
         op = new.operator
@@ -145,7 +138,7 @@ class Learned(Basis, Spectrum):
         # A_new A_old^T, from A_new A_old^+.
         c = turned @ info.change @ state.operator.gram @ t.T
         failed = accept & (~fine | (new.failed > state.failed))
-        return new, turned, jnp.where(fine, lam, 0), c, failed
+        return new, turned, jnp.where(fine, lam, old), c, failed
 
 
 def _groups(layout: Layout, leaves: list[Any]) -> list[list[Any]]:

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, alike, orthonormal, random_rows, repeat, rewrite, start
+from lowrank_optax._tree import (
+    Layout,
+    alike,
+    check_fits,
+    check_kind,
+    orthonormal,
+    random_rows,
+    repeat,
+    rewrite,
+    start,
+)
 from lowrank_optax._types import Columns, check, check_count, check_decay
 from lowrank_optax.online.operator import Operator
 from lowrank_optax.online.purposes import (
@@ -148,6 +158,10 @@ class Learner:
         Raises:
           ValueError: for shapes unlike the example's, or a stream that is missing or not asked for.
         """
+        check_kind("learner.update", state, LearnerState)
+        example = state.operator.layout.example
+        like = jax.eval_shape(lambda key: self.init(key, example), jax.random.key(0))
+        check_fits("learner.update", state, like)
         needed = {name: p for p in self.purposes for name in p.streams}
         for name, purpose in needed.items():
             check(
@@ -226,9 +240,9 @@ class Learner:
             tuple(p.move(m, c) for p, m in zip(self.purposes, memory, strict=True)),
             opt_state,
             energy,
-            layout.tree([x[-1:] for x in columns]) if self._pairs else (),
+            layout.tree([x[-1:] for x in stream.columns]) if self._pairs else (),
             fine[-1],
-            state.count + 1,
+            _linalg.tally(state.count),
             state.skipped,
             state.failed,
         )
@@ -237,9 +251,12 @@ class Learner:
         new = jax.tree.map(partial(jnp.where, ok), _sparing(new), _sparing(state))
         new = new._replace(
             operator=dataclasses.replace(new.operator, rows=keep),
-            skipped=state.skipped + sum(jnp.sum(x, dtype=jnp.int32) for x in lost),
-            failed=state.failed + (some & ~ok),
-            after=fine[-1] if on is None else jnp.where(on[-1], fine[-1], state.after),
+            skipped=_linalg.tally(state.skipped, sum(jnp.sum(x) for x in lost)),
+            failed=_linalg.tally(state.failed, some & ~ok),
+            # What was not taken in is not followed by anything.
+            after=ok & fine[-1]
+            if on is None
+            else jnp.where(jnp.any(on), ok & fine[-1], state.after),
         )
         return new, Info(loss, values, moved, c)
 
@@ -257,15 +274,17 @@ class Learner:
         if after is not None:
             targets, known = _clean(layout, after)
             sources, both = stream.columns, fine & known
-            codes = operator.codes(sources)
         else:
             first = layout.leaves(state.previous)
             sources = [
                 jnp.concatenate([p, c[:-1]]) for p, c in zip(first, stream.columns, strict=True)
             ]
             both = fine & jnp.concatenate([state.after[None], fine[:-1]])
-            targets, codes = stream, operator.codes(sources)
-        return Pairs(sources, codes, Stream(targets.columns, _mean(both, layout.dtype)))
+            targets = stream
+        # A weight of zero is not enough: what is predicted from a huge vector may overflow.
+        sources = [jnp.where(both[:, None], c, 0) for c in sources]
+        targets = Stream(targets.columns, _mean(both, layout.dtype))
+        return Pairs(sources, operator.codes(sources), targets)
 
     def _retract(self, old: Operator, steps: Columns, moved: jax.Array):
         """Rows moved by a step, orthonormal again if they are to be, and ``C``; rarely run."""

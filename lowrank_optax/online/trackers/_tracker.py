@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, orthonormal, random_rows
+from lowrank_optax._tree import Layout, check_fits, check_kind, orthonormal, random_rows
 from lowrank_optax._types import Columns, Vector, check, check_count, check_decay
 from lowrank_optax.online.operator import Operator
 
@@ -85,6 +85,7 @@ class Tracker(abc.ABC):
         Raises:
           ValueError: for another structure or other shapes than the example's.
         """
+        self.check_state(state)
         columns, _ = state.layout.columns(v, type(self).__name__)
         return self._update(state, columns)
 
@@ -113,14 +114,20 @@ class Tracker(abc.ABC):
         """
         check_count(type(self).__name__, "count", count)
         layout = operator.layout
-        shapes = zip(layout.shapes, layout.dtypes, strict=True)
-        example = layout.tree([jax.ShapeDtypeStruct(*each) for each in shapes])
-        state = self.init(jax.random.key(0) if key is None else key, example)
+        state = self.init(jax.random.key(0) if key is None else key, layout.example)
         rows, _ = state.layout.columns(operator.eigenvectors(), "start")
         lam = jnp.maximum(operator.eigenvalues(), 0).astype(state.layout.dtype)
         count = jnp.asarray(count, jnp.int32)
         memory = self._resumed(state, rows, lam, count)
         return dataclasses.replace(state, memory=memory, seen=count)
+
+    def check_state(self, state: Any) -> None:
+        """Raises ``ValueError`` for another tracker's state."""
+        owner = type(self).__name__
+        check_kind(owner, state, TrackerState)
+        example = state.layout.example
+        like = jax.eval_shape(lambda key: self.init(key, example), jax.random.key(0))
+        check_fits(owner, state, like, but="key")  # which can be typed or raw
 
     @_linalg.exact
     def _update(self, state: TrackerState, columns: Columns, *others: Columns) -> TrackerState:
@@ -132,8 +139,8 @@ class Tracker(abc.ABC):
         return dataclasses.replace(
             state,
             memory=memory,
-            seen=state.seen + jnp.sum(taken, dtype=jnp.int32),
-            skipped=state.skipped + jnp.sum(~taken, dtype=jnp.int32),
+            seen=_linalg.tally(state.seen, jnp.sum(taken)),
+            skipped=_linalg.tally(state.skipped, jnp.sum(~taken)),
         )
 
     @abc.abstractmethod

@@ -100,6 +100,7 @@ class PETRELS(Forgetting):
         Raises:
           ValueError: for other shapes than the example's, or a mask of another shape than ``v``.
         """
+        self.check_state(state)
         columns, many = state.layout.columns(v, "PETRELS")
         if mask is None:
             there = [jnp.ones_like(c) for c in columns]
@@ -142,7 +143,7 @@ class PETRELS(Forgetting):
 
     def read(self, layout, rows, small, weight):
         rows, scale = _unit_rows(layout, rows[0])
-        return rows, scale[:, None] * small[0] * scale / weight
+        return rows, scale[:, None] * (small[0] / weight) * scale
 
 
 @dataclasses.dataclass(frozen=True)
