@@ -507,7 +507,15 @@ def repeat(times: jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) 
     `jax.vmap` it runs as often as any of the batch asks for, since separate counts would copy the
     carry: ``body`` leaves alone what does not ask, as it has to for groups.
     """
-    return lax.fori_loop(0, _most(times.astype(jnp.int32)), body, carry)
+    inside, closed = jax.closure_convert(body, jnp.zeros((), jnp.int32), carry)
+
+    def run(i, carry):
+        # XLA takes out of a loop what does not depend on it, and would do at every step what is to
+        # be done now and then.
+        known, i = lax.optimization_barrier((closed, i))
+        return inside(i, carry, *known)
+
+    return lax.fori_loop(0, _most(times.astype(jnp.int32)), run, carry)
 
 
 @jax.custom_batching.custom_vmap
