@@ -165,3 +165,29 @@ def test_layers_along_an_axis():
     assert opcodes.count("scatter") == 1
     assert not {"copy", "select", "transpose", "concatenate", "convert"} & set(opcodes)
     assert compiled.memory_analysis().temp_size_in_bytes < params.nbytes
+
+
+def test_what_is_done_now_and_then_stays_in_its_loop():
+    """XLA takes out of loops what does not depend on them, and would do it at every step."""
+    side = lro.basis.FullMatrix(every=10)
+    tx = lro.scale_by_matrix_lre(side, None, lro.inner.Adam())
+    leaf = jnp.zeros((5, 9))
+    entry = entry_of(jax.jit(tx.update), leaf, tx.init(leaf))
+    assert "syevd" not in entry
+
+    a = jnp.ones((37, 41))
+    fn = lambda x: jnp.sum(jnp.tanh(a @ x))
+    curvature = lro.curvature.HutchinsonHessian()
+    counts = []
+    for every in (1, 10):
+        tx = lro.scale_by_lre(curvature, lro.basis.Eigen(3), lro.inner.Adam(), update_every=every)
+        step = jax.jit(lambda x, state, tx=tx: tx.update(x, state, x, value_fn=fn))
+        x = jnp.ones(41)
+        counts.append(len(re.findall(r"37.* dot\(", entry_of(step, x, tx.init(x)))))
+    assert counts[0] > 0 and counts[1] == 0
+
+
+def entry_of(step, *args):
+    """The computation that every step goes through, without the bodies of its loops."""
+    hlo = step.lower(*args).compile().as_text()
+    return hlo[hlo.index("\nENTRY") :]
