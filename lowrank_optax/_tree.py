@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.shard_alike import shard_alike
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -507,15 +508,20 @@ def repeat(times: jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) 
     `jax.vmap` it runs as often as any of the batch asks for, since separate counts would copy the
     carry: ``body`` leaves alone what does not ask, as it has to for groups.
     """
-    inside, closed = jax.closure_convert(body, jnp.zeros((), jnp.int32), carry)
+    start, treedef = jax.tree.flatten(carry)
 
-    def run(i, carry):
+    def flat(i, *leaves):
+        return jax.tree.leaves(body(i, treedef.unflatten(leaves)))
+
+    inside = jax.make_jaxpr(flat)(jnp.zeros((), jnp.int32), *start)
+
+    def run(i, leaves):
         # XLA takes out of a loop what does not depend on it, and would do at every step what is to
         # be done now and then.
-        known, i = lax.optimization_barrier((closed, i))
-        return inside(i, carry, *known)
+        known, i = lax.optimization_barrier((inside.consts, i))
+        return jaxpr_as_fun(inside.replace(consts=known))(i, *leaves)
 
-    return lax.fori_loop(0, _most(times.astype(jnp.int32)), run, carry)
+    return treedef.unflatten(lax.fori_loop(0, _most(times.astype(jnp.int32)), run, start))
 
 
 @jax.custom_batching.custom_vmap
