@@ -197,7 +197,9 @@ class TestRefusals:
         assert file in line
         assert str(tmp_path) in line
 
-    @pytest.mark.parametrize("content", [b"", b"nothing packed", gzip.compress(b"x" * 99, mtime=0)[:-9]])
+    @pytest.mark.parametrize(
+        "content", [b"", b"nothing packed", gzip.compress(b"x" * 99, mtime=0)[:-9]]
+    )
     def test_damaged_file(self, capsys, tmp_path, content):
         (tmp_path / "tinyshakespeare.txt.gz").write_bytes(content)
         line = refused(capsys, "train", "--task", "text", "--data-dir", str(tmp_path))
