@@ -103,6 +103,16 @@ def sophia(rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
+def lbfgs(rate: optax.Schedule) -> optax.GradientTransformation:
+    """L-BFGS with its line search, which has no rate and takes no arguments but its own."""
+    tx = optax.lbfgs()
+
+    def update(updates, state, params=None, *, value, grad, value_fn, **extra):
+        return tx.update(updates, state, params, value=value, grad=grad, value_fn=value_fn)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 def original(rate: optax.Schedule) -> optax.GradientTransformation:
     """The parts of the original LRE."""
     return lro.lre(rate, basis=lro.basis.GGT(100))
@@ -123,7 +133,7 @@ METHODS: dict[str, Method] = {
 """Those that every task is run with."""
 
 CURVATURES: dict[str, Method] = {
-    "L-BFGS (optax)": Method(lambda rate: optax.lbfgs(), scaled=False),
+    "L-BFGS (optax)": Method(lbfgs, scaled=False),
     "Sophia (optax)": Method(sophia),
     "BFGS": Method(lambda rate: lro.lowrank_newton(rate, 20), 1.0, True, scaled=False),
     "SR1": Method(
