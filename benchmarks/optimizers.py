@@ -265,8 +265,9 @@ def tune(book: Book, task: str, name: str, problem: Problem, grid: int, seeds: i
             book.runs.append(measure(task, name, run, rate, seed))
             book.save()
             last = book.runs[-1]
+            final = np.inf if last["final"] is None else last["final"]
             print(
-                f"{task:12s} {name:20s} rate {rate:<8g} seed {seed}: {last['final'] or np.inf:.4g}"
+                f"{task:12s} {name:20s} rate {rate:<8g} seed {seed}: {final:.4g}"
                 f" ({last['seconds']:.0f} s)",
                 flush=True,
             )

@@ -185,6 +185,18 @@ def test_spoiled_gradients_do_no_harm(name, seed, values, share):
     assert all(np.any(np.reshape(u[-10:], (10, -1)), axis=1).all() for u in updates.values())
 
 
+@pytest.mark.parametrize("name", ["PAST", "PETRELS"])
+def test_spoiled_vectors_leave_a_tracker_that_can_be_read(name):
+    """Huge vectors let rows of least squares grow until moments in their units overflowed."""
+    tracker = getattr(online.trackers, name)(3)
+    start = tracker.init(jax.random.key(0), jnp.zeros(trials.SIZE))
+    rng = np.random.default_rng(0)
+    streams = [trials.spoiled(rng, 200, 0.1, ["fourth power overflows"]) for _ in range(20)]
+    ends = quick_jit(jax.vmap(lambda v: tracker.update(start, v)))(np.stack(streams))
+    assert trials.whole(ends.memory)
+    assert np.all(np.isfinite(jax.vmap(lambda s: tracker.operator(s).rows)(ends)))
+
+
 def test_what_was_collected_cannot_block_the_basis(monkeypatch):
     """A gradient on which the eigenproblem fails, taken in by a step that was not due."""
     monkeypatch.setattr(_linalg, "eigh", failing_eigh)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, orthonormal, repeat
-from lowrank_optax._types import check_count
+from lowrank_optax._types import Columns, check_count
 from lowrank_optax.online.trackers._tracker import Forgetting, OnRows, TrackerState
 
 
@@ -128,7 +128,9 @@ class PETRELS(Forgetting):
         x = _linalg.safe_divide(a, jnp.sqrt(unit))
         leaves = zip(rows, inverse, v, there, strict=True)
         done = [self._coordinates(*leaf, a, x, unit) for leaf in leaves]
-        moments = self.decay * moments + jnp.outer(a, a)
+        # In the vectors' units: codes shrink as rows grow, and rows may grow by any factor.
+        along = a * _lengths(layout, rows)
+        moments = self.decay * moments + jnp.outer(along, along)
         return ([d[0] for d in done], [d[1] for d in done]), (moments, unit)
 
     def _coordinates(self, w, inverse, v, there, a, x, unit):
@@ -142,8 +144,8 @@ class PETRELS(Forgetting):
         return w + step.T, (inverse - gain[:, :, None] * px[:, None]) / decay[:, :, None]
 
     def read(self, layout, rows, small, weight):
-        rows, scale = _unit_rows(layout, rows[0])
-        return rows, scale[:, None] * (small[0] / weight) * scale
+        one = _linalg.safe_divide(1.0, _lengths(layout, rows[0]))[:, None]
+        return [(one * w).astype(w.dtype) for w in rows[0]], small[0] / weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +212,6 @@ def _solve(c: jax.Array, a: jax.Array) -> jax.Array:
     return jnp.linalg.solve(c + ridge * jnp.eye(c.shape[0], dtype=c.dtype), a)
 
 
-def _unit_rows(layout: Layout, rows):
-    """Rows of unit length, and the lengths they had."""
-    scale = jnp.sqrt(jnp.diagonal(layout.gram(rows)[0]))
-    one = _linalg.safe_divide(1.0, scale)[:, None]
-    return [(one * w).astype(w.dtype) for w in rows], scale
+def _lengths(layout: Layout, rows: Columns) -> jax.Array:
+    """Of every row, ``(r,)``."""
+    return jnp.sqrt(jnp.diagonal(layout.gram(rows)[0]))
