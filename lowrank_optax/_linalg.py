@@ -242,6 +242,12 @@ def _cholesky_inverse(a: jax.Array) -> jax.Array:
     return jax.scipy.linalg.solve_triangular(factor, eye, lower=True)
 
 
+def norm(x: jax.Array) -> jax.Array:
+    """``‖x‖_F`` of entries whose squares may be out of range."""
+    top = jnp.max(jnp.abs(x), initial=0.0)
+    return top * jnp.linalg.norm(safe_divide(x, top))
+
+
 def unit(x: jax.Array) -> jax.Array:
     """``x / ‖x‖``, and 0 for 0."""
     return safe_divide(x, jnp.linalg.norm(x))

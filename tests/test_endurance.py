@@ -135,7 +135,7 @@ def test_a_full_matrix_turns_after_its_counter_has_ended():
 
 # Streams ----------------------------------------------------------------------------------------
 
-BOUNDS = {"eigen": 1.5e-6, "ggt": 5e-2, "opast": 3e-6, "subspace_iteration": 3e-6}
+BOUNDS = {"eigen": 1.5e-6, "ggt": 5e-2, "opast": 3e-6, "subspace_iteration": 3e-6, "cayley": 1e-6}
 """``|Q^T Q - I|``: of `GGT` what a Gram matrix resolves at ``eig_tol=1e-5``."""
 
 
@@ -144,7 +144,7 @@ def test_odd_streams_leave_the_basis_orthonormal(name):
     """Ten thousand steps of every kind of stream, one kind after the other."""
     many = 10_000 // len(trials.STREAMS)
     parts = [make(np.random.default_rng(i), many) for i, make in enumerate(trials.STREAMS.values())]
-    run = quick_jit(trials.watch((BASES | MORE_BASES)[name], DEFAULT))
+    run = quick_jit(trials.watch((BASES | MORE_BASES | RULES)[name], DEFAULT))
     (_, state), (updates, pictures) = run(trials.tree(np.concatenate(parts)))
     assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
     assert trials.whole(state) and int(state.events.eigh[0] + state.events.inner[0]) == 0

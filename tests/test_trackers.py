@@ -271,7 +271,7 @@ def test_cayley_adam_keeps_its_momentum(b1, x64):
     state = at(9)
     point = rows(basis, state).T
     every = state.t[0] @ state.rows[0]
-    momentum, v = (state.memory.momentum[0] @ every).T, float(state.memory.second[0])
+    momentum, v = (state.memory.momentum[0] @ every).T, float(state.memory.root[0]) ** 2
     for i in range(10, 40):
         g = -(np.sqrt(0.1) ** 2) * np.outer(x[i], x[i]) @ point
         momentum = b1 * momentum + (1 - b1) * g

@@ -106,12 +106,13 @@ class CayleyMemory(NamedTuple):
     Attributes:
       count: steps.
       momentum: ``(r, slots)`` rows in the coordinates of all directions that are kept.
-      second: running average of the gradients' squared norms.
+      root: of the running average of the gradients' squared norms, which themselves go with the
+        fourth power of what is absorbed and would soon leave float32.
     """
 
     count: jax.Array
     momentum: jax.Array
-    second: jax.Array
+    root: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +182,9 @@ class CayleyAdamG(Rule):
         gradient = -(rows @ x) @ x.T
         momentum = v @ jnp.pad(memory.momentum, ((0, 0), (0, x.shape[1])))
         momentum = self.b1 * momentum + (1 - self.b1) * gradient
-        second = self.b2 * memory.second + (1 - self.b2) * jnp.sum(gradient**2)
+        root = jnp.hypot(self.b2**0.5 * memory.root, (1 - self.b2) ** 0.5 * _linalg.norm(gradient))
         power = lambda b: 1 - jnp.asarray(b, x.dtype) ** steps
-        scale = power(self.b1) * jnp.sqrt(second / power(self.b2) + self.eps)
+        scale = power(self.b1) * jnp.hypot(root / jnp.sqrt(power(self.b2)), self.eps**0.5)
         hat = momentum.T @ rows - 0.5 * rows.T @ (rows @ momentum.T) @ rows
         w = (hat - hat.T) / scale
         along = rows @ w.T
@@ -192,9 +193,9 @@ class CayleyAdamG(Rule):
         y = rows - alpha * along
         for _ in range(self.iterations):
             y = rows - alpha / 2 * (rows + y) @ w.T
-        z, momentum = _linalg.orthonormalize_rows(y), scale * along
-        z = jnp.concatenate([z, _outside(momentum, z, slots - rows.shape[0])])
-        return z, CayleyMemory(steps, momentum @ z.T, second)
+        z = _linalg.orthonormalize_rows(y)
+        z = jnp.concatenate([z, _outside(along, z, slots - rows.shape[0])])
+        return z, CayleyMemory(steps, scale * along @ z.T, root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +249,7 @@ class Hebbian(Tracker):
 
 
 def _outside(momentum: jax.Array, rows: jax.Array, count: int) -> jax.Array:
-    """Orthonormal rows for what of the momentum is outside ``rows``, as far as it is resolved."""
+    """Orthonormal rows for what of a momentum is outside ``rows``, as far as it is resolved."""
     rest = momentum - momentum @ rows.T @ rows
     size, z = _linalg.eigh(_linalg.symmetrize(rest.T @ rest))
     kind = jnp.finfo(rest.dtype)
