@@ -30,8 +30,8 @@ class SelectionState(NamedTuple):
     """State of a `Selection` for ``n`` groups.
 
     Attributes:
-      rows: the running diagonal of the curvature, ``(1, leaf.size)`` a leaf; ``(0, leaf.size)``
-        where none is kept.
+      rows: the running diagonal of the curvature, ``(1, leaf.size)`` a leaf; ``()`` where none is
+        kept, because there are checkpoints that take no arrays without entries.
       indices: ``(n, r)`` the coordinates, counted through the group's leaves; -1 in dead slots.
       lam: ``(n, r)`` the diagonal at the coordinates, 0 in dead slots; 1 where none is kept.
       updates: ``(n,)`` corrections absorbed so far.
@@ -60,8 +60,8 @@ class Selection(Basis):
     @abc.abstractmethod
     def choose(
         self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array
-    ) -> tuple[Columns, jax.Array, jax.Array, jax.Array]:
-        """Rows, index and lam after a correction, and ``(n,)`` whether all of it is finite."""
+    ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+        """Rows (a list, or ``()``), index and lam after a correction, and ``(n,)`` whether all of it is finite."""
 
     def coordinates(self, layout: Layout) -> int:
         return self.rank
@@ -72,10 +72,9 @@ class Selection(Basis):
             f"{type(self).__name__}: a group has {max(layout.dims)} "
             "entries, too many for an index; pass groups=lowrank_optax.per_leaf.",
         )
-        height = int("eigenvalues" in self.provides)
-        rows = [jnp.zeros((height, size), layout.dtype) for size in layout.sizes]
+        rows = [jnp.zeros((1, size), layout.dtype) for size in layout.sizes]
         return SelectionState(
-            layout.tree(rows),
+            layout.tree(rows) if "eigenvalues" in self.provides else (),
             jnp.full((layout.n, self.rank), -1, jnp.int32),
             jnp.zeros((layout.n, self.rank), layout.dtype),
             jnp.zeros(layout.n, jnp.int32),
@@ -91,13 +90,12 @@ class Selection(Basis):
     ) -> Absorbed:
         rows, index, lam, fine = self.choose(layout, state, correction, key)
         ok = accept & fine
-        rows = [
-            jnp.where(yes, a, b)
-            for yes, a, b in zip(layout.spread(ok), rows, layout.leaves(state.rows), strict=True)
-        ]
+        if rows:
+            pairs = zip(layout.spread(ok), rows, layout.leaves(state.rows), strict=True)
+            rows = layout.tree([jnp.where(yes, a, b) for yes, a, b in pairs])
         index = jnp.where(ok[:, None], index, state.indices)
         new = SelectionState(
-            layout.tree(rows),
+            rows,
             index,
             jnp.where(ok[:, None], lam, state.lam),
             _linalg.tally(state.updates, ok, self.period),
@@ -159,12 +157,7 @@ class RandomPermutation(Selection):
             jax.random.split(key, layout.n), jnp.asarray(layout.dims)
         )
         index = jnp.where(is_due(state.updates, self.redraw)[:, None], drawn, state.indices)
-        return (
-            layout.leaves(state.rows),
-            index,
-            (index >= 0).astype(layout.dtype),
-            jnp.ones(layout.n, bool),
-        )
+        return (), index, (index >= 0).astype(layout.dtype), jnp.ones(layout.n, bool)
 
 
 @dataclasses.dataclass(frozen=True)
