@@ -61,7 +61,7 @@ class Selection(Basis):
     def choose(
         self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array
     ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-        """Rows (a list, or ``()``), index and lam after a correction, and ``(n,)`` whether all of it is finite."""
+        """Rows or ``()``, index and lam after a correction; whether all of it is finite, ``(n,)``."""
 
     def coordinates(self, layout: Layout) -> int:
         return self.rank
