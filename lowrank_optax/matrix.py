@@ -630,9 +630,12 @@ def orthogonalize(
         # stay in it too.
         y = g / jnp.where(sound, jnp.minimum(top, jnp.finfo(g.dtype).max / 64), 1)
         y = y / jnp.where(sound, jnp.linalg.norm(y), 1)
-        for _ in range(iterations):
+
+        def newton_schulz(_, y):
             k = y @ y.T
-            y = 3.4445 * y + (-4.775 * k + 2.0315 * k @ k) @ y
+            return 3.4445 * y + (-4.775 * k + 2.0315 * k @ k) @ y
+
+        y = jax.lax.fori_loop(0, iterations, newton_schulz, y)  # unrolled it compiles for long
         y = jnp.where(sound, rms * max(shape) ** 0.5 * y, g)
         return jnp.reshape(y.T if shape[0] > shape[1] else y, x.shape).astype(x.dtype)
 

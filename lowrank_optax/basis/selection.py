@@ -61,7 +61,7 @@ class Selection(Basis):
     def choose(
         self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array
     ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-        """Rows or ``()``, index and lam after a correction; whether all of it is finite, ``(n,)``."""
+        """Rows or ``()``, index and lam after a correction, and whether all is finite, ``(n,)``."""
 
     def coordinates(self, layout: Layout) -> int:
         return self.rank
