@@ -111,6 +111,13 @@ def finite(*arrays: jax.Array) -> jax.Array:
     return jnp.isfinite(jnp.max(jnp.stack([jnp.max(jnp.abs(a), initial=0.0) for a in arrays])))
 
 
+DRAWS = 2**20
+"""Period of counters that random draws depend on: one that stood still would draw the same again.
+
+Counters of so many steps repeat draws when they have ended, and not before.
+"""
+
+
 def tally(counter: jax.Array, n: jax.Array | int = 1, period: jax.Array | int = 1) -> jax.Array:
     """``counter + n``, for ``0 <= n``; a counter without room for it does not overflow.
 

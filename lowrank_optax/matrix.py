@@ -392,7 +392,7 @@ class _Engine:
             # Taken from their devices all at once: one by one they would go to every device.
             leaves |= kind.write(spread(step, layout.mesh, (1, 2)))
         return layout.unflatten([leaves[i] for i in range(len(leaves))]), ScaleByMatrixLREState(
-            count=_linalg.tally(state.count),
+            count=_linalg.tally(state.count, period=_linalg.DRAWS),
             matrices=new,
             rest=rest,
             dropped=_linalg.tally(state.dropped, ~fine),

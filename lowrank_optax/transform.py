@@ -358,7 +358,7 @@ class _Engine:
         failures = Events(~jnp.isfinite(square), square == 0, new.failed, accept & ~fine)
         return layout.unflatten(step), ScaleByLREState(
             count=count,
-            steps=_linalg.tally(state.steps, taken),
+            steps=_linalg.tally(state.steps, taken, _linalg.DRAWS),
             since=jnp.where(moved, 0, since),
             curvature=self.curvature.undo(
                 layout, new.failed, again, new.curvature, state.curvature

@@ -133,6 +133,17 @@ def test_a_full_matrix_turns_after_its_counter_has_ended():
     assert turns == [True, False, False, True, False, False, True]
 
 
+@pytest.mark.parametrize("name", ["random", "permutation", "weighted_permutation"])
+def test_draws_go_on_after_the_counters_have_ended(name):
+    tx = lro.scale_by_lre(COVARIANCE, MORE_BASES[name], lro.inner.EMA(0.0))
+    state = trials.aged(tx.init(jax.tree.map(lambda x: x[0], NOISE)), LAST)
+    same = jax.tree.map(lambda x: jnp.repeat(x[:1], 6, axis=0), NOISE)
+    run = quick_jit(lambda s, g: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], s, g))
+    end, updates = run(state, same)
+    steps = np.concatenate([np.reshape(u, (6, -1)) for u in jax.tree.leaves(updates)], axis=1)
+    assert len(np.unique(steps, axis=0)) == 6 and int(end.steps[0]) > LAST - 2 * _linalg.DRAWS
+
+
 # Streams ----------------------------------------------------------------------------------------
 
 BOUNDS = {"eigen": 1.5e-6, "ggt": 5e-2, "opast": 3e-6, "subspace_iteration": 3e-6, "cayley": 1e-6}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import absorbed, after_each, leading, matrix, outer, spectrum, vectors
+from dense import absorbed, after_each, leading, matrix, outer, spectrum, vectors, window
 from test_selection import run_with_nan
 
 import lowrank_optax as lro
@@ -87,6 +87,24 @@ def test_drop_oldest_is_ggt(x64):
         for basis in (GGT(5), LowRankFactor(5, DropOldest()))
     ]
     jax.tree.map(np.testing.assert_array_equal, *same)
+
+
+@pytest.mark.parametrize(("beta", "signed"), ((None, False), (1.0, False), (None, True)))
+def test_a_window_higher_than_wide_takes_the_smaller_eigenproblem(beta, signed, x64):
+    """``eigh`` of size ``d`` in place of ``m``: the same basis, and what is beyond it is dead."""
+    columns, weights = stream(12, 40, 2, signed)
+    basis = GGT(D + 8, beta=beta, eig_tol=1e-12)
+    state = absorbed(basis, columns, weights, sizes=SIZES, signed=signed)
+    check_basis(state, window(columns, weights, D + 8, beta))
+    assert np.count_nonzero(spectrum(state)[-1]) == D and not np.any(state.t[-1, 0, D:])
+
+
+def test_no_eigenproblem_is_larger_than_the_vectors():
+    tx = lro.scale_by_lre(lro.curvature.Covariance(), GGT(50), lro.inner.LInvSqrt())
+    params = jnp.zeros(D)
+    text = jax.jit(tx.update).lower(params, tx.init(params)).compile().as_text()
+    solved = [line for line in text.splitlines() if "eigh" in line and "custom-call(" in line]
+    assert solved and all(f"[{D},{D}]" in line and "50" not in line[:90] for line in solved)
 
 
 def test_more_columns_than_rows(x64):

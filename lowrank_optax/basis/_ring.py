@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, cast_like, write
-from lowrank_optax._types import Absorbed, Increment, check_count
+from lowrank_optax._types import Absorbed, Columns, Increment, check_count
 from lowrank_optax.basis._basis import Basis, Spectrum
+from lowrank_optax.basis.full import dense
 
 
 class RingState(NamedTuple):
@@ -50,7 +51,10 @@ class Ring(Basis):
 
     @abc.abstractmethod
     def factor(self, state: RingState, signed: bool) -> tuple[jax.Array, jax.Array]:
-        """Eigenvalues ``(m,)`` and ``T`` of one group's window, from its Gram matrix."""
+        """Eigenvalues ``(m,)`` and ``T`` of one group's window, from its Gram matrix.
+
+        ``state.rows`` is the window as one array ``(m, d)`` where ``d < m``, or ``()``.
+        """
 
     def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
         """Rows ``(k,)`` of one group in which columns go, ``m`` for none: here the oldest ones.
@@ -87,17 +91,18 @@ class Ring(Basis):
         columns = cast_like(correction.columns, rows)
         absorb = lambda *each: self._absorb(*each, signed=correction.signed)
         small, slots, c, u, failed = jax.vmap(absorb)(
-            state._replace(rows=(), memory=()),
+            state._replace(rows=_short(layout, rows, self.rank), memory=()),
             layout.dot(rows, columns),
             layout.gram(columns),
+            _short(layout, columns, self.rank),
             correction.weights,
             accept,
         )
         rows = write(rows, layout, slots, columns)
         return Absorbed(small._replace(rows=layout.tree(rows), memory=state.memory), c, u, failed)
 
-    def _absorb(self, old: RingState, s, gram, weights, accept, *, signed):
-        """One group: ``s = W Y`` is ``(m, k)``, ``gram = Y^T Y`` is ``(k, k)``."""
+    def _absorb(self, old: RingState, s, gram, y, weights, accept, *, signed):
+        """One group: ``s = W Y`` ``(m, k)``, ``gram = Y^T Y`` ``(k, k)``, and ``y`` of `_short`."""
         m = self.rank
         slots = self.place(old, gram, weights)
         taken = slots < m
@@ -108,7 +113,9 @@ class Ring(Basis):
         cross = keep[:, None] * old.gram + incoming  # W_new W_old^T
         after = keep[:, None] * s + place.T @ jnp.where(taken[:, None], gram, 0)  # W_new Y
         k = cross * keep + jnp.where(taken, after, 0) @ place
+        put = lambda w, y: keep[:, None] * w + place.T @ jnp.where(taken[:, None], y, 0)
         new = old._replace(
+            rows=jax.tree.map(put, old.rows, y),
             gram=k,
             weights=keep * old.weights + place.T @ weights,
             head=(old.head + jnp.sum(taken, dtype=jnp.int32)) % m,
@@ -131,10 +138,35 @@ def oldest(old: RingState, weights: jax.Array) -> jax.Array:
     return jnp.where(valid & (order > 0), (old.head + order - 1) % m, m)
 
 
-def spectral_factor(spectrum: Spectrum, gram: jax.Array, weights: jax.Array, signed: bool):
+def _short(layout: Layout, columns: Columns, height: int) -> Any:
+    """Columns as one array ``(n, k, d)`` where a window of that height has fewer entries a row.
+
+    Its eigenproblem is then one of size ``d``, for which the window itself is needed.
+    """
+    return dense(layout, columns) if max(layout.dims) < height else ()
+
+
+def window_eigh(gram: jax.Array, scale: jax.Array, window: Any) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, descending, and eigenvectors as rows of ``S K S``, ``S = diag(scale)``.
+
+    From a window ``(m, d)``, where there is one, by ``W^T S² W``, ``(d, d)``; then the rows of the
+    eigenvalues that are zero for certain are zero too.
+    """
+    if isinstance(window, tuple):
+        return _linalg.eigh(scale[:, None] * gram * scale)
+    x = scale[:, None] * window
+    lam, z = _linalg.eigh(x.T @ x)
+    v = _linalg.safe_divide(1.0, jnp.sqrt(jnp.maximum(lam, 0)))[:, None] * z @ x.T
+    more = len(gram) - len(lam)
+    return jnp.pad(lam, (0, more)), jnp.pad(v, ((0, more), (0, 0)))
+
+
+def spectral_factor(
+    spectrum: Spectrum, gram: jax.Array, weights: jax.Array, signed: bool, window: Any = ()
+) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues and ``T`` of ``W^T diag(weights) W`` in descending order of size, from ``K``."""
     scale = jnp.sqrt(jnp.abs(weights))
-    lam, v = _linalg.eigh(scale[:, None] * gram * scale)
+    lam, v = window_eigh(gram, scale, window)
     if signed:
         # W^T S W with S = diag(sign w): S in the window's own orthonormal coordinates.
         live = spectrum.stored(lam, lam > 0)[1]

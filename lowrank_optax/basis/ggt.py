@@ -39,7 +39,7 @@ class GGT(Ring, Spectrum):
       ValueError: for a rank below 1, or a ``beta`` or tolerance out of range.
 
     Cost: memory ``m d + 3 m²``; a step two passes over the rows (``4 m d`` flops), one ``eigh`` of
-    size ``m`` and ``6 m³`` flops.
+    size ``min(m, d)`` and ``6 m³`` flops.
 
     Source: Agarwal et al., "Efficient Full-Matrix Adaptive Regularization", ICML 2019.
     """
@@ -56,7 +56,8 @@ class GGT(Ring, Spectrum):
         return Eigenbasis(*jax.vmap(self.used)(state.lam))
 
     def factor(self, state: RingState, signed: bool) -> tuple[jax.Array, jax.Array]:
-        return spectral_factor(self, state.gram, state.weights * self._ages(state), signed)
+        weights = state.weights * self._ages(state)
+        return spectral_factor(self, state.gram, weights, signed, state.rows)
 
     def _ages(self, state: RingState) -> jax.Array:
         """Every row's share of the average, or ones."""

@@ -21,7 +21,7 @@ from lowrank_optax._types import (
     check_decay,
 )
 from lowrank_optax.basis._basis import Spectrum
-from lowrank_optax.basis._ring import Ring, RingState, oldest, spectral_factor
+from lowrank_optax.basis._ring import Ring, RingState, oldest, spectral_factor, window_eigh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class CommonDirections(Ring):
 
     def factor(self, state: RingState, signed: bool) -> tuple[jax.Array, jax.Array]:
         scale = _linalg.safe_divide(state.weights, jnp.sqrt(jnp.diagonal(state.gram)))
-        lam, v = _linalg.eigh(scale[:, None] * state.gram * scale)
+        lam, v = window_eigh(state.gram, scale, state.rows)
         lam, live = _linalg.regularize(lam, lam > 0, eig_tol=self.eig_tol)
         t = jnp.where(live, lax.rsqrt(jnp.where(live, lam, 1)), 0)[:, None] * v * scale
         return live.astype(lam.dtype), t
@@ -242,7 +242,7 @@ class LowRankFactor(Ring, Spectrum):
         return self.overflow.place(old, gram, weights)
 
     def factor(self, state: RingState, signed: bool) -> tuple[jax.Array, jax.Array]:
-        return spectral_factor(self, state.gram, state.weights, signed)
+        return spectral_factor(self, state.gram, state.weights, signed, state.rows)
 
     def eigenbasis(self, state: RingState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))

@@ -139,7 +139,7 @@ class Tracker(abc.ABC):
         return dataclasses.replace(
             state,
             memory=memory,
-            seen=_linalg.tally(state.seen, jnp.sum(taken)),
+            seen=_linalg.tally(state.seen, jnp.sum(taken), _linalg.DRAWS),
             skipped=_linalg.tally(state.skipped, jnp.sum(~taken)),
         )
 
