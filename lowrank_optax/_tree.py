@@ -364,6 +364,19 @@ def alike(run: Callable[..., Any], like: Any, *given: Any, **functions: Any) -> 
     return _compiled(run, like, *given)
 
 
+def step_alike(run: Callable[..., Any], updates: Any, state: Any, params: Any, extra: Any) -> Any:
+    """`alike` for ``run(updates, state, params, arrays, **functions)``, a step of an optimizer.
+
+    ``extra`` is what came by keyword, of which functions are told from arrays. Updates become
+    sharded like the parameters where there are any.
+    """
+    same = jax.tree.structure(params) == jax.tree.structure(updates)
+    functions = {name: x for name, x in extra.items() if callable(x)}
+    arrays = {name: x for name, x in extra.items() if name not in functions}
+    like = params if same else updates, state
+    return alike(run, like, updates, state, params, arrays, **functions)
+
+
 def _alike(run: Callable[..., Any], like: Any, *given: Any, **functions: Any) -> Any:
     mesh = mesh_of(given)
     if AxisType.Explicit not in mesh.axis_types:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, alike, check_fits, per_leaf, repeat, spread, start
+from lowrank_optax._tree import Layout, check_fits, per_leaf, repeat, spread, start, step_alike
 from lowrank_optax._types import (
     NEEDS,
     Context,
@@ -370,11 +370,7 @@ class _Engine:
         if not layout.names:
             return updates, state._replace(count=_linalg.tally(state.count))
         check_fits(OWNER, state, jax.eval_shape(self.init, updates), but="rest")
-        same = jax.tree.structure(params) == layout.treedef
-        like = params if same else updates, state
-        functions = {name: x for name, x in extra.items() if callable(x)}
-        arrays = {name: x for name, x in extra.items() if name not in functions}
-        return alike(self._update, like, updates, state, params, arrays, **functions)
+        return step_alike(self._update, updates, state, params, extra)
 
     def _update(self, updates: Any, state: Any, params: Any, arrays: Any, **functions: Any):
         layout = Layout.of(updates, None, self.dtype, OWNER)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, alike, check_fits, repeat, stack, start
+from lowrank_optax._tree import Layout, check_fits, repeat, stack, start, step_alike
 from lowrank_optax._types import (
     NEEDS,
     Context,
@@ -301,11 +301,7 @@ class _Engine:
         check_fits("scale_by_lre", state, like, but="complement")  # that is the user's own
         if not layout.names:
             return updates, state._replace(count=_linalg.tally(state.count))
-        same = jax.tree.structure(params) == layout.treedef
-        like = params if same else updates, state
-        functions = {name: x for name, x in extra.items() if callable(x)}
-        arrays = {name: x for name, x in extra.items() if name not in functions}
-        return alike(self._update, like, updates, state, params, arrays, **functions)
+        return step_alike(self._update, updates, state, params, extra)
 
     def _update(self, updates: Any, state: Any, params: Any, arrays: Any, **functions: Any):
         extra = arrays | functions
