@@ -108,7 +108,15 @@ def eigh_by_size(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def finite(*arrays: jax.Array) -> jax.Array:
     """Whether every entry of every array is finite."""
-    return jnp.isfinite(jnp.max(jnp.stack([jnp.max(jnp.abs(a), initial=0.0) for a in arrays])))
+    top = jnp.stack([_top(a) for a in arrays])
+    # In halves for the reason that `_tree._total` has.
+    halves = jnp.max(jnp.reshape(jnp.pad(top, (0, len(top) % 2)), (-1, 2)), axis=0)
+    return jnp.isfinite(jnp.maximum(halves[0], halves[1]))
+
+
+def _top(a: jax.Array) -> jax.Array:
+    """The largest ``|a|``, 0 of nothing, in one operation; NaN where there is any."""
+    return lax.reduce(jnp.abs(a), jnp.zeros((), a.dtype), lax.max, range(a.ndim))
 
 
 DRAWS = 2**20
@@ -251,7 +259,7 @@ def _cholesky_inverse(a: jax.Array) -> jax.Array:
 
 def norm(x: jax.Array) -> jax.Array:
     """``‖x‖_F`` of entries whose squares may be out of range."""
-    top = jnp.max(jnp.abs(x), initial=0.0)
+    top = _top(x)
     return top * jnp.linalg.norm(safe_divide(x, top))
 
 

@@ -404,12 +404,11 @@ class _Engine:
         step = mine(step)
         # A second moment that overflowed would divide by infinity for ever.
         burst = [
-            jnp.any(jnp.isfinite(y) & ~jnp.isfinite(x))
+            jnp.where(jnp.isfinite(y), x, 0)
             for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
             if jnp.issubdtype(x.dtype, jnp.inexact)
         ]
-        fine = _linalg.finite(*given.values(), *step.values(), jnp.zeros(()))
-        fine = fine & ~jnp.any(jnp.array([False, *burst]))
+        fine = _linalg.finite(*given.values(), *step.values(), *burst, jnp.zeros(()))
         step = {i: jnp.where(fine, jnp.reshape(x, -1), 0) for i, x in step.items()}
         return step, jax.tree.map(partial(jnp.where, fine), new, old), fine
 
@@ -614,12 +613,8 @@ def orthogonalize(
     check_count("orthogonalize", "iterations", iterations)
     seen = view or squarest
 
-    def polar(x: jax.Array) -> jax.Array:
-        shape = seen(x.shape)
-        if shape is None:
-            return x
-        g = jnp.reshape(x, shape).astype(jnp.promote_types(x.dtype, jnp.float32))
-        g = g.T if shape[0] > shape[1] else g
+    def polar(g: jax.Array) -> jax.Array:
+        """Of one matrix that is not higher than wide."""
         top = jnp.max(jnp.abs(g))
         sound = jnp.isfinite(top) & (top > 0)
         # First the largest entry, or the norm's squares leave the dtype's range; its inverse has to
@@ -632,10 +627,23 @@ def orthogonalize(
             return 3.4445 * y + (-4.775 * k + 2.0315 * k @ k) @ y
 
         y = jax.lax.fori_loop(0, iterations, newton_schulz, y)  # unrolled it compiles for long
-        y = jnp.where(sound, rms * max(shape) ** 0.5 * y, g)
-        return jnp.reshape(y.T if shape[0] > shape[1] else y, x.shape).astype(x.dtype)
+        return jnp.where(sound, rms * g.shape[1] ** 0.5 * y, g)
 
-    return optax.GradientTransformation(
-        lambda params: optax.EmptyState(),
-        lambda updates, state, params=None: (jax.tree.map(polar, updates), state),
-    )
+    def update(updates: Any, state: Any, params: Any = None):
+        leaves, treedef = jax.tree.flatten(updates)
+        alike: dict[Any, list[int]] = {}
+        for i, x in enumerate(leaves):
+            if seen(x.shape) is not None:
+                alike.setdefault((x.shape, x.dtype, jax.typeof(x).sharding), []).append(i)
+        for (shape, dtype, _), members in alike.items():
+            size = seen(shape)
+            upright = size[0] > size[1]
+            g = jnp.reshape(jnp.stack([leaves[i] for i in members]), (-1, *size))
+            g = g.astype(jnp.promote_types(dtype, jnp.float32))
+            y = jax.vmap(polar)(jnp.swapaxes(g, 1, 2) if upright else g)
+            y = jnp.reshape(jnp.swapaxes(y, 1, 2) if upright else y, (-1, *shape)).astype(dtype)
+            for i, x in zip(members, y, strict=True):
+                leaves[i] = x
+        return treedef.unflatten(leaves), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

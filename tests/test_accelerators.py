@@ -64,8 +64,8 @@ def test_steps_lower_for_accelerators(name, platform):
     theirs = [line for line, exact in dots(text) if not exact]
     if name == "hessian":  # a product in the loss, in its gradient, and in the derivative of that
         assert theirs and all("12x31" in line or "31x12" in line for line in theirs)
-    elif name == "polar_soap":  # Newton and Schulz's iteration is meant to be rough
-        assert len(theirs) == 3 * 5
+    elif name == "polar_soap":  # Newton and Schulz's iteration, a loop, is meant to be rough
+        assert len(theirs) == 3
     else:
         assert not theirs
     for line in text.splitlines():

@@ -291,8 +291,9 @@ MODELS = {
     "ggt": lambda: lro.lre(1e-2, basis=B.GGT(4)),
     "eigen": lambda: lro.lre(1e-2, basis=B.Eigen(4, buffer=3)),
     "per_leaf": lambda: lro.lre(1e-2, basis=B.GGT(4), groups=lro.per_leaf),
+    "soap": lambda: lro.soap(1e-2),
 }
-LINES = {"ggt": 110, "eigen": 500, "per_leaf": 120}
+LINES = {"ggt": 110, "eigen": 500, "per_leaf": 120, "soap": 190}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -400,6 +400,19 @@ def test_orthogonalize_leaves_the_rest_alone():
     assert out["half"].dtype == jnp.bfloat16 and bool(jnp.all(jnp.isfinite(out["half"])))
 
 
+def test_orthogonalize_takes_matrices_of_one_shape_together():
+    """A loop for every shape and dtype, and what one matrix alone gives."""
+    shapes = {"a": (4, 6), "b": (4, 6), "c": (6, 4), "d": (2, 3)}
+    updates = {name: noise(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    updates = jax.tree.map(lambda x: x.astype(jnp.float32), updates)
+    tx = lro.orthogonalize()
+    step = jax.jit(lambda updates: tx.update(updates, optax.EmptyState())[0])
+    assert step.lower(updates).compile().as_text().count(" while(") == 3
+    for name, out in step(updates).items():
+        alone = tx.update(updates[name], optax.EmptyState())[0]
+        np.testing.assert_allclose(out, alone, atol=1e-6)
+
+
 def test_polar_soap_is_soap_made_orthogonal(x64):
     """The step of Nesterov's Adam between the eigenvectors of both sides, then its polar factor."""
     grads = noise(5, 6, 4, 7)
