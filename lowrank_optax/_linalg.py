@@ -99,6 +99,13 @@ def inv(a: jax.Array) -> jax.Array:
     return jnp.linalg.inv(a)
 
 
+@one_by_one
+def svd(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Singular values, descending, and left singular vectors as rows, of ``(m, d)``, ``d <= m``."""
+    u, s, _ = jnp.linalg.svd(a, full_matrices=False)
+    return s, u.T
+
+
 def eigh_by_size(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """As `eigh`, in descending order of ``|lam|``."""
     lam, vectors = eigh(a)

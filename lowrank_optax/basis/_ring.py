@@ -139,26 +139,21 @@ def oldest(old: RingState, weights: jax.Array) -> jax.Array:
 
 
 def _short(layout: Layout, columns: Columns, height: int) -> Any:
-    """Columns as one array ``(n, k, d)`` where a window of that height has fewer entries a row.
-
-    Its eigenproblem is then one of size ``d``, for which the window itself is needed.
-    """
+    """Columns as one array ``(n, k, d)`` where a window of that height has fewer entries a row."""
     return dense(layout, columns) if max(layout.dims) < height else ()
 
 
 def window_eigh(gram: jax.Array, scale: jax.Array, window: Any) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues, descending, and eigenvectors as rows of ``S K S``, ``S = diag(scale)``.
 
-    From a window ``(m, d)``, where there is one, by ``W^T S² W``, ``(d, d)``; then the rows of the
-    eigenvalues that are zero for certain are zero too.
+    From a window ``(m, d)``, where there is one, as the singular values and vectors of ``S W``,
+    which squares no condition number; there are ``d``, and the other rows are zero.
     """
     if isinstance(window, tuple):
         return _linalg.eigh(scale[:, None] * gram * scale)
-    x = scale[:, None] * window
-    lam, z = _linalg.eigh(x.T @ x)
-    v = _linalg.safe_divide(1.0, jnp.sqrt(jnp.maximum(lam, 0)))[:, None] * z @ x.T
-    more = len(gram) - len(lam)
-    return jnp.pad(lam, (0, more)), jnp.pad(v, ((0, more), (0, 0)))
+    s, v = _linalg.svd(scale[:, None] * window)
+    more = len(gram) - len(s)
+    return jnp.pad(s**2, (0, more)), jnp.pad(v, ((0, more), (0, 0)))
 
 
 def spectral_factor(
