@@ -633,10 +633,11 @@ def orthogonalize(
         leaves, treedef = jax.tree.flatten(updates)
         alike: dict[Any, list[int]] = {}
         for i, x in enumerate(leaves):
-            if seen(x.shape) is not None:
-                alike.setdefault((x.shape, x.dtype, jax.typeof(x).sharding), []).append(i)
-        for (shape, dtype, _), members in alike.items():
-            size = seen(shape)
+            size = seen(x.shape)
+            if size is not None:
+                kind = x.shape, size, x.dtype, jax.typeof(x).sharding
+                alike.setdefault(kind, []).append(i)
+        for (shape, size, dtype, _), members in alike.items():
             upright = size[0] > size[1]
             g = jnp.reshape(jnp.stack([leaves[i] for i in members]), (-1, *size))
             g = g.astype(jnp.promote_types(dtype, jnp.float32))
