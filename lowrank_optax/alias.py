@@ -52,7 +52,7 @@ def lre(
       >>> loss = lambda x: jnp.sum((x - jnp.arange(3.0)) ** 2)
       >>> x = jnp.zeros(3); state = tx.init(x)
       >>> for _ in range(300):
-      ...     updates, state = tx.update(jax.grad(loss)(x), state, x)
+      ...     updates, state = jax.jit(tx.update)(jax.grad(loss)(x), state, x)
       ...     x = optax.apply_updates(x, updates)
       >>> bool(loss(x) < 1e-2)
       True

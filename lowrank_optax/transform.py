@@ -137,7 +137,7 @@ def scale_by_lre(
       >>> loss = lambda x: jnp.sum(x**2 * jnp.array([1., 100.]))
       >>> x = jnp.array([1., 1.]); state = tx.init(x)
       >>> for _ in range(100):
-      ...     updates, state = tx.update(jax.grad(loss)(x), state, x)
+      ...     updates, state = jax.jit(tx.update)(jax.grad(loss)(x), state, x)
       ...     x = optax.apply_updates(x, updates)
       >>> bool(loss(x) < 1e-2)
       True

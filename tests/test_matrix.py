@@ -456,7 +456,7 @@ def test_largest_is_checked():
 
 def test_diagnose_matrices():
     tx = optax.chain(lro.scale_by_matrix_lre(FULL, None, inner.Adam()), optax.scale(-1.0))
-    _, state = tx.update(PARAMS, tx.init(PARAMS))
+    _, state = quick_jit(tx.update)(PARAMS, tx.init(PARAMS))
     seen = lro.diagnose.matrices(state)["12x24 bfloat16"]
     assert seen.short.shape == (2, 12) and seen.long is None
     np.testing.assert_allclose(seen.captured_energy, 1, atol=1e-2)

@@ -127,8 +127,9 @@ class BFGS(QuasiNewton):
       ...              lro.inner.LInv(), complement=lro.inner.LInv())
       >>> loss = lambda x: jnp.sum(jnp.arange(1., 6.) * (x - 1)**2)
       >>> x = jnp.zeros(5); state = tx.init(x)
+      >>> update = jax.jit(lambda g, state, x: tx.update(g, state, x, value_fn=loss))
       >>> for _ in range(12):
-      ...     updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
+      ...     updates, state = update(jax.grad(loss)(x), state, x)
       ...     x = x + updates
       >>> bool(loss(x) < 1e-6)
       True
