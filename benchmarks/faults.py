@@ -42,7 +42,7 @@ import numpy as np
 import optax
 import report
 import trials
-from cases import BASES, CURVATURES, DEFAULT, INNERS, MORE_BASES, combinations, quick_jit
+from cases import BASES, CURVATURES, DEFAULT, INNERS, MORE_BASES, combinations
 
 import lowrank_optax as lro
 
@@ -339,7 +339,7 @@ def trees(count, rng, args):
 
         ok, why = True, ""
         try:
-            state, updates = quick_jit(lambda s: jax.lax.scan(step, s, jnp.arange(3.0)))(
+            state, updates = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(3.0)))(
                 tx.init(tree)
             )
             fits = lambda u, x: u.dtype == x.dtype and u.shape[1:] == x.shape

@@ -1,14 +1,8 @@
 """Registries of parts, from which the contract suite is generated: a new part is one line here."""
 
-import functools
-
-import jax
 import optax
 
 from lowrank_optax import SCALAR, SECOND_MOMENT, VECTOR, basis, curvature, inner, online
-
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""`jax.jit` for what is compiled once and hardly run: compiling is most of what tests cost."""
 
 CURVATURES = {
     "covariance": curvature.Covariance(),

@@ -4,6 +4,8 @@ import os
 
 # Two test processes on two cores: LAPACK's own threads would wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Compiling is most of what tests cost, and hardly anything is run twice: LLVM optimizes nothing.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import hypothesis
 import jax

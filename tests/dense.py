@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import quick_jit
 
 import lowrank_optax as lro
 
@@ -55,7 +54,7 @@ def after_each(tx, grads, **extra):
     """Updates and states after every step, stacked along the first axis; ``grads`` likewise."""
     start = tx.init(jax.tree.map(lambda g: g[0], grads))
 
-    @quick_jit
+    @jax.jit
     def run(state, grads, extra):
         def step(state, now):
             updates, state = tx.update(now[0], state, **now[1])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cases import BASES, MORE_BASES, STEADY, quick_jit
+from cases import BASES, MORE_BASES, STEADY
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -174,7 +174,7 @@ def train_step(params, state, tokens):
 
 @on_the_first
 def trained_alone():
-    params, values, step = transformer(), [], quick_jit(train_step)
+    params, values, step = transformer(), [], jax.jit(train_step)
     state = TX.init(params)
     for _ in range(5):
         params, state, value = step(params, state, TOKENS)
@@ -188,7 +188,7 @@ def train(kind, rule):
     spread, tokens = place(mesh, transformer(), rule), place(mesh, TOKENS, lambda _: P(AXES))
     where, state = placements(spread), jax.jit(TX.init)(spread)
     assert_placed(state, lro.shardings(TX.init, spread))
-    homes, on_mesh, values = placements(state), quick_jit(train_step, donate_argnums=(0, 1)), []
+    homes, on_mesh, values = placements(state), jax.jit(train_step, donate_argnums=(0, 1)), []
     compiled = 0
     for _ in range(5):
         spread, state, value = on_mesh(spread, state, tokens)
@@ -218,7 +218,7 @@ def step_alone(name):
     )
     where = place(mesh, params, rule)
     state, homes, found = tx.init(where), None, []
-    update = quick_jit(lambda g, s, p: tx.update(g, s, p))
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p))
     for g in grads:
         u, state = update(place(mesh, g, rule), state, where)
         found.append(u)
@@ -229,7 +229,7 @@ def step_alone(name):
 
     @on_the_first
     def alone():
-        update, state, found = quick_jit(tx.update), tx.init(params), []
+        update, state, found = jax.jit(tx.update), tx.init(params), []
         for g in grads:
             u, state = update(g, state, params)
             found.append(u)
@@ -245,7 +245,7 @@ def layers(kind):
     rule = lambda shape: P(None, None, AXES) if len(shape) == 3 else P()
     mesh, params, grads = mesh_of(KINDS[kind]), draw(), [draw() for _ in range(5)]
     tx = lro.scale_by_lre(lro.curvature.Covariance(), lro.basis.GGT(3), lro.inner.EMA(0.5))
-    where, update = place(mesh, params, rule), quick_jit(jax.vmap(tx.update))
+    where, update = place(mesh, params, rule), jax.jit(jax.vmap(tx.update))
     state, found = jax.vmap(tx.init)(where), []
     for g in grads:
         u, state = update(place(mesh, g, rule), state, where)
@@ -254,7 +254,7 @@ def layers(kind):
 
     @on_the_first
     def alone():
-        update, found = quick_jit(tx.update), []
+        update, found = jax.jit(tx.update), []
         layer = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
         for i in range(3):
             state = tx.init(layer(params, i))
@@ -294,7 +294,7 @@ def matrices(kind, name):
     assert_placed(state, lro.shardings(tx.init, where))
     moments = state.matrices["6x8 float64"].inner.mean
     assert moments.addressable_shards[0].data.shape[0] == 1, moments.sharding
-    on_mesh, on_one = quick_jit(lambda g, s, p: tx.update(g, s, p)), quick_jit(tx.update)
+    on_mesh, on_one = jax.jit(lambda g, s, p: tx.update(g, s, p)), jax.jit(tx.update)
     for _ in range(4):
         g = draw()
         u, state = on_mesh(place(mesh, g, rule), state, where)
@@ -331,7 +331,7 @@ def learner(kind):
     assert rows.addressable_shards[0].data.size * jax.device_count() == rows.size, rows.sharding
     homes = placements(state)
     assert_close(state, alone)
-    on_mesh, on_one = quick_jit(learner.update), quick_jit(learner.update)
+    on_mesh, on_one = jax.jit(learner.update), jax.jit(learner.update)
     for i in range(4):
         vectors = jax.tree.map(lambda x, i=i: x[i], stream)
         state, info = on_mesh(state, place(mesh, vectors, rule))
@@ -373,7 +373,7 @@ def functions(kind, name):
     spread = place(mesh, params, lambda shape: P(AXES) if shape == (16, 3) else P())
     data = place(mesh, (x, y), lambda _: P(AXES))
     state, other = tx.init(spread), tx.init(params)
-    on_mesh, on_one = quick_jit(step), quick_jit(step)
+    on_mesh, on_one = jax.jit(step), jax.jit(step)
     for _ in range(3):
         spread, state = on_mesh(spread, state, *data)
         alone, other = on_one(alone, other, x, y)
@@ -450,7 +450,7 @@ def data_parallel_by_shard_map():
         updates, state = TX.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    step = quick_jit(
+    step = jax.jit(
         jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P(AXES)), out_specs=(P(), P()))
     )
     params, state = transformer(), TX.init(transformer())

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import BASES, INNERS, ROTATION_FREE, STEADY, quick_jit
+from cases import BASES, INNERS, ROTATION_FREE, STEADY
 from dense import absorbed, after_each, matrix, outer, recursion, spectrum, vectors, window
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -261,7 +261,7 @@ def orthogonality(basis, dimension, signals, condition):
     noise = np.array(NOISE)[:, None, None] / dimension**0.5
     tx = lro.scale_by_lre(COVARIANCE, basis, lro.inner.NanToZero(), groups=lro.per_leaf)
     state = tx.init([jnp.zeros(dimension)] * len(NOISE))
-    run = quick_jit(lambda s, g: jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), s, g)[0])
+    run = jax.jit(lambda s, g: jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), s, g)[0])
     errors, units = [], []
     for _ in range(20):
         g = rng.normal(size=(len(NOISE), 100, signals)) @ mix

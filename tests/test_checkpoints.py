@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import quick_jit
 
 import lowrank_optax as lro
 from lowrank_optax.online import trackers
@@ -38,7 +37,7 @@ def gradient(params, i):
 
 
 def optimized(tx, steps, params, state, first=0):
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     for i in range(first, first + steps):
         updates, state = update(gradient(params, i), state, params)
         params = optax.apply_updates(params, updates)
@@ -55,7 +54,7 @@ def learned(steps, state, first=0):
 
 
 def tracked(steps, state, first=0):
-    return quick_jit(TRACKER.update)(state, STREAM[first : first + steps])
+    return jax.jit(TRACKER.update)(state, STREAM[first : first + steps])
 
 
 # Earlier versions -------------------------------------------------------------------------------

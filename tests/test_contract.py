@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import BASES, CURVATURES, INNERS, MORE_BASES, combinations, quick_jit
+from cases import BASES, CURVATURES, INNERS, MORE_BASES, combinations
 
 import lowrank_optax as lro
 from lowrank_optax.inner import as_inner
@@ -51,7 +51,7 @@ def test_every_combination(names):
     tx = lro.scale_by_lre(*parts, complement=0.1 if "complement" in parts[0].needs else None)
     traces = []
 
-    @quick_jit
+    @jax.jit
     def step(params, state, noise):
         traces.append(None)
         value, grads = jax.value_and_grad(loss)(params)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import trials
-from cases import BASES, DEFAULT, INNERS, MORE_BASES, quick_jit
+from cases import BASES, DEFAULT, INNERS, MORE_BASES
 from dense import spectrum, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,7 +51,7 @@ def test_a_failed_eigenproblem_is_seen_and_counters_may_end(name, monkeypatch):
     monkeypatch.setattr(_linalg, "eigh", failing_eigh)
     basis = (MORE_BASES | RULES)[name]
 
-    @quick_jit
+    @jax.jit
     def absorb(state, i, size):
         columns = [size * x[None] for x in LAYOUT.flatten(jax.tree.map(lambda x: x[i], NOISE))]
         given = Increment(columns, jnp.ones((1, 1)))
@@ -117,7 +117,7 @@ def test_a_full_matrix_turns_after_its_counter_has_ended():
     basis = lro.basis.FullMatrix(0.9, every=3)
     state = trials.aged(basis.init(LAYOUT, jax.random.key(0)), LAST - LAST % 3)
     turns = []
-    absorb = quick_jit(
+    absorb = jax.jit(
         lambda state, g: basis.absorb(
             LAYOUT,
             state,
@@ -138,7 +138,7 @@ def test_draws_go_on_after_the_counters_have_ended(name):
     tx = lro.scale_by_lre(COVARIANCE, MORE_BASES[name], lro.inner.EMA(0.0))
     state = trials.aged(tx.init(jax.tree.map(lambda x: x[0], NOISE)), LAST)
     same = jax.tree.map(lambda x: jnp.repeat(x[:1], 6, axis=0), NOISE)
-    run = quick_jit(lambda s, g: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], s, g))
+    run = jax.jit(lambda s, g: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], s, g))
     end, updates = run(state, same)
     steps = np.concatenate([np.reshape(u, (6, -1)) for u in jax.tree.leaves(updates)], axis=1)
     assert len(np.unique(steps, axis=0)) == 6 and int(end.steps[0]) > LAST - 2 * _linalg.DRAWS
@@ -155,7 +155,7 @@ def test_odd_streams_leave_the_basis_orthonormal(name):
     """Ten thousand steps of every kind of stream, one kind after the other."""
     many = 10_000 // len(trials.STREAMS)
     parts = [make(np.random.default_rng(i), many) for i, make in enumerate(trials.STREAMS.values())]
-    run = quick_jit(trials.watch((BASES | MORE_BASES | RULES)[name], DEFAULT))
+    run = jax.jit(trials.watch((BASES | MORE_BASES | RULES)[name], DEFAULT))
     (_, state), (updates, pictures) = run(trials.tree(np.concatenate(parts)))
     assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
     assert trials.whole(state) and int(state.events.eigh[0] + state.events.inner[0]) == 0
@@ -168,7 +168,7 @@ def test_odd_streams_leave_the_basis_orthonormal(name):
 def runner(tx):
     start = trials.tree(np.zeros(trials.SIZE))
     step = lambda state, g: tx.update(g, state, start)[::-1]
-    return quick_jit(lambda g: jax.lax.scan(step, tx.init(start), g))
+    return jax.jit(lambda g: jax.lax.scan(step, tx.init(start), g))
 
 
 SPOILED = {
@@ -203,7 +203,7 @@ def test_spoiled_vectors_leave_a_tracker_that_can_be_read(name):
     start = tracker.init(jax.random.key(0), jnp.zeros(trials.SIZE))
     rng = np.random.default_rng(0)
     streams = [trials.spoiled(rng, 200, 0.1, ["fourth power overflows"]) for _ in range(20)]
-    ends = quick_jit(jax.vmap(lambda v: tracker.update(start, v)))(np.stack(streams))
+    ends = jax.jit(jax.vmap(lambda v: tracker.update(start, v)))(np.stack(streams))
     assert trials.whole(ends.memory)
     assert np.all(np.isfinite(jax.vmap(lambda s: tracker.operator(s).rows)(ends)))
 
@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_finite_is_not_collected(value):
     step = lambda state, given: (tx.update(given[0], state, value=given[1])[1], None)
     state = tx.init(jax.tree.map(lambda x: x[0], NOISE))
     values = jnp.linspace(2, 1, 16).at[4].set(value)
-    state, _ = quick_jit(lambda s, x: jax.lax.scan(step, s, x))(state, (NOISE, values))
+    state, _ = jax.jit(lambda s, x: jax.lax.scan(step, s, x))(state, (NOISE, values))
     assert int(state.events.eigh[0]) == 0 and int(state.steps[0]) == 16 and trials.whole(state)
 
 
@@ -234,7 +234,7 @@ def test_a_loss_that_is_not_finite_is_not_collected(value):
 def test_columns_that_are_not_finite_leave_the_basis(bad):
     """Of examples or of a Hessian: the gradient beside them is sound."""
     tx = lro.scale_by_lre(lro.curvature.EmpiricalFisher(), BASES["eigen"], lro.inner.Adam())
-    update = quick_jit(lambda g, s, given: tx.update(g, s, per_example_grads=given))
+    update = jax.jit(lambda g, s, given: tx.update(g, s, per_example_grads=given))
     state = tx.init(jax.tree.map(lambda x: x[0], NOISE))
     for i in range(8):
         examples = jax.tree.map(lambda x, i=i: x[i : i + 3] * (bad if i in (0, 4) else 1), NOISE)
@@ -257,7 +257,7 @@ def test_a_side_whose_eigenproblem_fails_stays(monkeypatch):
     tx = lro.scale_by_matrix_lre(
         lro.basis.FullMatrix(0.9), lro.basis.SubspaceIteration(2), lro.inner.Adam()
     )
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     state = tx.init(jax.tree.map(lambda x: x[0], NOISE))
     for i in range(4):
         before = state
@@ -272,7 +272,7 @@ def test_the_rest_drops_a_step_whose_square_overflows():
     """Adam's second moment would be infinite, and its update zero for ever."""
     tx = lro.soap(1.0)
     state = tx.init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     for size in (1.0, 1e25, 1.0):
         g = {"w": jnp.ones((2, 3)), "b": size * jnp.ones(3)}
         updates, state = update(g, state)
@@ -298,7 +298,7 @@ def test_a_learner_of_dynamics_recovers(spoil):
     x = RNG.normal(size=(20, 4, 8)).astype(np.float32)
     x[5, -1, 2] = spoil
     state = learn.init(jax.random.key(0), x[0, 0])
-    state, _ = quick_jit(lambda s, x: jax.lax.scan(learn.update, s, x))(state, x)
+    state, _ = jax.jit(lambda s, x: jax.lax.scan(learn.update, s, x))(state, x)
     assert int(state.count) + int(state.failed) == 20 and int(state.failed) <= 2
     assert trials.whole(state) and bool(state.after)
 
@@ -307,7 +307,7 @@ def test_ada_oja_leaves_out_what_overflows_its_squares():
     tracker = online.trackers.AdaOja(2)
     x = RNG.normal(size=(12, 6)).astype(np.float32)
     x[5] *= 1e12
-    update, state = quick_jit(tracker.update), tracker.init(jax.random.key(0), x[0])
+    update, state = jax.jit(tracker.update), tracker.init(jax.random.key(0), x[0])
     for v in x:
         state = update(state, v)
     assert int(state.skipped) == 1 and int(state.seen) == 11 and trials.whole(state.memory)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import BASES, DEFAULT, STEADY, quick_jit
+from cases import BASES, DEFAULT, STEADY
 from dense import after_each, matrix, spectrum, vectors
 
 import lowrank_optax as lro
@@ -104,7 +104,7 @@ def test_summary_of_groups_and_of_whatever_holds_the_state():
         lro.scale_by_lre(COVARIANCE, lro.basis.GGT(4), DEFAULT, groups=lro.per_leaf),
         optax.adam(1e-2),
     )
-    update = quick_jit(lambda g, s: tx.update(g, s))
+    update = jax.jit(lambda g, s: tx.update(g, s))
     bad = {"a": jnp.full(3, jnp.nan), "b": jnp.ones(2)}
     _, state = update(bad, tx.init(params))
     _, state = update(params, state)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import BASES, DEFAULT, STEADY, quick_jit
+from cases import BASES, DEFAULT, STEADY
 from dense import spectrum, vectors
 
 import lowrank_optax as lro
@@ -89,7 +89,7 @@ def test_a_bad_step_leaves_no_trace(basis, options, monkeypatch):
     """Every fault at every point of a run: the first step, and where Eigen rotates."""
     monkeypatch.setattr(_linalg, "eigh", failing_eigh)
     tx = lro.scale_by_lre(COVARIANCE, BASES[basis], DEFAULT, **OPTIONS[options])
-    update, fresh = quick_jit(tx.update), tx.init(PARAMS)
+    update, fresh = jax.jit(tx.update), tx.init(PARAMS)
     clean = history(update, fresh, [good(i) for i in range(7)])
     for name, (event, spoil) in FAULTS.items():
         for at in range(7):
@@ -115,7 +115,7 @@ def test_only_the_bad_group_skips(basis, options, monkeypatch):
     parts = COVARIANCE, BASES[basis], STEADY
     tx = lro.scale_by_lre(*parts, groups=lro.per_leaf, **OPTIONS[options])
     alone = lro.scale_by_lre(*parts, **OPTIONS[options])
-    update, separate = quick_jit(tx.update), quick_jit(alone.update)
+    update, separate = jax.jit(tx.update), jax.jit(alone.update)
     for name in ("nan", "zero", "eigh"):
         event, spoil = FAULTS[name]
         grads = [good(i) for i in range(7)]
@@ -146,14 +146,14 @@ def test_inner_part_that_gives_nan(basis):
     """The basis keeps what it learned, the inner state moves with it but takes no step."""
     grads = [good(0), scaled(good(1), 1e2 * HUGE), good(2)]
     tx = lro.scale_by_lre(COVARIANCE, BASES[basis], (inner.EMA(), Touchy()))
-    steps = history(quick_jit(tx.update), tx.init(PARAMS), grads)
+    steps = history(jax.jit(tx.update), tx.init(PARAMS), grads)
     (_, before), (updates, after), (later, _) = steps
     assert still(updates)
     assert [int(n[0]) for n in after.events] == [0, 0, 0, 1]
     assert int(after.steps[0]) == int(after.inner[0].count[0]) == 1
 
     plain = lro.scale_by_lre(COVARIANCE, BASES[basis], inner.NanToZero())
-    learned = history(quick_jit(plain.update), plain.init(PARAMS), grads)[1][1]
+    learned = history(jax.jit(plain.update), plain.init(PARAMS), grads)[1][1]
     for view in (vectors, spectrum):
         np.testing.assert_allclose(view(after.basis), view(learned.basis), rtol=1e-5, atol=1e-5)
     carried = vectors(after.basis) @ vectors(before.basis).T @ before.inner[0].mean[0]
@@ -164,7 +164,7 @@ def test_inner_part_that_gives_nan(basis):
 def test_failure_of_an_inner_eigenproblem(monkeypatch):
     monkeypatch.setattr(_linalg, "eigh", failing_eigh)
     tx = lro.scale_by_lre(COVARIANCE, BASES["eigen"], inner.FullMatrixAdam(), update_every=2)
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     steps = history(update, tx.init(PARAMS), [good(0), scaled(good(0), HUGE), good(2)])
     assert still(steps[1][0]) and not still(steps[2][0])
     assert [int(n[0]) for n in steps[1][1].events] == [0, 0, 0, 1]
@@ -177,7 +177,7 @@ def test_half_precision_survives_any_size(basis, dtype):
     """From the smallest to the largest number of the dtype, updates stay finite."""
     tx = lro.scale_by_lre(COVARIANCE, BASES[basis], DEFAULT)
     params = jnp.zeros(6, dtype)
-    update, state = quick_jit(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     info = jnp.finfo(dtype)
     for i, size in enumerate([1.0, float(info.tiny), 1e-3, float(info.max), 1.0]):
         g = np.random.default_rng(i).uniform(0.5, 1, size=6) * size
@@ -292,7 +292,7 @@ def test_wrong_arguments_say_what_came_and_what_to_pass(case):
 def test_structure_may_not_change_inside_jit():
     state = TX.init(PARAMS)
     with pytest.raises(ValueError, match="init"):
-        quick_jit(TX.update)({"a": jnp.ones(5)}, state)
+        jax.jit(TX.update)({"a": jnp.ones(5)}, state)
 
 
 # Trees ------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ TREES = {
 def test_odd_trees(basis, name):
     params, only = TREES[name]
     tx = lro.lre(1e-1, basis=BASES[basis])
-    update, state = quick_jit(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     for _ in range(2):
         updates, state = update(params, state, params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
@@ -330,6 +330,6 @@ def test_nothing_to_optimize(basis, params):
     tx = lro.lre(1e-1, basis=BASES[basis], complement=0.1)
     state = tx.init(params)
     for _ in range(2):
-        updates, state = quick_jit(tx.update)(params, state, params)
+        updates, state = jax.jit(tx.update)(params, state, params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     assert int(lro.diagnose.find(state).count) == 2

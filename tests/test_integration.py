@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from cases import BASES, CURVATURES, DEFAULT, INNERS, MORE_BASES, STEADY, quick_jit
+from cases import BASES, CURVATURES, DEFAULT, INNERS, MORE_BASES, STEADY
 from flax import nnx
 
 import lowrank_optax as lro
@@ -68,7 +68,7 @@ def test_linen_model_trains_on_curvature_of_its_loss():
     tx = lro.lre(1e-1, HESSIAN, lro.basis.Eigen(12), lro.inner.Adam())
     state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), X), tx=tx)
 
-    @functools.partial(quick_jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0)
     def step(state):
         value_fn = lambda params: jnp.mean((state.apply_fn(params, X) - Y) ** 2)
         value, grads = jax.value_and_grad(value_fn)(state.params)
@@ -161,7 +161,7 @@ def test_resumed_run_is_the_uninterrupted_one(basis, keep, tmp_path):
 
 @functools.cache
 def jitted(basis):
-    return quick_jit(build(basis).update)
+    return jax.jit(build(basis).update)
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -169,7 +169,7 @@ def test_state_can_be_donated(basis):
     state = build(basis).init(PARAMS)
     where = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.size]
     assert len(set(where)) == len(where)
-    update = quick_jit(build(basis).update, donate_argnums=1)
+    update = jax.jit(build(basis).update, donate_argnums=1)
     plain, kept = run(jitted(basis), build(basis).init(PARAMS), GRADS[:3])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -230,12 +230,12 @@ def last(tx):
 )
 def test_seeds(parts):
     """The same seed gives the same run, another one another; a vmap over seeds is those runs."""
-    one = quick_jit(lambda seed: last(lro.lre(1e-1, *parts, seed=seed)))
-    many = quick_jit(jax.vmap(lambda seed: last(lro.lre(1e-1, *parts, seed=seed))))(jnp.arange(3))
+    one = jax.jit(lambda seed: last(lro.lre(1e-1, *parts, seed=seed)))
+    many = jax.jit(jax.vmap(lambda seed: last(lro.lre(1e-1, *parts, seed=seed))))(jnp.arange(3))
     runs = [one(jnp.asarray(seed)) for seed in (0, 1, 2, 1)]
     assert_same(runs[1], runs[3])
     assert np.abs(runs[0]["w"] - runs[1]["w"]).max() > 1e-4
-    static = quick_jit(lambda: last(lro.lre(1e-1, *parts, seed=2)))()
+    static = jax.jit(lambda: last(lro.lre(1e-1, *parts, seed=2)))()
     for i, alone in enumerate(runs[:3]):
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=1e-4), many, alone)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), static, runs[2])
@@ -245,8 +245,8 @@ def test_seeds(parts):
 def test_vmap_over_learning_rates(basis):
     rates = jnp.array([1e-3, 1e-1])
     train = lambda rate: last(lro.lre(rate, basis=BASES[basis], inner=STEADY))
-    many = quick_jit(jax.vmap(train))(rates)
-    alone = quick_jit(train)
+    many = jax.jit(jax.vmap(train))(rates)
+    alone = jax.jit(train)
     for i, rate in enumerate(rates):
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=1e-4), many, alone(rate)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import BASES, CURVATURES, INNERS, MORE_BASES, STEADY, provider, quick_jit
+from cases import BASES, CURVATURES, INNERS, MORE_BASES, STEADY, provider
 
 import lowrank_optax as lro
 
@@ -120,7 +120,7 @@ def test_every_leaf_of_a_fresh_state_has_its_own_buffer(made):
 def test_one_program_for_changing_rates_and_rebuilt_optimizers():
     """The rate is an argument, the optimizer is built in the step; schedules count in the state."""
 
-    @quick_jit
+    @jax.jit
     def step(rate, params, state):
         updates, state = lro.lre(rate, basis=B.GGT(3)).update(params, state, params)
         return optax.apply_updates(params, updates), state
@@ -132,7 +132,7 @@ def test_one_program_for_changing_rates_and_rebuilt_optimizers():
     assert step._cache_size() == 1
 
     scheduled = lro.lre(optax.cosine_decay_schedule(1e-2, 10), basis=B.GGT(3))
-    update = quick_jit(scheduled.update)
+    update = jax.jit(scheduled.update)
     state, sizes = scheduled.init(PARAMS), []
     for _ in range(12):
         updates, state = update(PARAMS, state, PARAMS)
@@ -154,7 +154,7 @@ def test_memory_is_flat_over_steps(donate):
         1e-2, C.HutchinsonHessian(), B.Eigen(4, buffer=3), lro.inner.Adam(), update_every=2
     )
 
-    @functools.partial(quick_jit, donate_argnums=(0, 1) if donate else ())
+    @functools.partial(jax.jit, donate_argnums=(0, 1) if donate else ())
     def step(params, state):
         updates, state = tx.update(jax.grad(value_fn)(params), state, params, value_fn=value_fn)
         return optax.apply_updates(params, updates), state
@@ -196,7 +196,7 @@ def test_parameters_and_state_can_be_donated(name):
     ends = []
     for donated in ((), (0, 1)):
         params, state = jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS)
-        run = quick_jit(step, donate_argnums=donated)
+        run = jax.jit(step, donate_argnums=donated)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of buffers that could not be used
             for _ in range(3):
@@ -237,7 +237,7 @@ def test_runs_of_a_batch_do_not_touch_each_other(name):
         return jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), (faults, turns))[0][0]
 
     rates = jnp.array([1e-2, 1e-1, 3e-2])
-    many, one = quick_jit(jax.vmap(train))(rates, FAULTY), quick_jit(train)
+    many, one = jax.jit(jax.vmap(train))(rates, FAULTY), jax.jit(train)
     for i, rate in enumerate(rates):
         alone = one(rate, FAULTY[i])
         jax.tree.map(
@@ -276,10 +276,10 @@ def test_injected_rates_are_a_batch_of_states():
 
     grads = jax.grad(value_fn)(PARAMS)
     update = lambda state: tx.update(grads, state, PARAMS)[0]
-    many = quick_jit(jax.vmap(update))(jax.vmap(start)(rates))
+    many = jax.jit(jax.vmap(update))(jax.vmap(start)(rates))
     for i, rate in enumerate(rates):
         plain = lro.lre(rate, basis=B.GGT(4), inner=STEADY)
-        alone = quick_jit(lambda tx=plain: tx.update(grads, tx.init(PARAMS), PARAMS)[0])()
+        alone = jax.jit(lambda tx=plain: tx.update(grads, tx.init(PARAMS), PARAMS)[0])()
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-6), many, alone
         )
@@ -306,7 +306,7 @@ def test_programs_grow_linearly_with_the_leaves(name):
     for leaves in (6, 14):
         params = [jnp.zeros(20 + i) for i in range(leaves)]
         state = jax.eval_shape(tx.init, params)
-        compiled = quick_jit(tx.update, donate_argnums=1).lower(params, state).compile()
+        compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state).compile()
         lines.append(len(compiled.as_text().splitlines()))
     assert lines[1] - lines[0] <= 8 * LINES[name]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import BASES, MORE_BASES, quick_jit
+from cases import BASES, MORE_BASES
 from test_optax_contract import _common_test
 
 import lowrank_optax as lro
@@ -24,7 +24,7 @@ def noise(seed, *shape, dtype=None):
 def steps(tx, grads):
     """Updates of every step, stacked like the gradients, and the last state."""
 
-    @quick_jit
+    @jax.jit
     def run(grads):
         step = lambda state, g: tx.update(g, state)[::-1]
         state, updates = jax.lax.scan(step, tx.init(jax.tree.map(lambda g: g[0], grads)), grads)
@@ -244,7 +244,7 @@ TXS = {
 @pytest.mark.parametrize("name", TXS)
 def test_what_is_not_finite_changes_nothing(name):
     tx = TXS[name]
-    update = quick_jit(tx.update, donate_argnums=1)
+    update = jax.jit(tx.update, donate_argnums=1)
     start = tx.init(PARAMS)
     for seed in (3, 4):  # the first may only fill the bases
         _, start = update(gradients(seed), start)
@@ -273,7 +273,7 @@ def test_nothing_of_the_size_of_the_whole_curvature(name):
     tx = TXS[name]
     params = {"w": jnp.zeros((40, 50))}
     state = tx.init(params)
-    text = quick_jit(tx.update).lower(params, state).compile().as_text()
+    text = jax.jit(tx.update).lower(params, state).compile().as_text()
     sizes = re.findall(r"f32\[([\d,]+)\]", text)
     assert max(np.prod([int(n) for n in size.split(",")]) for size in sizes) <= 3 * 50 * 50
 
@@ -456,7 +456,7 @@ def test_largest_is_checked():
 
 def test_diagnose_matrices():
     tx = optax.chain(lro.scale_by_matrix_lre(FULL, None, inner.Adam()), optax.scale(-1.0))
-    _, state = quick_jit(tx.update)(PARAMS, tx.init(PARAMS))
+    _, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS))
     seen = lro.diagnose.matrices(state)["12x24 bfloat16"]
     assert seen.short.shape == (2, 12) and seen.long is None
     np.testing.assert_allclose(seen.captured_energy, 1, atol=1e-2)

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import quick_jit
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
@@ -46,18 +45,16 @@ def directions(unravel, flat, k=3):
 
 def test_gradients_of_parts_and_examples(problem):
     params, flat, unravel = problem
-    by_parts = flatten(quick_jit(lambda p: streams.gradients(loss, p, (X, Y), parts=3))(params))
-    grad = quick_jit(jax.grad(lambda p, x, y: loss(unravel(p), (x, y))))
+    by_parts = flatten(jax.jit(lambda p: streams.gradients(loss, p, (X, Y), parts=3))(params))
+    grad = jax.jit(jax.grad(lambda p, x, y: loss(unravel(p), (x, y))))
     each = np.stack([grad(flat, X[i : i + 2], Y[i : i + 2]) for i in (0, 2, 4)])
     np.testing.assert_allclose(by_parts, each, atol=1e-12)
 
     one = lambda params, example: loss(params, jax.tree.map(lambda x: x[None], example))
     losses = lambda p: jnp.stack([one(unravel(p), (X[i], Y[i])) for i in range(6)])
-    jacobian = quick_jit(jax.jacobian(losses))(flat)
+    jacobian = jax.jit(jax.jacobian(losses))(flat)
     for chunk in (None, 4):
-        found = quick_jit(lambda p, c=chunk: streams.per_example_gradients(one, p, (X, Y), c))(
-            params
-        )
+        found = jax.jit(lambda p, c=chunk: streams.per_example_gradients(one, p, (X, Y), c))(params)
         np.testing.assert_allclose(flatten(found), jacobian, atol=1e-12)
 
 
@@ -65,8 +62,8 @@ def test_hessian_vector_products(problem):
     params, flat, unravel = problem
     v, tree = directions(unravel, flat)
     product = lambda p, v: streams.hessian_vector_products(lambda p: loss(p, (X, Y)), p, v)
-    found = quick_jit(product)(params, tree)
-    hessian = quick_jit(jax.hessian(lambda p: loss(unravel(p), (X, Y))))(flat)
+    found = jax.jit(product)(params, tree)
+    hessian = jax.jit(jax.hessian(lambda p: loss(unravel(p), (X, Y))))(flat)
     np.testing.assert_allclose(flatten(found), v @ hessian, atol=1e-10)
 
 
@@ -75,14 +72,14 @@ def test_fisher_vector_products(problem):
     params, flat, unravel = problem
     v, tree = directions(unravel, flat)
     model = lambda p: MODEL.apply(p, X)
-    jacobian = quick_jit(jax.jacobian(lambda p: model(unravel(p))))(flat)
+    jacobian = jax.jit(jax.jacobian(lambda p: model(unravel(p))))(flat)
     p = jax.nn.softmax(model(params))
     f = jax.vmap(jnp.diag)(p) - p[:, :, None] * p[:, None]
     fisher = jnp.einsum("nad,nab,nbe->de", jacobian, f, jacobian) / len(X)
     for labels in (Y, jnp.zeros_like(Y)):
         likelihood = lambda logits, labels=labels: cross_entropy(logits, labels)
         product = lambda p, v, f=likelihood: streams.fisher_vector_products(model, f, p, v)
-        found = quick_jit(product)(params, tree)
+        found = jax.jit(product)(params, tree)
         np.testing.assert_allclose(flatten(found), v @ fisher, atol=1e-10)
 
 
@@ -152,14 +149,14 @@ def test_streams_of_an_nnx_model_feed_a_tracker():
     graph, state = nnx.split(model)
     x = jnp.asarray(X, jnp.float32)
     mean = lambda state, batch: cross_entropy(nnx.merge(graph, state)(batch[0]), batch[1])
-    vectors = quick_jit(lambda s: streams.gradients(mean, s, (x, Y), parts=6))(state)
+    vectors = jax.jit(lambda s: streams.gradients(mean, s, (x, Y), parts=6))(state)
     tracker = lro.online.trackers.CCIPCA(2)  # which draws nothing
     follow = lambda example, v: tracker.update(tracker.init(jax.random.key(0), example), v)
-    op = tracker.operator(quick_jit(follow)(state, vectors))
+    op = tracker.operator(jax.jit(follow)(state, vectors))
     top = jax.tree.map(lambda v: v[0], op.eigenvectors())
     assert jax.tree.structure(op(top)) == jax.tree.structure(state)
     flat = jnp.asarray(flatten(vectors))
-    alone = tracker.operator(quick_jit(follow)(flat[0], flat))
+    alone = tracker.operator(jax.jit(follow)(flat[0], flat))
     np.testing.assert_allclose(op.eigenvalues(), alone.eigenvalues(), rtol=1e-5)
     np.testing.assert_allclose(
         np.abs(np.sum(flatten(op.eigenvectors()) * alone.eigenvectors(), axis=1)), 1, atol=1e-5

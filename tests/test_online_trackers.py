@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import quick_jit
 from test_trackers import bound, digits, spiked
 
 import lowrank_optax as lro
@@ -54,8 +53,8 @@ def _run(tracker, state, x):
 
 
 run = jax.jit(_run, static_argnums=0)
-run_short = quick_jit(_run, static_argnums=0)
-start = quick_jit(lambda tracker, op, n: tracker.start(op, n), static_argnums=0)
+run_short = jax.jit(_run, static_argnums=0)
+start = jax.jit(lambda tracker, op, n: tracker.start(op, n), static_argnums=0)
 
 
 def along(tracker, x, k=1):
@@ -242,7 +241,7 @@ def test_textbook(name, x64):
     tracker, n = ROWS[name], 7
     state = start(tracker, op, n)
     if name == "petrels":
-        step = quick_jit(tracker.update)
+        step = jax.jit(tracker.update)
         for v in x:
             state = step(state, v, v != 0)
         rows = state.memory.rows[0][0]
@@ -369,7 +368,7 @@ def test_bad_vectors_among_good_ones(name, x64):
     tracker = dataclasses.replace(SMALL[name], rank=2)
     x = np.random.default_rng(6).normal(size=(6, 5))
     holes = np.insert(x, [1, 4], np.nan, axis=0)
-    update = quick_jit(tracker.update)
+    update = jax.jit(tracker.update)
     state = tracker.init(jax.random.key(0), x[0])
     good, some = update(state, x), update(state, holes)
     assert (int(some.seen), int(some.skipped)) == (6, 2)
@@ -382,7 +381,7 @@ def test_states_map(x64):
     tracker = trackers.CCIPCA(2)
     x = jnp.asarray(np.random.default_rng(7).normal(size=(4, 6, 5)))
     follow = lambda v: tracker.update(tracker.init(jax.random.key(0), v[0]), v)
-    mapped, follow = quick_jit(jax.vmap(follow))(x), quick_jit(follow)
+    mapped, follow = jax.jit(jax.vmap(follow))(x), jax.jit(follow)
     for i, v in enumerate(x):
         alone = follow(v)
         np.testing.assert_allclose(mapped.memory.rows[0][i], alone.memory.rows[0], atol=1e-12)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import quick_jit
 
 import lowrank_optax as lro
 
@@ -88,7 +87,7 @@ GRADS = {
 def trajectory(tx, params=PARAMS, grads=GRADS, extra=()):
     """The updates of every step, stacked, and the last state."""
 
-    @quick_jit
+    @jax.jit
     def run(params, state):
         def step(carry, g):
             params, state = carry

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import quick_jit
 
 import lowrank_optax as lro
 from lowrank_optax import curvature, inner
@@ -84,7 +83,7 @@ def test_trajectory(entry):
     part, evaluate, names, options = CURVATURES[measured]
     tx = lro.lre(1e-2, part, BASES[kept], INNERS[inside], **options)
 
-    @quick_jit
+    @jax.jit
     def run(x, inputs):
         def step(carry, now):
             x, state = carry

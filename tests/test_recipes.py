@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import quick_jit
 
 import lowrank_optax as lro
 from lowrank_optax import basis, curvature, inner
@@ -60,7 +59,7 @@ def minimise(tx, params, steps, fn=loss, **extra):
         updates, state = tx.update(grads, state, params, **extra)
         return (optax.apply_updates(params, updates), state), value
 
-    run = quick_jit(lambda *start: jax.lax.scan(body, start, None, length=steps))
+    run = jax.jit(lambda *start: jax.lax.scan(body, start, None, length=steps))
     (params, _), values = run(params, tx.init(params))
     return np.append(values, fn(params)), params
 
@@ -220,7 +219,7 @@ def test_lre_alone_is_the_recipe_to_start_from():
     alone, recipe = lro.lre(0.1, weight_decay=0.1), lro.polar_soap(0.1, weight_decay=0.1)
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), START)
     first = [
-        quick_jit(lambda tx=tx: tx.update(grads, tx.init(START), START)[0])()
+        jax.jit(lambda tx=tx: tx.update(grads, tx.init(START), START)[0])()
         for tx in (alone, recipe)
     ]
     jax.tree.map(np.testing.assert_array_equal, *first)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import quick_jit
 from conftest import enable_x64
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
@@ -60,7 +59,7 @@ def _run(basis, state, x, every):
 
 
 run_long = jax.jit(_run, static_argnums=(0, 3))
-run_short = quick_jit(_run, static_argnums=(0, 3))
+run_short = jax.jit(_run, static_argnums=(0, 3))
 
 
 def absorb(basis, stream, k=1, dtype=jnp.float32, every=False):
