@@ -169,6 +169,35 @@ def least_squares() -> str:
     return markdown(head, lines)
 
 
+def sweeps() -> str:
+    """Many runs as one vmapped step over the same one by one: sizes down, optimizers across."""
+    found = json.loads((RESULTS / "load.json").read_text())["sweeps"]
+    names = list(dict.fromkeys(row["name"] for row in found))
+    at = {(row["d"], row["name"]): row["ratio"] for row in found}
+    sizes = dict.fromkeys(row["d"] for row in found)
+    return markdown(["d", *names], [[f"{d:,}", *(number(at[d, n]) for n in names)] for d in sizes])
+
+
+def compiling() -> str:
+    """Seconds to compile a step: optimizers down, models of 100 leaves across."""
+    found = json.loads((RESULTS / "load.json").read_text())["compiling"]
+    models = list(dict.fromkeys(row["model"] for row in found))
+    at = {(row["name"], row["model"]): f"{row['total']:.1f}" for row in found}
+    names = dict.fromkeys(row["name"] for row in found)
+    return markdown(["step of", *models], [[n, *(at[n, m] for m in models)] for n in names])
+
+
+def faults() -> str:
+    """What was done, how often, and how often it failed."""
+    parts = json.loads((RESULTS / "faults.json").read_text())["parts"]
+    lines = [
+        [row["fault"], f"{row['trials']:,}", str(row["failures"])]
+        for part in parts.values()
+        for row in part["rows"]
+    ]
+    return markdown(["fault", "trials", "failures"], lines)
+
+
 TABLES = {
     f.__name__: f
     for f in (
@@ -182,6 +211,9 @@ TABLES = {
         curvatures_seconds,
         matrix_shapes,
         least_squares,
+        sweeps,
+        compiling,
+        faults,
     )
 }
 
