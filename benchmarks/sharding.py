@@ -7,7 +7,7 @@ numbers received in collectives. The time of a step is the median of ``--samples
 devices are threads of one CPU, so it shows the overhead of dividing the work, and nothing else.
 
 Then an estimate on paper for 1e9 and 7e10 parameters on 8 to 1024 accelerators: formulas, no
-measurement. Its assumptions are printed with it.
+measurement. Its assumptions are printed with it. A second table compares settings on 256.
 
     python benchmarks/sharding.py [--quick] [--out DIR] [--samples 10]
 """
@@ -34,6 +34,9 @@ ASSUMPTIONS = {
     "FSDP": "two all-gathers of the bfloat16 parameters and one reduce-scatter of the gradients",
     "exchange": "bfloat16 gradient to flat rows and back, where its sharding is not flat already; "
     "an all-reduce of m + 1 float32 numbers",
+    "settings": "4 matrices a layer, each a group of its own per leaf; 15 m^3 flops an "
+    "eigenproblem of size m, on every device; galore 9 a^3 every 200 steps, its exchange as "
+    "measured above, 2.5 d numbers on eight devices and falling",
 }
 SIZES = {"1e9": (2048, 20), "7e10": (8192, 87)}
 
@@ -77,6 +80,20 @@ def main() -> None:
             "fsdp_mb": "FSDP itself, MB",
         },
     )
+    compared = list(settings())
+    report.show(
+        "Settings on 256 accelerators, on paper",
+        compared,
+        {
+            "parameters": "parameters",
+            "setting": "setting",
+            "state_gb": "state, GB",
+            "passes_ms": "rows read, ms",
+            "problems": "eigenproblems a step",
+            "small_gflop": "small algebra, Gflop",
+            "exchange_mb": "exchanged, MB",
+        },
+    )
     for name, text in ASSUMPTIONS.items():
         print(f"  {name}: {text}")
     out = Path(args.out)
@@ -84,6 +101,7 @@ def main() -> None:
         out / "sharding.json",
         measured=rows,
         paper=estimate,
+        settings=compared,
         assumptions=ASSUMPTIONS,
         quick=args.quick,
     )
@@ -212,6 +230,41 @@ def paper():
                 "exchange_mb": (2 * 2 * d / devices + 4 * 21) / 1e6,
                 "fsdp_mb": 3 * 2 * d / 1e6,
             }
+
+
+def settings(devices: int = 256):
+    """What an accelerator holds, reads, solves and exchanges under the settings to choose from."""
+    for name, (width, layers) in SIZES.items():
+        d = 12 * width**2 * layers
+        matrices = [(width, 3 * width), (width, width), (width, 4 * width), (width, 4 * width)]
+        galore = layers * sum(width // 4 * (a + 2 * b) for a, b in matrices)
+
+        def window(rank, size, groups=1, every=1, d=d):
+            """Rows of ``size`` bytes a number in front of Adam, ``groups`` windows."""
+            return {
+                "state_gb": (rank * d * size + 8 * d) / devices / 1e9,
+                "passes_ms": 2 * rank * d * size / devices / 3.35e12 * 1e3,
+                "problems": groups / every,
+                "small_gflop": 15 * rank**3 * groups / every / 1e9,
+                "exchange_mb": (2 * 2 * d / devices + 4 * (rank + 1) * groups) / 1e6,
+            }
+
+        leaves = 4 * layers
+        for setting, row in {
+            "GGT(20), float32 rows": window(20, 4),
+            "GGT(20), bf16 rows": window(20, 2),
+            "the same per leaf": window(20, 2, leaves),
+            "the same, every 4 steps": window(20, 2, leaves, 4),
+            "GGT(100), bf16 rows": window(100, 2),
+            "galore, rank width/4, every 200 steps": {
+                "state_gb": 4 * galore / devices / 1e9,
+                "passes_ms": 2 * 4 * layers * 4 * width**2 // 4 / devices / 3.35e12 * 1e3,
+                "problems": leaves / 200,
+                "small_gflop": leaves * 9 * (width // 4) ** 3 / 200 / 1e9,
+                "exchange_mb": 2.5 * 8 / devices * d * 4 / 1e6,
+            },
+        }.items():
+            yield {"parameters": name, "setting": setting} | row
 
 
 def draw(rows: list[dict], estimate: list[dict], path: Path) -> None:
