@@ -419,7 +419,7 @@ def same(count, rng, args):
         "the same again": {},
         "another hash seed": {"PYTHONHASHSEED": str(rng.integers(1, 2**31))},
         "OpenBLAS with 2 threads": {"OPENBLAS_NUM_THREADS": "2"},
-        # Not by xla_cpu_multi_thread_eigen=false, which takes other products of matrices altogether.
+        # Not xla_cpu_multi_thread_eigen=false, which takes other products of matrices altogether.
         "XLA with one thread": {"NPROC": "1"},
     }
     for kind in kinds:
