@@ -35,8 +35,8 @@ ASSUMPTIONS = {
     "exchange": "bfloat16 gradient to flat rows and back, where its sharding is not flat already; "
     "an all-reduce of m + 1 float32 numbers",
     "settings": "4 matrices a layer, each a group of its own per leaf; 15 m^3 flops an "
-    "eigenproblem of size m, on every device; galore 9 a^3 every 200 steps, its exchange as "
-    "measured above, 2.5 d numbers on eight devices and falling",
+    "eigenproblem of size m, on every device; galore 9 a^3 every 200 steps, its exchange the 2.5 d "
+    "float32 numbers measured on eight devices, though it falls with their number",
 }
 SIZES = {"1e9": (2048, 20), "7e10": (8192, 87)}
 
@@ -261,7 +261,7 @@ def settings(devices: int = 256):
                 "passes_ms": 2 * 4 * layers * 4 * width**2 // 4 / devices / 3.35e12 * 1e3,
                 "problems": leaves / 200,
                 "small_gflop": leaves * 9 * (width // 4) ** 3 / 200 / 1e9,
-                "exchange_mb": 2.5 * 8 / devices * d * 4 / 1e6,
+                "exchange_mb": 2.5 * d * 4 / 1e6,
             },
         }.items():
             yield {"parameters": name, "setting": setting} | row
