@@ -17,7 +17,16 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, check_fits, per_leaf, repeat, spread, start, step_alike
+from lowrank_optax._tree import (
+    Layout,
+    alike,
+    check_fits,
+    per_leaf,
+    repeat,
+    spread,
+    start,
+    step_alike,
+)
 from lowrank_optax._types import (
     NEEDS,
     Context,
@@ -629,15 +638,14 @@ def orthogonalize(
         y = jax.lax.fori_loop(0, iterations, newton_schulz, y)  # unrolled it compiles for long
         return jnp.where(sound, rms * g.shape[1] ** 0.5 * y, g)
 
-    def update(updates: Any, state: Any, params: Any = None):
+    def step(updates: Any) -> tuple[Any]:
         leaves, treedef = jax.tree.flatten(updates)
-        alike: dict[Any, list[int]] = {}
+        kinds: dict[Any, list[int]] = {}
         for i, x in enumerate(leaves):
             size = seen(x.shape)
             if size is not None:
-                kind = x.shape, size, x.dtype, jax.typeof(x).sharding
-                alike.setdefault(kind, []).append(i)
-        for (shape, size, dtype, _), members in alike.items():
+                kinds.setdefault((x.shape, size, x.dtype), []).append(i)
+        for (shape, size, dtype), members in kinds.items():
             upright = size[0] > size[1]
             g = jnp.reshape(jnp.stack([leaves[i] for i in members]), (-1, *size))
             g = g.astype(jnp.promote_types(dtype, jnp.float32))
@@ -645,6 +653,9 @@ def orthogonalize(
             y = jnp.reshape(jnp.swapaxes(y, 1, 2) if upright else y, (-1, *shape)).astype(dtype)
             for i, x in zip(members, y, strict=True):
                 leaves[i] = x
-        return treedef.unflatten(leaves), state
+        return (treedef.unflatten(leaves),)
+
+    def update(updates: Any, state: Any, params: Any = None):
+        return *alike(step, (updates,), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -310,6 +310,27 @@ for kind in KINDS:
         CHECKS[f"{name}_{kind}"] = lambda k=kind, n=name: matrices(k, n)
 
 
+def recipe(kind):
+    """`lre` without parts: bases of both sides, orthogonal steps, a window and Adam for vectors."""
+    rng = np.random.default_rng(8)
+    shapes = {"one": (6, 8), "two": (6, 8), "up": (8, 32), "bias": (8,)}
+    draw = lambda: {n: jnp.asarray(rng.normal(size=s)) for n, s in shapes.items()}
+    mesh, params, tx = mesh_of(KINDS[kind]), draw(), lro.lre(1e-2, update_every=2)
+    where = place(mesh, params, fsdp)
+    state, alone = tx.init(where), tx.init(params)
+    on_mesh, on_one = jax.jit(lambda g, s, p: tx.update(g, s, p)), jax.jit(tx.update)
+    for _ in range(4):
+        g = draw()
+        u, state = on_mesh(place(mesh, g, fsdp), state, where)
+        v, alone = on_one(g, alone, params)
+        assert_close(u, v)
+        assert_placed(u, placements(where))
+
+
+for kind in KINDS:
+    CHECKS[f"recipe_{kind}"] = lambda k=kind: recipe(k)
+
+
 for name in BASES | MORE_BASES:
     CHECKS[f"basis_{name}"] = lambda n=name: step_alone(n)
 

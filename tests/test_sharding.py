@@ -25,7 +25,7 @@ EIGHT_DEVICES = (
     "basis_eigen",
     "basis_random",
     "layers_auto",
-    "soap_explicit",
+    "recipe_explicit",
     "learner_explicit",
     "hessian_explicit",
     "spectral_fit",

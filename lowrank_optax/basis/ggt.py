@@ -39,7 +39,7 @@ class GGT(Ring, Spectrum):
       ValueError: for a rank below 1, or a ``beta`` or tolerance out of range.
 
     Cost: memory ``m d + 3 m²``; a step two passes over the rows (``4 m d`` flops), one ``eigh`` of
-    size ``min(m, d)`` and ``6 m³`` flops.
+    size ``m`` and ``6 m³`` flops. Where ``d < m`` the window itself is decomposed instead.
 
     Source: Agarwal et al., "Efficient Full-Matrix Adaptive Regularization", ICML 2019.
     """

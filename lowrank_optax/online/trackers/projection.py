@@ -214,4 +214,4 @@ def _solve(c: jax.Array, a: jax.Array) -> jax.Array:
 
 def _lengths(layout: Layout, rows: Columns) -> jax.Array:
     """Of every row, ``(r,)``."""
-    return jnp.sqrt(jnp.diagonal(layout.gram(rows)[0]))
+    return jnp.sqrt(jax.vmap(layout.inner)(rows, rows)[:, 0])
