@@ -179,7 +179,7 @@ class RowMemory(NamedTuple):
 class OnRows(Tracker):
     """A rule for one vector over rows of its own; several vectors are taken in one by one.
 
-    A vector after which not all of the memory is finite is skipped. The operator is that of the
+    A vector after which the small numbers are not finite is skipped. The operator is that of the
     rows and the moments ``H`` along them, ``A^T H A``, in its own eigenvectors.
     """
 
@@ -242,7 +242,7 @@ class OnRows(Tracker):
             v, fine, *others = given
             weight = self.decay * old.weight + 1
             new = RowMemory(*self.step(layout, old.rows, old.small, v, weight, *others), weight)
-            ok = fine & _linalg.finite(*jax.tree.leaves(new))
+            ok = fine & _linalg.finite(*jax.tree.leaves(new.small))
             return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old), ok
 
         return lax.scan(one, state.memory, (columns, fine, *others))

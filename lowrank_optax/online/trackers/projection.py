@@ -128,10 +128,12 @@ class PETRELS(Forgetting):
         x = _linalg.safe_divide(a, jnp.sqrt(unit))
         leaves = zip(rows, inverse, v, there, strict=True)
         done = [self._coordinates(*leaf, a, x, unit) for leaf in leaves]
-        # In the vectors' units: codes shrink as rows grow, and rows may grow by any factor.
+        rows = [d[0] for d in done]
+        # In the vectors' units: codes shrink as rows grow, and rows may grow by any factor. Of the
+        # new rows, so that ones that have overflowed are seen.
         along = a * _lengths(layout, rows)
         moments = self.decay * moments + jnp.outer(along, along)
-        return ([d[0] for d in done], [d[1] for d in done]), (moments, unit)
+        return (rows, [d[1] for d in done]), (moments, unit)
 
     def _coordinates(self, w, inverse, v, there, a, x, unit):
         """One leaf's rows ``(r, size)`` and inverses ``(size, r, r)`` after codes ``a``."""
