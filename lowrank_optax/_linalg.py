@@ -203,12 +203,16 @@ def regularize(
     lam = jnp.where(live, jnp.abs(lam) if abs else lam, 0)
     size = jnp.abs(lam)
     top = jnp.max(size, initial=0)
-    floor = jnp.finfo(lam.dtype).eps * lam.shape[0] ** 0.5
-    live = live & (size > jnp.maximum(eig_tol, floor) * top)
+    live = live & (size > jnp.maximum(eig_tol, rounding(lam)) * top)
     if truncate is not None:
         live = live & (jnp.cumsum(live) <= truncate)
     shift = (damping + rdamping * top) * jnp.where(lam < 0, -1, 1)
     return jnp.where(failed, jnp.nan, jnp.where(live, lam + shift, 0)), live | failed
+
+
+def rounding(lam: jax.Array) -> float:
+    """The share of the largest of the eigenvalues ``(r,)`` that their dtype cannot tell from 0."""
+    return float(jnp.finfo(lam.dtype).eps) * lam.shape[-1] ** 0.5
 
 
 def matrix_power(

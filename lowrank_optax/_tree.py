@@ -22,6 +22,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.experimental.shard_alike import shard_alike
 from jax.extend.core import jaxpr_as_fun
@@ -39,6 +40,7 @@ class Layout:
     Attributes:
       treedef: the tree's structure.
       names: the leaves' paths, for messages.
+      paths: the same as jax's key paths.
       shapes: the leaves' shapes.
       dtypes: the leaves' dtypes.
       rows: the dtypes in which rows are stored.
@@ -50,6 +52,7 @@ class Layout:
 
     treedef: Any
     names: tuple[str, ...]
+    paths: tuple[Any, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]
     rows: tuple[Any, ...]
@@ -69,23 +72,15 @@ class Layout:
         """Reads the layout of a tree of floating-point arrays (or shapes of arrays)."""
         leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
         names = tuple(jax.tree_util.keystr(path) for path, _ in leaves)
-        dtypes = tuple(_dtype(leaf) for _, leaf in leaves)
-        for name, dtype in zip(names, dtypes, strict=True):
-            check(
-                not jnp.issubdtype(dtype, jnp.complexfloating),
-                f"{owner}: the leaf {name or 'of the tree'} is {dtype}; pass real and imaginary "
-                "parts as two leaves (optax.contrib.split_real_and_imaginary does).",
-            )
-            check(
-                jnp.issubdtype(dtype, jnp.floating),
-                f"{owner}: the leaf {name or 'of the tree'} is {dtype}; pass floating-point "
-                "leaves, or leave it out with optax.masked or optax.partition.",
-            )
+        dtypes = tuple(
+            _dtype(owner, name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)
+        )
         labels = [None if groups is None else groups(path) for path, _ in leaves]
         order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
         return cls(
             treedef=treedef,
             names=names,
+            paths=tuple(path for path, _ in leaves),
             shapes=tuple(
                 tuple(np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape)
                 for _, leaf in leaves
@@ -127,6 +122,16 @@ class Layout:
         return self.split(
             [jnp.reshape(x, -1).astype(t) for x, t in zip(leaves, self.rows, strict=True)]
         )
+
+    def kept_in(self, dtype: Any, rows: Any) -> "Layout":
+        """The layout as a state has it: small algebra in ``dtype``, leaves in that of its rows.
+
+        ``rows`` is what `store` gave, or nothing where a basis keeps no rows.
+        """
+        if not (isinstance(rows, tuple) and len(rows) == len(self.names)):
+            return dataclasses.replace(self, dtype=dtype)
+        dtypes = tuple(jnp.dtype(x.dtype) for x in rows)
+        return dataclasses.replace(self, dtype=dtype, dtypes=dtypes, rows=dtypes)
 
     def on(self, tree: Any) -> "Layout":
         """The same layout where the arrays of ``tree`` are."""
@@ -200,12 +205,20 @@ class Layout:
             ]
         )
 
-    def unflatten(self, vector: Vector) -> Any:
-        """The vector as a tree of the leaves' shapes and dtypes, clipped to what these can hold."""
+    def unflatten(self, vector: Vector, given: Any = None) -> Any:
+        """The vector as a tree of the leaves' shapes, clipped to what their dtypes can hold.
+
+        Beside ``given``, the gradients, a leaf's dtype is the one to which the gradient's and the
+        parameter's promote, as that of optax's own updates.
+        """
+        dtypes = self.dtypes
+        if given is not None:
+            pairs = zip(self.leaves(given), dtypes, strict=True)
+            dtypes = [jnp.promote_types(jnp.result_type(x), t) for x, t in pairs]
         return self.treedef.unflatten(
             [
                 jnp.reshape(_narrow(x, dtype), shape)
-                for x, shape, dtype in zip(vector, self.shapes, self.dtypes, strict=True)
+                for x, shape, dtype in zip(vector, self.shapes, dtypes, strict=True)
             ]
         )
 
@@ -216,6 +229,19 @@ class Layout:
     def leaves(self, tree: Any) -> list[Any]:
         """The inverse of `tree`."""
         return self.treedef.flatten_up_to(tree)
+
+    def store(self, leaves: Sequence[jax.Array]) -> Any:
+        """Rows or vectors as a state keeps them: a tuple in the order of the leaves.
+
+        The parameters' own containers would lend them names, metadata and checks that hold for
+        parameters only. `optax.tree.map_params` calls ``init`` on a tree without leaves, to find
+        out what is shaped like parameters: a single number then stands for the whole tuple.
+        """
+        return tuple(leaves) if self.names else jnp.zeros((), self.dtype)
+
+    def stored(self, rows: Any) -> list[jax.Array]:
+        """The inverse of `store`."""
+        return list(rows) if self.names else []
 
     def zeros(self, count: int) -> Columns:
         """``count`` rows of zeros."""
@@ -364,8 +390,8 @@ def alike(run: Callable[..., Any], like: Any, *given: Any, **functions: Any) -> 
     return _compiled(run, like, *given)
 
 
-def step_alike(run: Callable[..., Any], updates: Any, state: Any, params: Any, extra: Any) -> Any:
-    """`alike` for ``run(updates, state, params, arrays, **functions)``, a step of an optimizer.
+def step_alike(step: "Step", updates: Any, state: Any, params: Any, extra: Any) -> Any:
+    """One step of an optimizer, sharded as it came, compiled also where nobody asked for it.
 
     ``extra`` is what came by keyword, of which functions are told from arrays. Updates become
     sharded like the parameters where there are any.
@@ -373,8 +399,35 @@ def step_alike(run: Callable[..., Any], updates: Any, state: Any, params: Any, e
     same = jax.tree.structure(params) == jax.tree.structure(updates)
     functions = {name: x for name, x in extra.items() if callable(x)}
     arrays = {name: x for name, x in extra.items() if name not in functions}
-    like = params if same else updates, state
-    return alike(run, like, updates, state, params, arrays, **functions)
+    like = params if same else updates, state, None
+    given = updates, state, params, arrays
+    if mesh_of(given) is not None:
+        return alike(step.run, like, *given, **functions)
+    if functions or not concrete(given):
+        return step.run(*given, **functions)
+    return step.compiled(*given)
+
+
+class Step:
+    """``run(updates, state, params, arrays, **functions)`` beside its compiled form.
+
+    Outside of `jax.jit` a loop is compiled anew at each call, since its body is a new function, and
+    jax keeps what it compiled. This holds one compiled step for as long as the optimizer lives.
+    """
+
+    def __init__(self, run: Callable[..., Any]):
+        self.run = run
+        self.compiled = jax.jit(run)
+
+
+def concrete(tree: Any) -> bool:
+    """Whether all leaves are numbers or arrays at hand on one device, none of them traced."""
+    if mesh_of(tree) is not None:
+        return False
+    at_hand = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+    return all(
+        isinstance(x, at_hand) and not isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)
+    )
 
 
 def _alike(run: Callable[..., Any], like: Any, *given: Any, **functions: Any) -> Any:
@@ -471,26 +524,46 @@ def check_kind(owner: str, state: Any, kind: type) -> None:
     )
 
 
-def check_fits(owner: str, state: Any, like: Any, but: str | None = None) -> None:
-    """Raises ``ValueError`` where a state's arrays are not shaped as those of ``like``, shapes.
+def check_fits(
+    owner: str,
+    state: Any,
+    init: Callable[..., Any],
+    example: tuple[Any, ...],
+    known: set[Any] | None = None,
+    but: str | None = None,
+) -> None:
+    """Raises ``ValueError`` where a state's arrays are not those of ``init(*example)``.
 
-    What lies under the field ``but`` may differ.
+    What lies under the field ``but`` may differ. ``known`` remembers what was found to fit, since
+    finding out traces ``init``.
     """
+    known = set() if known is None else known
+    kinds = lambda tree: (
+        jax.tree.structure(tree),
+        tuple((np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)),
+    )
+    key = kinds(state), kinds(example)
+    if key in known:
+        return
+    like = jax.eval_shape(init, *example)
     check_kind(owner, state, type(like))
     read = lambda tree: {
-        jax.tree_util.keystr(path): np.shape(leaf)
+        jax.tree_util.keystr(path): f"an array {np.shape(leaf)} {jnp.result_type(leaf)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if getattr(path[0], "name", None) != but
     }
     got, needed = read(state), read(like)
-    say = lambda shapes, path: f"an array {shapes[path]}" if path in shapes else "nothing"
     for path in (*needed, *got):
         check(
             got.get(path) == needed.get(path),
-            f"{owner}: the state holds {say(got, path)} at {path}, where these gradients and parts "
-            f"need {say(needed, path)}. Pass gradients shaped like the parameters given to init, "
-            "and a state that the same parts made in the same version, or call init again.",
+            f"{owner}: the state holds {got.get(path, 'nothing')} at {path}, where these gradients "
+            f"and parts need {needed.get(path, 'nothing')}. Pass gradients shaped like the "
+            "parameters given to init, parameters of the dtypes given to init, and a state that "
+            "the same parts made in the same version; or call init again.",
         )
+    if len(known) > 64:
+        known.clear()
+    known.add(key)
 
 
 def per_leaf(path: Any) -> str:
@@ -501,6 +574,41 @@ def per_leaf(path: Any) -> str:
       >>> tx = lro.lre(1e-2, basis=lro.basis.GGT(10), groups=lro.per_leaf)
     """
     return jax.tree_util.keystr(path)
+
+
+def wide(tree: Any) -> Any:
+    """The leaves in float32 at least, in which squares and small constants are not lost."""
+
+    def one(x: Any) -> Any:
+        dtype = jnp.promote_types(jnp.result_type(x), jnp.float32)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+        return jnp.asarray(x, dtype)
+
+    return jax.tree.map(one, tree)
+
+
+def advance(tx: Any, on: Any, new: Any, old: Any) -> Any:
+    """The new state of an optax transformation where the leaves' steps were taken, else the old.
+
+    ``on`` has a boolean for every leaf of the parameters. What belongs to no leaf, such as a count,
+    moves where any leaf does.
+    """
+    flags = jax.tree.leaves(on)
+    if not flags:
+        return old
+    some = jnp.any(jnp.stack(flags))
+    hidden = lambda x: isinstance(x, optax.MaskedNode)
+    which = optax.tree.map_params(
+        tx,
+        lambda x, flag: x if hidden(x) else flag,
+        old,
+        on,
+        transform_non_params=lambda _: some,
+        is_leaf=hidden,
+    )
+    pick = lambda flag, *pair: jax.tree.map(partial(jnp.where, flag), *pair)
+    return jax.tree.map(pick, which, new, old)
 
 
 def stack(vector: Vector) -> Columns:
@@ -773,8 +881,30 @@ def _product(a: jax.Array, b: jax.Array, over: Any, dtype: Any) -> jax.Array:
     return lax.dot_general(a, b, over, precision=precision, preferred_element_type=dtype)
 
 
-def _dtype(leaf: Any) -> Any:
-    return jnp.dtype(leaf.dtype) if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+def _dtype(owner: str, name: str, leaf: Any) -> Any:
+    """The dtype that jax gives a leaf, which has to be one of its floating-point kinds."""
+    place = f"{owner}: the leaf {name or 'of the tree'}"
+    advice = "pass floating-point leaves, or leave it out with optax.masked or optax.partition."
+    if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):
+        raise ValueError(f"{place} is {leaf!r}, a {type(leaf).__name__}; {advice}")
+    kind: Any = leaf.dtype if hasattr(leaf, "dtype") else type(leaf)
+    check(
+        not jnp.issubdtype(kind, jax.dtypes.extended),
+        f"{place} is {kind}; {advice}",
+    )
+    dtype = jax.dtypes.canonicalize_dtype(kind)
+    check(
+        not jnp.issubdtype(dtype, jnp.complexfloating),
+        f"{place} is {dtype}; pass real and imaginary parts as two leaves "
+        "(optax.contrib.split_real_and_imaginary does).",
+    )
+    check(jnp.issubdtype(dtype, jnp.floating), f"{place} is {dtype}; {advice}")
+    check(
+        dtype.itemsize >= 2,
+        f"{place} is {dtype}, in which no optimizer's step can be kept; pass bfloat16, float16, "
+        "float32 or float64, and cast to eight bits in the model.",
+    )
+    return dtype
 
 
 def _narrow(x: jax.Array, dtype: Any) -> jax.Array:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.core
+import numpy as np
 
 Vector = list[jax.Array]
 """One vector of the parameters' space: a flat array for every leaf, in the tree's order."""
@@ -180,17 +182,36 @@ def check(condition: Any, message: str) -> None:
 
 def check_count(owner: str, name: str, value: Any, least: int = 1) -> None:
     """A whole number of at least ``least``; traced values pass."""
-    if isinstance(value, jax.Array):
+    if isinstance(value, jax.core.Tracer):
         return
-    ok = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+    number = _number(value)
+    ok = isinstance(number, numbers.Integral) and int(number) >= least
     check(ok, f"{owner}: {name} is {value!r}; pass a whole number of at least {least}.")
+
+
+def as_size(owner: str, name: str, value: Any, least: int = 1) -> int:
+    """A whole number that shapes depend on; a concrete array passes for its number."""
+    check(
+        not isinstance(value, jax.core.Tracer),
+        f"{owner}: {name} is traced, and shapes depend on it. Under optax.inject_hyperparams name "
+        f"it in static_args: optax.inject_hyperparams(..., static_args=({name!r},)).",
+    )
+    check_count(owner, name, value, least)
+    return int(_number(value))
+
+
+def fix_size(part: Any, name: str, least: int = 1) -> None:
+    """Makes a field of a frozen part the whole number that it stands for: shapes depend on it."""
+    size = as_size(type(part).__name__, name, getattr(part, name), least)
+    object.__setattr__(part, name, size)
 
 
 def check_decay(owner: str, name: str, value: Any, closed: bool = False) -> None:
     """A decay in [0, 1), or in [0, 1] when ``closed``; traced values pass."""
-    if isinstance(value, jax.Array):
+    if isinstance(value, jax.core.Tracer):
         return
-    ok = _real(value) and (0 <= value < 1 or (closed and value == 1))
+    number = _number(value)
+    ok = number is not None and (0 <= number < 1 or (closed and number == 1))
     check(ok, f"{owner}: {name} is {value!r}; pass a number in [0, 1{']' if closed else ')'}.")
 
 
@@ -198,14 +219,24 @@ def check_least(
     owner: str, name: str, value: Any, least: float = 0.0, strict: bool = False
 ) -> None:
     """A real number at or (``strict``) above ``least``; traced values pass."""
-    if isinstance(value, jax.Array):
+    if isinstance(value, jax.core.Tracer):
         return
-    ok = _real(value) and (value > least if strict else value >= least)
+    number = _number(value)
+    ok = number is not None and (number > least if strict else number >= least)
     check(
         ok,
         f"{owner}: {name} is {value!r}; pass a number {'above' if strict else 'of at least'} "
         f"{least:g}.",
     )
+
+
+def check_finite(owner: str, name: str, value: Any) -> None:
+    """A finite real number; traced values pass."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    number = _number(value)
+    ok = number is not None and abs(number) < float("inf")
+    check(ok, f"{owner}: {name} is {value!r}; pass a finite number such as -0.5.")
 
 
 def require(owner: str, extra: Mapping[str, Any], name: str, meaning: str) -> Any:
@@ -219,5 +250,9 @@ def require(owner: str, extra: Mapping[str, Any], name: str, meaning: str) -> An
     return value
 
 
-def _real(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value
+def _number(value: Any) -> Any:
+    """A real number as Python's, a concrete array without axes as its number; else ``None``."""
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and np.ndim(value) == 0:
+        value = np.asarray(value).item()
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value
+    return value if real else None

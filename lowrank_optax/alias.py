@@ -1,20 +1,20 @@
 """Named recipes: optimizers ready for use, each a point of curvature × basis × inner."""
 
 import inspect
+import numbers
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from lowrank_optax import basis as bases
 from lowrank_optax import curvature as curvatures
 from lowrank_optax import inner as inners
+from lowrank_optax._recipe import collects, recipe
 from lowrank_optax._types import SCALAR, SECOND_MOMENT, VECTOR, Inner, check, check_least
-from lowrank_optax.matrix import orthogonalize, scale_by_matrix_lre, squarest
-from lowrank_optax.transform import scale_by_lre
+from lowrank_optax.matrix import matrix_engine, orthogonalize, scale_by_matrix_lre
+from lowrank_optax.transform import vector_engine
 
 MATRIX_OPTIONS = inspect.signature(scale_by_matrix_lre).parameters.keys() - {
     "short",
@@ -24,6 +24,7 @@ MATRIX_OPTIONS = inspect.signature(scale_by_matrix_lre).parameters.keys() - {
 """Keywords that the recipes for matrices hand on."""
 
 
+@collects
 def lre(
     learning_rate: optax.ScalarOrSchedule,
     curvature: curvatures.Curvature | None = None,
@@ -81,10 +82,6 @@ def lre(
 
     Source: the original LRE for the parts; for the recipe without any see `polar_soap`.
     """
-    if not isinstance(weight_decay, jax.Array):
-        check_least("lre", "weight_decay", weight_decay)
-    # optax.inject_hyperparams hands collected keywords back under their own name; they stay static.
-    options = {**options.pop("options", {}), **options}
     if curvature is None and basis is None and inner is None:
         known = inspect.signature(polar_soap).parameters.keys() | MATRIX_OPTIONS
         wrong = sorted(options.keys() - known)
@@ -98,16 +95,17 @@ def lre(
     basis = bases.GGT(rank=100) if basis is None else basis
     if inner is None:
         inner = inners.Adam(), inners.Cautious(), inners.ClipNormByEMA(normalize=True)
-    return optax.chain(
-        scale_by_lre(curvature, basis, inner, **options),
+    return recipe(
+        vector_engine(curvature, basis, inner, **options),
         _decay_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
+@collects
 def ggt(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 100,
+    rank: int | None = None,
     *,
     b1: float = 0.9,
     eps: float = 1e-2,
@@ -154,15 +152,16 @@ def ggt(
     return lre(
         learning_rate,
         curvatures.Covariance(),
-        bases.GGT(rank, eig_tol=0.0, update_damping=eps**2),
+        bases.GGT(_default(rank, 100), eig_tol=0.0, update_damping=eps**2),
         (inners.EMA(b1, debias=True), inners.LInvSqrt()),
         **{"complement": 1 / eps, **options},
     )
 
 
+@collects
 def full_matrix_adam(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 100,
+    rank: int | None = None,
     *,
     b1: float = 0.9,
     b2: float = 0.99,
@@ -206,14 +205,15 @@ def full_matrix_adam(
     return lre(
         learning_rate,
         curvatures.Covariance(),
-        bases.GGT(rank),
+        bases.GGT(_default(rank, 100)),
         inners.FullMatrixAdam(b1, b2, eps),
         **options,
     )
 
 
+@collects
 def whiten(
-    rank: int = 50, *, power: float = -0.25, **options: Any
+    rank: int | None = None, *, power: float = -0.25, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     r"""Whitens gradients in the span of the last ones; stands in front of any optimizer.
 
@@ -253,13 +253,20 @@ def whiten(
     Source: the window is that of Agarwal et al., "Efficient Full-Matrix Adaptive Regularization",
     ICML 2019; the power and the order were found by `benchmarks/optimizers.py`.
     """
-    basis = bases.GGT(rank, beta=1.0)
-    return scale_by_lre(curvatures.Covariance(), basis, inners.LPower(power), **options)
+    engine = _whitening(rank, power, **options)
+    return optax.GradientTransformationExtraArgs(engine.init, engine.update)
 
 
+def _whitening(rank, power, **options: Any):
+    """The engine of `whiten`."""
+    basis, part = bases.GGT(_default(rank, 50), beta=1.0), inners.LPower(power)
+    return vector_engine(curvatures.Covariance(), basis, part, **{"complement": part, **options})
+
+
+@collects
 def whitened_adam(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 50,
+    rank: int | None = None,
     *,
     power: float = -0.25,
     b1: float = 0.9,
@@ -302,18 +309,18 @@ def whitened_adam(
 
     Source: as `whiten`.
     """
-    options = {**options.pop("options", {}), **options}
-    return optax.chain(
-        whiten(rank, power=power, **options),
+    return recipe(
+        _whitening(rank, power, **options),
         optax.scale_by_adam(b1, b2, eps),
         _decay_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
+@collects
 def lowrank_newton(
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    rank: int = 20,
+    rank: int | None = None,
     *,
     curvature: curvatures.Curvature = curvatures.BFGS(),
     **options: Any,
@@ -360,15 +367,16 @@ def lowrank_newton(
     return lre(
         learning_rate,
         curvature,
-        bases.Eigen(rank, None, eig_tol=1e-8, update_damping=0.0, update_abs=True),
+        bases.Eigen(_default(rank, 20), None, eig_tol=1e-8, update_damping=0.0, update_abs=True),
         inners.LInv(),
         **{"complement": inners.LInv(), **options},
     )
 
 
+@collects
 def adahessian(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 20,
+    rank: int | None = None,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -419,15 +427,16 @@ def adahessian(
     return lre(
         learning_rate,
         curvature,
-        bases.Eigen(rank, eig_tol=1e-8),
+        bases.Eigen(_default(rank, 20), eig_tol=1e-8),
         inners.HutchinsonAdam(b1, b2, eps),
         **options,
     )
 
 
+@collects
 def sophia_h(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 20,
+    rank: int | None = None,
     *,
     b1: float = 0.965,
     b2: float = 0.99,
@@ -484,16 +493,17 @@ def sophia_h(
     return lre(
         learning_rate,
         curvature,
-        bases.Eigen(rank, eig_tol=1e-8),
+        bases.Eigen(_default(rank, 20), eig_tol=1e-8),
         (inners.HutchinsonAdam(b1, b2, eps, gamma, debias=False), inners.ClipValue(1.0)),
         update_every=update_every,
         **options,
     )
 
 
+@collects
 def natural_gradient(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 20,
+    rank: int | None = None,
     *,
     beta: float = 0.9,
     damping: float = 1e-3,
@@ -542,15 +552,16 @@ def natural_gradient(
     return lre(
         learning_rate,
         curvatures.EmpiricalFisher(),
-        bases.Eigen(rank, beta, count_columns=False, update_damping=damping),
+        bases.Eigen(_default(rank, 20), beta, count_columns=False, update_damping=damping),
         inners.LInv(),
         **{"warmup_steps": 1, **options},
     )
 
 
+@collects
 def gauss_newton(
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    batch: int = 100,
+    batch: int | None = None,
     *,
     damping: float = 1e-3,
     **options: Any,
@@ -594,15 +605,16 @@ def gauss_newton(
     return lre(
         learning_rate,
         curvatures.GaussNewton(),
-        bases.GGT(batch, eig_tol=0.0, update_damping=damping),
+        bases.GGT(_default(batch, 100), eig_tol=0.0, update_damping=damping),
         inners.LInv(),
         **options,
     )
 
 
+@collects
 def galore(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
+    rank: int | None = None,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -660,7 +672,7 @@ def galore(
     inner = inners.Adam(b1, b2, eps), inners.Optax(optax.scale(scale), laws=optax.EmptyState())
     return _matrix_recipe(
         learning_rate,
-        (bases.SubspaceIteration(rank, beta=0.0), None, inner),
+        (bases.SubspaceIteration(_default(rank, 128), beta=0.0), None, inner),
         optax.scale_by_adam(b1, b2, eps),
         weight_decay,
         mask,
@@ -669,6 +681,7 @@ def galore(
     )
 
 
+@collects
 def soap(
     learning_rate: optax.ScalarOrSchedule,
     rank: int | None = None,
@@ -749,6 +762,7 @@ def soap(
     )
 
 
+@collects
 def polar_soap(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -814,13 +828,10 @@ def polar_soap(
         SECOND_MOMENT,  # pyright: ignore[reportArgumentType]
     )
     inner = inners.Optax(optax.scale_by_adam(b1, b2, eps, nesterov=True), laws=laws)
-    options = {**options.pop("options", {}), **options}
-    seen = options.get("view") or squarest
-    vectors = partial(jax.tree.map, lambda x: seen(jnp.shape(x)) is None)
     return _matrix_recipe(
         learning_rate,
         (side, side, inner),
-        optax.chain(optax.masked(whiten(), vectors), optax.scale_by_adam(eps=eps)),
+        optax.scale_by_adam(eps=eps),
         weight_decay,
         mask,
         then=orthogonalize(rms, view=options.get("view")),
@@ -828,13 +839,18 @@ def polar_soap(
     )
 
 
+def _default(size: int | None, otherwise: int) -> int:
+    """A size, which is ``None`` by default: `optax.inject_hyperparams` traces default numbers."""
+    return otherwise if size is None else size
+
+
 def _matrix_recipe(
     learning_rate, parts, others, weight_decay, mask, then=optax.identity(), **options: Any
 ):
     """`scale_by_matrix_lre`, decoupled weight decay, learning rate."""
-    options = {"rest": others, **options.pop("options", {}), **options}
-    return optax.chain(
-        scale_by_matrix_lre(*parts, **options),
+    options = {"rest": others, **options}
+    return recipe(
+        matrix_engine(*parts, **options),
         then,
         _decay_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -843,11 +859,13 @@ def _matrix_recipe(
 
 def _decay_weights(strength, mask) -> optax.GradientTransformation:
     """Weight decay as in optax, which asks for params only if there is any to apply."""
+    if not callable(strength):
+        check_least("weight decay", "weight_decay", strength)
     inner = optax.add_decayed_weights(strength, mask)
 
     def update(updates, state, params=None):
         if params is None:
-            if not isinstance(strength, jax.Array) and strength == 0:
+            if isinstance(strength, numbers.Real) and strength == 0:
                 return updates, state
             raise ValueError(
                 f"weight_decay is {strength}, which needs the parameters; call "

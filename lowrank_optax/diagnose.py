@@ -92,7 +92,7 @@ def matrices(state: Any) -> dict[str, MatricesSummary]:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.lre(1e-2); state = tx.init(jnp.zeros((2, 3)))
       >>> _, state = tx.update(jnp.diag(jnp.array([2.0, 1.0, 0.0]))[:2], state)
-      >>> seen = lro.diagnose.matrices(state)["2x3 float32"]
+      >>> seen = lro.diagnose.matrices(state)["2x3"]
       >>> print((seen.short / seen.short[:, :1]).round(2), seen.captured_energy.round(2))
       [[1.   0.25]] [1.]
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,15 +17,21 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
+from lowrank_optax._entry import attend
 from lowrank_optax._tree import (
     Layout,
+    Step,
+    advance,
     alike,
     check_fits,
+    check_kind,
+    concrete,
     per_leaf,
     repeat,
     spread,
     start,
     step_alike,
+    wide,
 )
 from lowrank_optax._types import (
     NEEDS,
@@ -34,11 +40,12 @@ from lowrank_optax._types import (
     Increment,
     Inner,
     Law,
+    as_size,
     check,
     check_count,
     check_least,
 )
-from lowrank_optax.basis import Basis
+from lowrank_optax.basis import Basis, FullMatrix
 from lowrank_optax.inner import as_inner
 from lowrank_optax.transform import Events, carry, step_inside
 
@@ -75,17 +82,23 @@ class ScaleByMatrixLREState(NamedTuple):
 
     Attributes:
       count: calls of ``update``, dropped steps included.
-      matrices: a `MatricesState` for every shape, by its name, such as ``"64x256 float32"``.
-      rest: state of the transformation of all other leaves.
-      dropped: steps that ``rest`` did not take because something was not finite.
+      matrices: a `MatricesState` for every shape, by its name, such as ``"64x256"``.
+      rest: state of the transformation of all other leaves, in float32 at least.
+      complement: state of the complement, ``()`` unless it is an optax transformation.
+      dropped: steps of a leaf that ``rest`` did not take because something was not finite.
       key: of the randomness still to come.
     """
 
     count: jax.Array
     matrices: Any
     rest: Any
+    complement: Any
     dropped: jax.Array
     key: jax.Array
+
+
+View = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
+"""A function of a leaf's path and shape to the rows and columns it is seen as, or ``None``."""
 
 
 def squarest(shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -108,9 +121,9 @@ def scale_by_matrix_lre(
     *,
     update_every: int | Callable[[jax.Array], jax.Array] = 1,
     warmup_steps: int = 0,
-    view: Callable[[tuple[int, ...]], tuple[int, int] | None] | None = None,
+    view: View | None = None,
     rest: optax.GradientTransformation | None = None,
-    complement: float | jax.Array = 0.0,
+    complement: float | jax.Array | optax.GradientTransformation | None = None,
     largest: int | None = None,
     dtype: Any = None,
     seed: int = 0,
@@ -167,10 +180,12 @@ def scale_by_matrix_lre(
       warmup_steps: first steps that build the bases and return zeros for the matrices. With two
         bases of full rank that have seen one gradient only, it is diagonal in them, and the rest of
         its coordinates rounding, which Adam would blow up.
-      view: a function of a leaf's shape to ``(rows, columns)``, to which it is reshaped, or
-        ``None`` to leave it to ``rest``; by default `squarest`.
-      rest: of the leaves that are no matrices, by default `optax.scale_by_adam`.
-      complement: ``gamma``, 0 drops what is outside the bases.
+      view: a function of a leaf's path and shape to ``(rows, columns)``, to which it is reshaped,
+        or ``None`` to leave it to ``rest``; by default `squarest` of the shape.
+      rest: the optimizer of the leaves that are no matrices, by default `optax.scale_by_adam`. It
+        sees them in float32 at least.
+      complement: what becomes of ``G - Q_S Q_S^T G Q_L Q_L^T``: dropped (``None``), scaled by a
+        number ``gamma``, or passed through an optax transformation.
       largest: sides longer than this have no basis, and matrices of which no side has one are left
         to ``rest``; ``None`` for no limit. What a full basis costs grows with the cube.
       dtype: of the stored rows, for bases that store rows in the leaf's dtype; by default that.
@@ -193,6 +208,37 @@ def scale_by_matrix_lre(
     ICML 2024; Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024; Gupta, Koren
     and Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", ICML 2018.
     """
+    engine = matrix_engine(
+        short,
+        long,
+        inner,
+        update_every=update_every,
+        warmup_steps=warmup_steps,
+        view=view,
+        rest=rest,
+        complement=complement,
+        largest=largest,
+        dtype=dtype,
+        seed=seed,
+    )
+    return optax.GradientTransformationExtraArgs(engine.init, engine.update)
+
+
+def matrix_engine(
+    short,
+    long,
+    inner,
+    *,
+    update_every=1,
+    warmup_steps=0,
+    view=None,
+    rest=None,
+    complement=None,
+    largest=None,
+    dtype=None,
+    seed=0,
+) -> "MatrixEngine":
+    """The engine of `scale_by_matrix_lre`, its arguments checked."""
     rule, sides = as_inner(inner), tuple(basis for basis in (short, long) if basis is not None)
     check(sides, f"{OWNER}: short and long are None; pass a basis for one side at least.")
     for basis in sides:
@@ -207,49 +253,36 @@ def scale_by_matrix_lre(
     check_count(OWNER, "warmup_steps", warmup_steps, 0)
     check(
         view is None or callable(view),
-        f"{OWNER}: view is {view!r}; pass a function of a leaf's shape, such as "
-        "lowrank_optax.squarest.",
+        f"{OWNER}: view is {view!r}; pass a function of a leaf's path and shape, such as "
+        "lambda path, shape: lowrank_optax.squarest(shape).",
     )
     check(
         rest is None or isinstance(rest, optax.GradientTransformation),
         f"{OWNER}: rest is {rest!r}; pass an optax.GradientTransformation.",
     )
-    if not isinstance(complement, jax.Array):
+    called = lambda tx: optax.with_extra_args_support(
+        tx._replace(update=_linalg.as_called(tx.update))
+    )
+    if isinstance(complement, optax.GradientTransformation):
+        complement = called(complement)
+    elif complement is not None:
         check_least(OWNER, "complement", complement)
-    if largest is not None:
-        check_count(OWNER, "largest", largest)
     check(
         dtype is None or jnp.issubdtype(dtype, jnp.floating),
         f"{OWNER}: dtype is {dtype!r}; pass a floating-point dtype such as jnp.bfloat16.",
     )
-    others = rest or optax.scale_by_adam()
-
-    def seen(shape: tuple[int, ...]) -> tuple[int, int] | None:
-        found = (view or squarest)(shape)
-        if found is None or largest is None or len(found) != 2:
-            return found
-        pairs = zip((short, long), sorted(found), strict=True)
-        return found if any(b is not None and size <= largest for b, size in pairs) else None
-
-    others = optax.masked(
-        others._replace(update=_linalg.as_called(others.update)),
-        partial(jax.tree.map, lambda x: seen(jnp.shape(x)) is None),
-    )
-    engine = _Engine(
+    return MatrixEngine(
         short,
         long,
         rule,
         update_every,
         warmup_steps,
-        seen,
-        others,
+        view or (lambda path, shape: squarest(shape)),
+        called(rest or optax.scale_by_adam()),
         complement,
-        largest,
+        None if largest is None else as_size(OWNER, "largest", largest),
         dtype,
         seed,
-    )
-    return optax.GradientTransformationExtraArgs(
-        _linalg.exact(engine.init), _linalg.exact(engine.update)
     )
 
 
@@ -273,25 +306,27 @@ class _Matrices:
     def of(cls, layout: Layout, views: Sequence[Any], rows: Any) -> dict[str, "_Matrices"]:
         """The matrices of a tree by the names of their shapes."""
         found: dict[str, list[int]] = {}
-        for i, (view, dtype) in enumerate(zip(views, layout.dtypes, strict=True)):
+        for i, view in enumerate(views):
             if view is not None:
-                found.setdefault(f"{min(view)}x{max(view)} {dtype}", []).append(i)
-        return {
-            name: cls(
-                tuple(at),
-                tuple(views[i][0] > views[i][1] for i in at),
-                *(
-                    Layout.of(
-                        [jax.ShapeDtypeStruct((size,), layout.dtypes[i]) for i in at],
-                        per_leaf,
-                        rows,
-                        OWNER,
-                    )
-                    for size in sorted(views[at[0]])
-                ),
-            )
-            for name, at in found.items()
-        }
+                found.setdefault(f"{min(view)}x{max(view)}", []).append(i)
+        return {name: cls._alike(layout, views, rows, at) for name, at in found.items()}
+
+    @classmethod
+    def _alike(cls, layout: Layout, views: Sequence[Any], rows: Any, at: list[int]):
+        """The leaves ``at`` these places, all of one shape; of several dtypes the widest is it."""
+        dtype = jnp.result_type(*(layout.dtypes[i] for i in at))
+        sides = (
+            Layout.of([jax.ShapeDtypeStruct((size,), dtype)] * len(at), per_leaf, rows, OWNER)
+            for size in sorted(views[at[0]])
+        )
+        return cls(tuple(at), tuple(views[i][0] > views[i][1] for i in at), *sides)
+
+    def kept_in(self, state: "MatricesState") -> "_Matrices":
+        """The matrices in the dtypes of their state."""
+        dtype = state.captured.dtype
+        sides = ((self.short, state.short), (self.long, state.long))
+        short, long = (one.kept_in(dtype, getattr(side, "rows", ())) for one, side in sides)
+        return dataclasses.replace(self, short=short, long=long)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -316,8 +351,31 @@ class _Matrices:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Engine:
+class _Looked(NamedTuple):
+    """What a step of all matrices of one shape knows before its bases turn; see `_look`."""
+
+    g: jax.Array
+    square: jax.Array
+    accept: jax.Array
+    due: jax.Array
+    turning: jax.Array
+    broken: jax.Array
+    sides: list[tuple[Any, Increment]]
+    inner: Any
+    key: jax.Array
+
+
+class _Turned(NamedTuple):
+    """The bases of all matrices of one shape, their inner states, and which bases failed."""
+
+    short: Any
+    long: Any
+    inner: Any
+    failed: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MatrixEngine:
     """The parts of one optimizer, and the step they make together."""
 
     short: Basis | None
@@ -325,13 +383,14 @@ class _Engine:
     inner: Inner
     update_every: Any
     warmup_steps: Any
-    view: Callable[[tuple[int, ...]], tuple[int, int] | None]
+    view: View
     rest: optax.GradientTransformationExtraArgs
     complement: Any
     largest: Any
     dtype: Any
     seed: Any
 
+    @_linalg.exact
     def init(self, params: Any) -> ScaleByMatrixLREState:
         return start(self._init, params)
 
@@ -361,65 +420,133 @@ class _Engine:
             )
 
         layout = Layout.of(params, None, self.dtype, OWNER)
-        matrices = self._matrices(layout)
+        views = self._views(layout)
+        matrices = _Matrices.of(layout, views, self.dtype)
+        # `optax.tree.map_params` inits a tree without leaves, to find out where parameters are: one
+        # number stands for all of this, of which nothing has the structure of the parameters.
+        known = lambda make: make() if layout.names else jnp.zeros(())
+        through = isinstance(self.complement, optax.GradientTransformation)
         return ScaleByMatrixLREState(
             count=jnp.zeros((), jnp.int32),
-            # `optax.tree.map_params` inits a tree without leaves, to find out where parameters are:
-            # one leaf stands for all of this.
-            matrices={name: deal(begin(kind), layout.mesh) for name, kind in matrices.items()}
-            if layout.names
-            else jnp.zeros(()),
-            rest=self.rest.init(params),
+            matrices=known(
+                lambda: {name: deal(begin(kind), layout.mesh) for name, kind in matrices.items()}
+            ),
+            rest=known(lambda: self.rest.init(_others(layout, views, params))),
+            complement=known(
+                lambda: self.complement.init(_others(layout, views, params, matrices=True))
+            )
+            if through
+            else (),
             dropped=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(key),
         )
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any):
-        layout = Layout.of(updates, None, self.dtype, OWNER)
+        return self.step(updates, state, params, extra)[:2]
+
+    @_linalg.exact
+    def step(self, updates: Any, state: Any, params: Any, extra: dict[str, Any]):
+        """Updates, state, and which leaves were dropped for something that is not finite."""
+        params, extra = attend(OWNER, updates, params, extra)
+        check_kind(OWNER, state, ScaleByMatrixLREState)
+        layout = self.layout(updates, state, params)
         if not layout.names:
-            return updates, state._replace(count=_linalg.tally(state.count))
-        check_fits(OWNER, state, jax.eval_shape(self.init, updates), but="rest")
-        return step_alike(self._update, updates, state, params, extra)
+            return updates, state._replace(count=_linalg.tally(state.count)), []
+        check_fits(OWNER, state, self.init, (layout.example,), self._known, but="rest")
+        return step_alike(self._step, updates, state, params, extra)
+
+    @cached_property
+    def _step(self) -> Step:
+        return Step(self._update)
+
+    @cached_property
+    def _known(self) -> set[Any]:
+        return set()
+
+    def layout(self, updates: Any, state: ScaleByMatrixLREState, params: Any) -> Layout:
+        """The layout that ``init`` saw: that of the parameters or, without them, of the state."""
+        layout = Layout.of(updates if params is None else params, None, self.dtype, OWNER)
+        if params is None:
+            dtypes = list(layout.dtypes)
+            for name, kind in _Matrices.of(layout, self._views(layout), self.dtype).items():
+                if name in state.matrices:
+                    short = kind.kept_in(state.matrices[name]).short
+                    for i in kind.leaves:
+                        same = jnp.promote_types(dtypes[i], jnp.float32) == short.dtype
+                        stored = short.dtypes[0] if short.dtypes != kind.short.dtypes else None
+                        dtypes[i] = stored or (dtypes[i] if same else short.dtype)
+            layout = dataclasses.replace(layout, dtypes=tuple(dtypes))
+        return layout.on(updates)
 
     def _update(self, updates: Any, state: Any, params: Any, arrays: Any, **functions: Any):
-        layout = Layout.of(updates, None, self.dtype, OWNER)
-        matrices, extra = self._matrices(layout), arrays | functions
+        layout, extra = self.layout(updates, state, params), arrays | functions
+        views = self._views(layout)
+        matrices = _Matrices.of(layout, views, self.dtype)
+        matrices = {name: kind.kept_in(state.matrices[name]) for name, kind in matrices.items()}
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
-        leaves, rest, fine = self._others(layout, matrices, updates, state.rest, params, extra)
-        new, given = {}, layout.leaves(updates)
-        for i, (name, kind) in enumerate(matrices.items()):
-            step, new[name] = self._step(
-                kind,
-                deal(kind.read(given), layout.mesh),
-                state.matrices[name],
-                jax.random.fold_in(key, i),
+        leaves, rest, dropped = self._others(layout, views, updates, state.rest, params, extra)
+
+        # All matrices look at their gradients; the bases that are due turn in one loop.
+        given = layout.leaves(updates)
+        looked = {
+            name: self._look(kind, deal(kind.read(given), layout.mesh), state.matrices[name], k)
+            for (name, kind), k in zip(
+                matrices.items(), jax.random.split(key, max(1, len(matrices))), strict=False
+            )
+        }
+        turned = self._turned(matrices, looked)
+
+        new, apart = {}, {}
+        for name, kind in matrices.items():
+            step, rest_of_it, new[name], bad = self._finish(
+                kind, looked[name], turned[name], state.matrices[name]
             )
             # Taken from their devices all at once: one by one they would go to every device.
             leaves |= kind.write(spread(step, layout.mesh, (1, 2)))
-        return layout.unflatten([leaves[i] for i in range(len(leaves))]), ScaleByMatrixLREState(
+            if rest_of_it is not None:
+                apart |= kind.write(spread(rest_of_it, layout.mesh, (1, 2)))
+            dropped |= dict(zip(kind.leaves, bad, strict=True))
+        leaves, beyond = self._beyond(layout, views, leaves, apart, dropped, state, params, extra)
+        leaves = [leaves[i] for i in range(len(layout.names))]
+        dropped = [dropped[i] for i in range(len(layout.names))]
+        others = [x for x, view in zip(dropped, views, strict=True) if view is None]
+        new_state = ScaleByMatrixLREState(
             count=_linalg.tally(state.count, period=_linalg.DRAWS),
             matrices=new,
             rest=rest,
-            dropped=_linalg.tally(state.dropped, ~fine),
+            complement=beyond,
+            dropped=_linalg.tally(state.dropped, sum(jnp.asarray(x, jnp.int32) for x in others)),
             key=state.key,
         )
+        return layout.unflatten(leaves, updates), new_state, dropped
 
-    def _others(self, layout: Layout, matrices, updates, old, params, extra):
-        """The step of the leaves that are no matrices; none at all where one is not finite."""
-        taken = {i for kind in matrices.values() for i in kind.leaves}
-        mine = lambda tree: {i: x for i, x in enumerate(layout.leaves(tree)) if i not in taken}
-        given = mine(updates)
-        step, new = self.rest.update(updates, old, params, **extra)
-        step = mine(step)
+    def _others(self, layout: Layout, views, updates, old, params, extra):
+        """The step of the leaves that are no matrices, judged leaf by leaf.
+
+        Their updates and which of them were dropped by place, and the state.
+        """
+        if all(view is not None for view in views):
+            return {}, old, {}
+        at = [i for i, view in enumerate(views) if view is None]
+        given, mine = layout.leaves(updates), partial(_others, layout, views)
+        sound = {i: _linalg.finite(jnp.sum(jnp.square(wide(given[i])))) for i in at}
+        clean = [jnp.where(sound[i], x, 0) if i in sound else x for i, x in enumerate(given)]
+        step, new = self.rest.update(
+            mine(layout.tree(clean)), old, None if params is None else mine(params), **extra
+        )
+        step = layout.leaves(step)
         # A second moment that overflowed would divide by infinity for ever.
         burst = [
             jnp.where(jnp.isfinite(y), x, 0)
             for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
             if jnp.issubdtype(x.dtype, jnp.inexact)
         ]
-        fine = _linalg.finite(*given.values(), *step.values(), *burst, jnp.zeros(()))
-        step = {i: jnp.where(fine, jnp.reshape(x, -1), 0) for i, x in step.items()}
-        return step, jax.tree.map(partial(jnp.where, fine), new, old), fine
+        whole = _linalg.finite(*burst, jnp.zeros(()))
+        sound = {i: ok & whole & _linalg.finite(step[i]) for i, ok in sound.items()}
+        on = layout.tree([sound.get(i, optax.MaskedNode()) for i in range(len(views))])
+        state = advance(self.rest, on, new, old)
+        step = {i: jnp.where(ok, jnp.reshape(step[i], -1), 0) for i, ok in sound.items()}
+        return step, state, {i: ~ok for i, ok in sound.items()}
 
     def _sides(self, kind: _Matrices) -> tuple[tuple[Basis | None, Layout], ...]:
         """The bases of both sides, their ranks cut to what there is, with their layouts."""
@@ -429,87 +556,170 @@ class _Engine:
         )
         return (_cut(short, kind.short), kind.short), (_cut(long, kind.long), kind.long)
 
-    def _matrices(self, layout: Layout) -> dict[str, _Matrices]:
-        views = [self.view(shape) for shape in layout.shapes]
-        for name, shape, view in zip(layout.names, layout.shapes, views, strict=True):
-            check(
-                view is None or (len(view) == 2 and math.prod(view) == math.prod(shape) > 0),
-                f"{OWNER}: view gives {view} for the leaf {name or 'of the tree'} of shape {shape};"
-                " return two sizes with as many entries, or None.",
-            )
-        return _Matrices.of(layout, views, self.dtype)
+    def _views(self, layout: Layout) -> list[tuple[int, int] | None]:
+        """How every leaf is seen."""
+        return [
+            self._seen(name, path, shape)
+            for name, path, shape in zip(layout.names, layout.paths, layout.shapes, strict=True)
+        ]
 
-    def _step(self, kind: _Matrices, g: jax.Array, old: MatricesState, key: jax.Array):
-        """The step of all matrices of one shape, ``(n, a, b)``."""
+    def _seen(self, name: str, path: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        view = self.view(path, shape)
+        check(
+            view is None or (len(view) == 2 and math.prod(view) == math.prod(shape) > 0),
+            f"{OWNER}: view gives {view} for the leaf {name or 'of the tree'} of shape {shape};"
+            " return two sizes with as many entries, or None.",
+        )
+        if view is None or self.largest is None:
+            return view
+        pairs = zip((self.short, self.long), sorted(view), strict=True)
+        return view if any(b is not None and size <= self.largest for b, size in pairs) else None
+
+    def _look(self, kind: _Matrices, g: jax.Array, old: MatricesState, key: jax.Array) -> "_Looked":
+        """What a step of all matrices of one shape, ``(n, a, b)``, knows before its bases turn."""
         square = jnp.sum(g**2, axis=(1, 2))
         accept = jnp.isfinite(square) & (square > 0)
         every: Any = self.update_every
         period: Any = every(old.steps) if callable(every) else every
         due = accept & ((old.since + 1 >= period) | (old.steps == 0))
-
-        # The bases absorb columns and rows, and the inner state moves with them.
-        start = (old.short, old.long, old.inner, jnp.zeros_like(due))
-        refresh = lambda _, now: self._refresh(kind, g, due, key, *now[:3])
-        always = isinstance(every, numbers.Integral) and every == 1
-        short, long, inside, failed = (
-            refresh(0, start) if always else repeat(jnp.any(due), refresh, start)
-        )
-        accept = accept & ~failed
-
-        # The inner parts run on the flattened coordinates.
-        warm = old.steps >= self.warmup_steps
-        u0 = jnp.where(accept[:, None, None], self._project(kind, short, long, g), 0)
-        context = Context(
-            jnp.reshape(u0, (len(u0), -1)), self._eigenbasis(kind, short, long), due & ~failed
-        )
-        u, inside, fine = jax.vmap(partial(step_inside, self.inner))(
-            context.g, inside, context, accept & warm
-        )
-        taken = accept & fine
-
-        # Back to the matrices, with what becomes of the part of them outside the bases.
-        scale, moves = jnp.asarray(self.complement, g.dtype), (taken & warm)[:, None, None]
-        u = jnp.reshape(u, u0.shape) - jnp.where(moves, scale * u0, 0)
-        step = self._unproject(kind, short, long, u)
-        step = step + scale * jnp.where(moves, g, 0)
-        failures = Events(~jnp.isfinite(square), square == 0, failed, accept & ~fine)
-        captured = _linalg.safe_divide(jnp.sum(u0**2, axis=(1, 2)), square)
-        return step, MatricesState(
-            steps=_linalg.tally(old.steps, taken),
-            since=jnp.where(due & ~failed, 0, _linalg.tally(old.since, taken)),
-            short=short,
-            long=long,
-            inner=inside,
-            events=jax.tree.map(_linalg.tally, old.events, failures),
-            captured=jnp.where(taken, captured, old.captured),
-        )
-
-    def _refresh(self, kind: _Matrices, g, due, key, short, long, inner):
-        """One update of both bases; the inner state carried to them, and which ones failed."""
-        states, changes, failed = [], [], jnp.zeros_like(due)
-        columns = jnp.swapaxes(g, 1, 2), g
-        for (basis, layout), state, y, k in zip(
-            self._sides(kind), (short, long), columns, jax.random.split(key), strict=True
+        sides, turning, broken = [], jnp.zeros_like(due), jnp.zeros_like(due)
+        for (basis, layout), state, y in zip(
+            self._sides(kind), (old.short, old.long), (jnp.swapaxes(g, 1, 2), g), strict=True
         ):
-            if basis is None:
-                states.append(state)
-                changes.append(None)
-                continue
             known = Increment(
                 [x.astype(t) for x, t in zip(y, layout.rows, strict=True)],
                 jnp.ones(y.shape[:2], layout.dtype),
                 # Without it a full matrix would start as the identity, which rounds gradients away.
                 initial=jnp.zeros(layout.n, layout.dtype),
             )
-            done = basis.absorb(layout, state, known, due, k)
+            # A matrix takes every gradient in, and turns now and then.
+            if isinstance(basis, FullMatrix):
+                state, ok, bad = basis.gather(layout, state, known, due)
+                turning, broken = turning | (ok & basis.turning(state)), broken | bad
+            elif basis is not None:
+                turning = due
+            sides.append((state, known))
+        return _Looked(g, square, accept, due, turning, broken, sides, old.inner, key)
+
+    def _turned(self, matrices: dict[str, _Matrices], looked: dict[str, "_Looked"]):
+        """The bases and inner states of all shapes after those that are due have turned.
+
+        One loop for all: an accelerator has to wait for each, to know whether it runs.
+        """
+        start = {
+            name: _Turned(
+                *(state for state, _ in looked[name].sides),
+                looked[name].inner,
+                jnp.zeros_like(looked[name].due),
+            )
+            for name in matrices
+        }
+        turn = lambda _, now: {
+            name: self._turn(kind, looked[name], now[name]) for name, kind in matrices.items()
+        }
+        if not matrices:
+            return start
+        if self._always:
+            return turn(0, start)
+        return repeat(_any([x.turning for x in looked.values()]), turn, start)
+
+    @property
+    def _always(self) -> bool:
+        """Whether it is known before tracing that every step turns a basis."""
+        one = lambda n: isinstance(n, numbers.Integral) and n == 1
+        bases = [b for b in (self.short, self.long) if b is not None]
+        lazy = [isinstance(b, FullMatrix) and not one(b.every) for b in bases]
+        return one(self.update_every) and not all(lazy)
+
+    def _turn(self, kind: _Matrices, seen: "_Looked", now: "_Turned") -> "_Turned":
+        """One update of both bases; the inner state carried to them, and which ones failed."""
+        states, changes, failed = [], [], now.failed
+        for (basis, layout), state, (_, known), k in zip(
+            self._sides(kind), now[:2], seen.sides, jax.random.split(seen.key), strict=True
+        ):
+            if basis is None:
+                states.append(state)
+                changes.append(None)
+                continue
+            if isinstance(basis, FullMatrix):
+                done = basis.turn(state, seen.due & basis.turning(state))
+            else:
+                done = basis.absorb(layout, state, known, seen.due, k)
             states.append(done.state)
             changes.append(done.c)
             failed = failed | done.failed
-        # A basis may have learned without turning, and moving costs more than the step itself.
-        turned = due & jnp.any(jnp.stack([_turned(c) for c in changes if c is not None]), axis=0)
+        # A basis may have learned without turning.
+        moved = seen.due & _any([_moved(c) for c in changes if c is not None], axis=0)
         move = jax.vmap(partial(carry, self.inner))
-        inner = repeat(jnp.any(turned), lambda _, now: move(tuple(changes), turned, now), inner)
-        return *states, inner, failed
+        return _Turned(*states, move(tuple(changes), moved, now.inner), failed)
+
+    def _finish(self, kind: _Matrices, seen: "_Looked", now: "_Turned", old: MatricesState):
+        """The step of all matrices of one shape, what is left of them outside the bases, the state.
+
+        And which of them were dropped for something that is not finite.
+        """
+        g, failed = seen.g, now.failed | seen.broken
+        accept = seen.accept & ~failed
+
+        # The inner parts run on the flattened coordinates.
+        warm = old.steps >= self.warmup_steps
+        u0 = self._project(kind, now.short, now.long, g)
+        # What is left of entries that are zero in truth; a part such as Adam would blow it up.
+        noise = 4 * jnp.finfo(u0.dtype).eps * jnp.sqrt(jnp.where(accept, seen.square, 0))
+        heard = accept[:, None, None] & (jnp.abs(u0) > noise[:, None, None])
+        u0 = jnp.where(heard, u0, 0)
+        context = Context(
+            jnp.reshape(u0, (len(u0), -1)),
+            self._eigenbasis(kind, now.short, now.long),
+            seen.due & ~failed,
+        )
+        u, inside, fine = jax.vmap(partial(step_inside, self.inner))(
+            context.g, now.inner, context, accept & warm
+        )
+        taken = accept & fine
+
+        # Back to the matrices, with what becomes of the part of them outside the bases.
+        u, moves = jnp.reshape(u, u0.shape), (taken & warm)[:, None, None]
+        back = partial(self._unproject, kind, now.short, now.long)
+        if self.complement is None:
+            step, apart = back(u), None
+        elif isinstance(self.complement, optax.GradientTransformation):
+            step, apart = back(u), jnp.where(moves, g - back(u0), 0)
+        else:
+            gamma, apart = jnp.asarray(self.complement, g.dtype), None
+            step = back(u - jnp.where(moves, gamma * u0, 0)) + gamma * jnp.where(moves, g, 0)
+        failures = Events(~jnp.isfinite(seen.square), seen.square == 0, failed, accept & ~fine)
+        captured = _linalg.safe_divide(jnp.sum(u0**2, axis=(1, 2)), seen.square)
+        state = MatricesState(
+            steps=_linalg.tally(old.steps, taken),
+            since=jnp.where(seen.due & ~failed, 0, _linalg.tally(old.since, taken)),
+            short=now.short,
+            long=now.long,
+            inner=inside,
+            events=jax.tree.map(_linalg.tally, old.events, failures),
+            captured=jnp.where(taken, captured, old.captured),
+        )
+        return step, apart, state, failures.nonfinite | failures.eigh | failures.inner
+
+    def _beyond(self, layout, views, leaves, apart, dropped, state, params, extra):
+        """The leaves with what an optax transformation makes of the part outside the bases."""
+        tx, old = self.complement, state.complement
+        if not isinstance(tx, optax.GradientTransformation) or not apart:
+            return leaves, old
+        theirs = partial(_others, layout, views, matrices=True)
+        tree = layout.tree(
+            [
+                jnp.reshape(apart[i], shape) if i in apart else optax.MaskedNode()
+                for i, shape in enumerate(layout.shapes)
+            ]
+        )
+        step, new = tx.update(tree, old, None if params is None else theirs(params), **extra)
+        sound = {i: ~dropped[i] for i in apart}
+        on = layout.tree([sound.get(i, optax.MaskedNode()) for i in range(len(views))])
+        step = layout.leaves(step)
+        return leaves | {
+            i: leaves[i] + jnp.where(ok, jnp.reshape(step[i], -1), 0) for i, ok in sound.items()
+        }, advance(tx, on, new, old)
 
     def _eigenbasis(self, kind: _Matrices, short: Any, long: Any) -> Eigenbasis:
         """Those of both sides multiplied, ``(n, r_S r_L)``; of one side spread over the other."""
@@ -558,9 +768,26 @@ def _cut(basis: Basis | None, layout: Layout) -> Any:
     return dataclasses.replace(basis, rank=layout.dims[0])  # pyright: ignore[reportArgumentType]
 
 
-def _turned(c: jax.Array) -> jax.Array:
+def _moved(c: jax.Array) -> jax.Array:
     """Whether a change of basis, ``(n, r, r)``, is any, ``(n,)``."""
     return jnp.any(c != jnp.eye(c.shape[-1], dtype=c.dtype), axis=(1, 2))
+
+
+def _any(flags: Sequence[jax.Array], axis: int | None = None) -> jax.Array:
+    """Whether any of several arrays of booleans is true."""
+    if axis is None:
+        return jnp.any(jnp.concatenate(list(flags)))
+    return jnp.any(jnp.stack(list(flags)), axis=axis)
+
+
+def _others(layout: Layout, views: Sequence[Any], tree: Any, matrices: bool = False) -> Any:
+    """The tree of the leaves that are no matrices, or of those that are, in float32 at least."""
+    return layout.tree(
+        [
+            wide(x) if (view is not None) == matrices else optax.MaskedNode()
+            for x, view in zip(layout.leaves(tree), views, strict=True)
+        ]
+    )
 
 
 def _check_parts(bases: Sequence[Basis], inner: Inner) -> None:
@@ -584,7 +811,7 @@ def orthogonalize(
     rms: float = 0.2,
     *,
     iterations: int = 5,
-    view: Callable[[tuple[int, ...]], tuple[int, int] | None] | None = None,
+    view: View | None = None,
 ) -> optax.GradientTransformation:
     r"""Replaces every matrix-shaped update by its orthogonal polar factor, as Muon does.
 
@@ -608,7 +835,8 @@ def orthogonalize(
       rms: root mean square of the entries of an update of full rank, ``rho``; that of Adam's
         updates is about .2.
       iterations: of Newton–Schulz.
-      view: a function of a leaf's shape to ``(rows, columns)`` or ``None``; by default `squarest`.
+      view: a function of a leaf's path and shape to ``(rows, columns)`` or ``None``; by default
+        `squarest` of the shape.
 
     Raises:
       ValueError: for an ``rms`` or a number of iterations out of range.
@@ -620,7 +848,7 @@ def orthogonalize(
     """
     check_least("orthogonalize", "rms", rms, strict=True)
     check_count("orthogonalize", "iterations", iterations)
-    seen = view or squarest
+    seen = view or (lambda path, shape: squarest(shape))
 
     def polar(g: jax.Array) -> jax.Array:
         """Of one matrix that is not higher than wide."""
@@ -639,10 +867,11 @@ def orthogonalize(
         return jnp.where(sound, rms * g.shape[1] ** 0.5 * y, g)
 
     def step(updates: Any) -> tuple[Any]:
-        leaves, treedef = jax.tree.flatten(updates)
+        paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
+        leaves = [x for _, x in paths]
         kinds: dict[Any, list[int]] = {}
-        for i, x in enumerate(leaves):
-            size = seen(x.shape)
+        for i, (path, x) in enumerate(paths):
+            size = seen(path, x.shape)
             if size is not None:
                 kinds.setdefault((x.shape, size, x.dtype), []).append(i)
         for (shape, size, dtype), members in kinds.items():
@@ -655,7 +884,11 @@ def orthogonalize(
                 leaves[i] = x
         return (treedef.unflatten(leaves),)
 
+    compiled = jax.jit(step)
+
     def update(updates: Any, state: Any, params: Any = None):
+        if concrete(updates):  # outside of `jax.jit` the loop would be compiled at every call
+            return *compiled(updates), state
         return *alike(step, (updates,), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -8,15 +8,27 @@ basis, the inner state moves with it by ``C = Q_new^T Q_old``, the inner parts t
 import dataclasses
 import numbers
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, check_fits, repeat, stack, start, step_alike
+from lowrank_optax._entry import attend
+from lowrank_optax._tree import (
+    Layout,
+    Step,
+    advance,
+    check_fits,
+    check_kind,
+    repeat,
+    stack,
+    start,
+    step_alike,
+)
 from lowrank_optax._types import (
     NEEDS,
     Context,
@@ -30,8 +42,11 @@ from lowrank_optax._types import (
     check_least,
 )
 from lowrank_optax.basis import Basis
+from lowrank_optax.basis._basis import Spectrum
 from lowrank_optax.curvature import Curvature, Evidence, Observation
 from lowrank_optax.inner import LPower, as_inner
+
+OWNER = "scale_by_lre"
 
 
 class Events(NamedTuple):
@@ -183,6 +198,35 @@ def scale_by_lre(
 
     Source: the original LRE; for the products see `lowrank_optax.alias`.
     """
+    engine = vector_engine(
+        curvature,
+        basis,
+        inner,
+        update_every=update_every,
+        warmup_steps=warmup_steps,
+        symmetrize=symmetrize,
+        complement=complement,
+        groups=groups,
+        dtype=dtype,
+        seed=seed,
+    )
+    return optax.GradientTransformationExtraArgs(engine.init, engine.update)
+
+
+def vector_engine(
+    curvature,
+    basis,
+    inner,
+    *,
+    update_every=1,
+    warmup_steps=0,
+    symmetrize=True,
+    complement=None,
+    groups=None,
+    dtype=None,
+    seed=0,
+) -> "VectorEngine":
+    """The engine of `scale_by_lre`, its arguments checked."""
     check(
         isinstance(curvature, Curvature),
         f"scale_by_lre: curvature is {curvature!r}; pass a part "
@@ -208,7 +252,7 @@ def scale_by_lre(
     )
     if isinstance(complement, int | float):
         check_least("scale_by_lre", "complement", complement)
-    kinds = (int, float, jax.Array, LPower, optax.GradientTransformation)
+    kinds = (int, float, jax.Array, np.ndarray, np.generic, LPower, optax.GradientTransformation)
     check(
         complement is None or isinstance(complement, kinds),
         f"scale_by_lre: complement is {complement!r}; pass a number, an optax transformation, or a "
@@ -218,7 +262,7 @@ def scale_by_lre(
         complement = optax.with_extra_args_support(complement)
         complement = complement._replace(update=_linalg.as_called(complement.update))
     _check_product(curvature, basis, rule, complement)
-    engine = _Engine(
+    return VectorEngine(
         curvature,
         basis,
         rule,
@@ -229,9 +273,6 @@ def scale_by_lre(
         groups,
         dtype,
         seed,
-    )
-    return optax.GradientTransformationExtraArgs(
-        _linalg.exact(engine.init), _linalg.exact(engine.update)
     )
 
 
@@ -248,8 +289,8 @@ class _Refreshed(NamedTuple):
     product: jax.Array | None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Engine:
+@dataclasses.dataclass(frozen=True, eq=False)
+class VectorEngine:
     """The parts of one optimizer, and the step they make together."""
 
     curvature: Curvature
@@ -268,6 +309,7 @@ class _Engine:
         """Whether it is known before tracing that each step updates the basis."""
         return isinstance(self.update_every, numbers.Integral) and self.update_every == 1
 
+    @_linalg.exact
     def init(self, params: Any) -> ScaleByLREState:
         return start(self._init, params)
 
@@ -296,16 +338,39 @@ class _Engine:
         )
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any):
-        layout = Layout.of(updates, self.groups, self.dtype)
-        like = jax.eval_shape(self.init, updates)
-        check_fits("scale_by_lre", state, like, but="complement")  # that is the user's own
+        return self.step(updates, state, params, extra)[:2]
+
+    @_linalg.exact
+    def step(self, updates: Any, state: Any, params: Any, extra: dict[str, Any]):
+        """Updates, state, and which leaves were dropped for something that is not finite."""
+        params, extra = attend(OWNER, updates, params, extra)
+        check_kind(OWNER, state, ScaleByLREState)
+        layout = self.layout(updates, state, params)
         if not layout.names:
-            return updates, state._replace(count=_linalg.tally(state.count))
-        return step_alike(self._update, updates, state, params, extra)
+            return updates, state._replace(count=_linalg.tally(state.count)), []
+        # The complement's state is the user's own.
+        check_fits(OWNER, state, self.init, (layout.example,), self._known, but="complement")
+        return step_alike(self._step, updates, state, params, extra)
+
+    @cached_property
+    def _step(self) -> Step:
+        return Step(self._update)
+
+    @cached_property
+    def _known(self) -> set[Any]:
+        return set()
+
+    def layout(self, updates: Any, state: ScaleByLREState, params: Any) -> Layout:
+        """The layout that ``init`` saw: that of the parameters or, without them, of their rows."""
+        layout = Layout.of(updates if params is None else params, self.groups, self.dtype)
+        if params is None:
+            rows = getattr(state.basis, "rows", ()) if self.dtype is None else ()
+            layout = layout.kept_in(state.metrics.captured.dtype, rows)
+        return layout.on(updates)
 
     def _update(self, updates: Any, state: Any, params: Any, arrays: Any, **functions: Any):
         extra = arrays | functions
-        layout = Layout.of(updates, self.groups, self.dtype)
+        layout = self.layout(updates, state, params)
         count = _linalg.tally(state.count)
         g = layout.flatten(updates)
         square = layout.inner(g, g)
@@ -352,7 +417,7 @@ class _Engine:
         )
         metrics = _measure(u, u0, length, new.c, moved, self.basis.eigenbasis(state.basis).live)
         failures = Events(~jnp.isfinite(square), square == 0, new.failed, accept & ~fine)
-        return layout.unflatten(step), ScaleByLREState(
+        new_state = ScaleByLREState(
             count=count,
             steps=_linalg.tally(state.steps, taken, _linalg.DRAWS),
             since=jnp.where(moved, 0, since),
@@ -366,6 +431,8 @@ class _Engine:
             events=jax.tree.map(_linalg.tally, state.events, failures),
             metrics=jax.tree.map(partial(jnp.where, taken), metrics, state.metrics),
         )
+        dropped = failures.nonfinite | failures.eigh | failures.inner
+        return layout.unflatten(step, updates), new_state, layout.spread(dropped)
 
     def _due(self, state: ScaleByLREState) -> jax.Array:
         """The groups whose basis this step updates, ``(n,)``."""
@@ -437,6 +504,12 @@ class _Engine:
         plain = correction.columns is None and correction.weights is None
         return new, done.u[..., 0] if plain else None
 
+    def _outside(self, new: _Refreshed) -> jax.Array:
+        """The curvature outside the basis, ``(n,)``: what is assumed there, or a bound."""
+        if "outside" in self.curvature.provides:
+            return self.curvature.outside(new.curvature)
+        return self.basis.outside(self.basis.measured(new.basis))  # pyright: ignore
+
     def _unproject(self, layout, new, state, g, u, u0, active, params, extra):
         """``Q u`` plus what becomes of ``g - Q Q^T g``; a scale costs no pass of its own."""
         complement, unproject = self.complement, partial(self.basis.unproject, layout, new.basis)
@@ -447,7 +520,9 @@ class _Engine:
         u0 = jnp.where(active[:, None], u0, 0)
         if not isinstance(complement, optax.GradientTransformation):
             if isinstance(complement, LPower):
-                complement = self.curvature.outside(new.curvature) ** complement.p
+                gamma = self._outside(new)
+                some = gamma != 0
+                complement = jnp.where(some, jnp.where(some, gamma, 1) ** complement.p, 0)
             scale = jnp.broadcast_to(jnp.asarray(complement, layout.dtype), active.shape)
             part = unproject(u - scale[:, None] * u0)
             return [p + s * x for p, s, x in zip(part, layout.spread(scale), g, strict=True)], state
@@ -458,27 +533,15 @@ class _Engine:
             b[0] + jnp.where(a, jnp.reshape(x, -1), 0)
             for a, b, x in zip(on, both, layout.leaves(apart), strict=True)
         ]
-        return step, _advance(complement, layout, active, rest, state)
-
-
-def _advance(tx, layout: Layout, active: jax.Array, new: Any, old: Any) -> Any:
-    """The new state in the ``active`` groups; what belongs to no leaf moves if any group does."""
-    some = jnp.any(active)
-    if layout.n == 1:
-        return jax.tree.map(partial(jnp.where, some), new, old)
-    return optax.tree.map_params(
-        tx,
-        lambda pair, on: jnp.where(on, pair[0], pair[1]),
-        jax.tree.map(lambda a, b: jnp.stack([a, b]), new, old),
-        layout.tree(layout.spread(active)),
-        transform_non_params=lambda pair: jnp.where(some, pair[0], pair[1]),
-    )
+        return step, advance(complement, layout.tree(on), rest, state)
 
 
 def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement: Any) -> None:
     """Refuses combinations in which a part's needs are met by no other."""
     outside = frozenset({"outside"} if isinstance(complement, LPower) else ())
     offers = curvature.provides | basis.provides
+    if isinstance(basis, Spectrum):
+        offers = offers | {"outside"}
     if complement is not None:
         offers = offers | {"complement"}
     for owner, needs in (

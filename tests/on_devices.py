@@ -292,7 +292,7 @@ def matrices(kind, name):
     where = place(mesh, params, rule)
     state, alone, homes = tx.init(where), tx.init(params), None
     assert_placed(state, lro.shardings(tx.init, where))
-    moments = state.matrices["6x8 float64"].inner.mean
+    moments = state.matrices["6x8"].inner.mean
     assert moments.addressable_shards[0].data.shape[0] == 1, moments.sharding
     on_mesh, on_one = jax.jit(lambda g, s, p: tx.update(g, s, p)), jax.jit(tx.update)
     for _ in range(4):

@@ -56,12 +56,12 @@ class Basis(abc.ABC):
     def project(self, layout: Layout, state: Any, vector: Vector | Columns) -> jax.Array:
         """``Q^T v``, ``(n, r)``, or ``(n, r, k)`` for columns: one pass over the rows."""
         return jnp.einsum(
-            "nrm,nm...->nr...", state.t, layout.dot(layout.leaves(state.rows), vector)
+            "nrm,nm...->nr...", state.t, layout.dot(layout.stored(state.rows), vector)
         )
 
     def unproject(self, layout: Layout, state: Any, u: jax.Array) -> Vector | Columns:
         """``Q u``: ``(n, r)`` gives a vector, ``(n, k, r)`` columns. One pass over the rows."""
-        return layout.combine(jnp.einsum("n...r,nrm->n...m", u, state.t), layout.leaves(state.rows))
+        return layout.combine(jnp.einsum("n...r,nrm->n...m", u, state.t), layout.stored(state.rows))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +103,16 @@ class Spectrum:
             abs=self.abs,
             truncate=self.truncate,
         )
+
+    def outside(self, measured: jax.Array) -> jax.Array:
+        """The largest eigenvalue that may have been dropped, ``(n,)``, as one step sees it.
+
+        ``measured``, ``(n, r)``, is what `Basis.measured` gave.
+        """
+        size = jnp.abs(measured)
+        top = jnp.max(size, axis=1, initial=0)
+        least = jnp.maximum(self.eig_tol, _linalg.rounding(measured)) * top
+        return least + self.update_damping + self.update_rdamping * top
 
     def used(self, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Stored eigenvalues ``(r,)`` as one step sees them."""

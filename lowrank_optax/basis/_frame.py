@@ -17,7 +17,7 @@ from lowrank_optax._types import (
     Eigenbasis,
     Increment,
     Vector,
-    check_count,
+    fix_size,
 )
 from lowrank_optax.basis._basis import Basis, Spectrum
 
@@ -114,10 +114,9 @@ class Frame(Basis, Spectrum):
 
     def __post_init__(self):
         Spectrum.__post_init__(self)
-        owner = type(self).__name__
-        check_count(owner, "rank", self.rank)
+        fix_size(self, "rank")
         if self.buffer is not None:
-            check_count(owner, "buffer", self.buffer)
+            fix_size(self, "buffer")
 
     @abc.abstractmethod
     def turn(self, memory: Any, lam: jax.Array, seen: Seen, signed: bool) -> Turn:
@@ -151,7 +150,7 @@ class Frame(Basis, Spectrum):
             lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), self.remember(layout.dtype)
         )
         return FrameState(
-            layout.tree(layout.zeros(m)),
+            layout.store(layout.zeros(m)),
             zeros(m, m),
             zeros(r, m),
             zeros(r),
@@ -225,7 +224,7 @@ class Frame(Basis, Spectrum):
         columns, weights = correction.columns, correction.weights
         k = weights.shape[1]
         state = self._rotate(layout, state, accept & (state.fill + k > self.capacity))
-        rows = layout.leaves(state.rows)
+        rows = layout.stored(state.rows)
         columns = cast_like(columns, rows)
         gram = layout.gram(columns)
         # Scaling by powers of two rounds nothing, and keeps rows and Gram matrix near one.
@@ -254,7 +253,7 @@ class Frame(Basis, Spectrum):
         rows = write(rows, layout, step.slots, columns)
         rows, gram, t = self._refine(layout, (rows, new.gram, new.t), columns, state, step)
         return Absorbed(
-            new._replace(rows=layout.tree(rows), gram=gram, t=t), step.c, step.u, step.failed
+            new._replace(rows=layout.store(rows), gram=gram, t=t), step.c, step.u, step.failed
         )
 
     def _rotate(self, layout: Layout, state: FrameState, when: jax.Array) -> FrameState:
@@ -262,7 +261,7 @@ class Frame(Basis, Spectrum):
         r, m = self.slots, self.slots + self.capacity
         each = layout.spread(state.t)
         rows, measured, _ = rewrite(
-            layout.leaves(state.rows),
+            layout.stored(state.rows),
             layout,
             when,
             r,
@@ -274,7 +273,7 @@ class Frame(Basis, Spectrum):
         t = jax.vmap(_linalg.orthonormalize)(t, gram)
         pick = lambda a, b: jnp.where(when.reshape(-1, *[1] * (a.ndim - 1)), a, b)
         return state._replace(
-            rows=layout.tree(rows),
+            rows=layout.store(rows),
             gram=pick(gram, state.gram),
             t=pick(t, state.t),
             fill=pick(jnp.zeros_like(state.fill), state.fill),

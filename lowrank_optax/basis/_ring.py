@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, cast_like, write
-from lowrank_optax._types import Absorbed, Columns, Increment, check_count
+from lowrank_optax._types import Absorbed, Columns, Increment, fix_size
 from lowrank_optax.basis._basis import Basis, Spectrum
 from lowrank_optax.basis.full import dense
 
@@ -47,7 +47,7 @@ class Ring(Basis):
     rank: int
 
     def __post_init__(self):
-        check_count(type(self).__name__, "rank", self.rank)
+        fix_size(self, "rank")
 
     @abc.abstractmethod
     def factor(self, state: RingState, signed: bool) -> tuple[jax.Array, jax.Array]:
@@ -71,7 +71,7 @@ class Ring(Basis):
         square = lambda: jnp.zeros((n, m, m), layout.dtype)
         line = lambda: jnp.zeros((n, m), layout.dtype)
         return RingState(
-            layout.tree(layout.zeros(m)),
+            layout.store(layout.zeros(m)),
             square(),
             line(),
             jnp.zeros(n, jnp.int32),
@@ -87,7 +87,7 @@ class Ring(Basis):
         accept: jax.Array,
         key: jax.Array,
     ) -> Absorbed:
-        rows = layout.leaves(state.rows)
+        rows = layout.stored(state.rows)
         columns = cast_like(correction.columns, rows)
         absorb = lambda *each: self._absorb(*each, signed=correction.signed)
         small, slots, c, u, failed = jax.vmap(absorb)(
@@ -99,7 +99,7 @@ class Ring(Basis):
             accept,
         )
         rows = write(rows, layout, slots, columns)
-        return Absorbed(small._replace(rows=layout.tree(rows), memory=state.memory), c, u, failed)
+        return Absorbed(small._replace(rows=layout.store(rows), memory=state.memory), c, u, failed)
 
     def _absorb(self, old: RingState, s, gram, y, weights, accept, *, signed):
         """One group: ``s = W Y`` ``(m, k)``, ``gram = Y^T Y`` ``(k, k)``, and ``y`` of `_short`."""

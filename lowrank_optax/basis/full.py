@@ -62,11 +62,16 @@ class FullMatrix(Dense, Spectrum):
 
     ``B_0 = gamma I`` with a curvature that assumes ``gamma`` where nothing was measured.
 
+    The basis is complete: a direction whose eigenvalue rounding cannot tell from zero stays in it,
+    with the eigenvalue 0, so that a gradient that comes there later is not lost. Parts that divide
+    by eigenvalues leave such a direction out.
+
     Args:
       beta: decay; ``None`` sums instead. The start is not corrected for.
       every: corrections from one eigendecomposition to the next, the first included; in between the
         matrix goes on alone.
-      eig_tol: eigenvalues below ``eig_tol * max`` are dropped. For the others see `GGT`.
+      eig_tol: eigenvalues below ``eig_tol * max`` are dropped, and their directions with them where
+        it is above rounding. For the others see `GGT`.
 
     Raises:
       ValueError: for a ``beta``, ``every`` or tolerance out of range.
@@ -109,27 +114,61 @@ class FullMatrix(Dense, Spectrum):
         accept: jax.Array,
         key: jax.Array,
     ) -> Absorbed:
+        new, accept, broken = self.gather(layout, state, correction, accept)
+        when = accept & self.turning(new)
+        still = Absorbed(new, self._still(new), jnp.zeros((layout.n, 0)), jnp.zeros_like(accept))
+        turn = lambda _, now: self.turn(now.state, when, correction.signed)
+        always = isinstance(self.every, numbers.Integral) and self.every == 1
+        done = turn(0, still) if always else repeat(jnp.any(when), turn, still)
+        # A group whose eigenproblem failed has learned nothing.
+        back = lambda a, b: jnp.where(done.failed.reshape(-1, *[1] * (a.ndim - 1)), b, a)
+        kept = jax.tree.map(back, done.state, state)
+        u = kept.t @ jnp.swapaxes(dense(layout, correction.columns), 1, 2)
+        return Absorbed(kept, done.c, u, done.failed | broken)
+
+    def gather(
+        self, layout: Layout, state: FullMatrixState, correction: Increment, accept: jax.Array
+    ) -> tuple[FullMatrixState, jax.Array, jax.Array]:
+        """The matrix alone takes in a correction; who did, and who did not for not being finite."""
         y = dense(layout, correction.columns)
         start = (
             jnp.ones(layout.n, layout.dtype) if correction.initial is None else correction.initial
         )
         matrix = jax.vmap(self._blend)(state, y, correction.weights, start)
-        turn = state.updates % self.every == 0
-        factor = jax.vmap(partial(self._factor, signed=correction.signed))
-        eye = jnp.broadcast_to(jnp.eye(state.t.shape[-1], dtype=state.t.dtype), state.t.shape)
+        fine = jax.vmap(_linalg.finite)(matrix)
+        ok = accept & fine
+        return (
+            state._replace(
+                matrix=jnp.where(ok[:, None, None], matrix, state.matrix),
+                updates=_linalg.tally(state.updates, ok, self.every),
+            ),
+            ok,
+            accept & ~fine,
+        )
 
-        def turned(_, old):
-            lam, t = factor(matrix)
-            return lam, t, jnp.einsum("nrd,nsd->nrs", t, state.t)
+    def turning(self, state: FullMatrixState) -> jax.Array:
+        """Whether the eigenvectors are to follow the matrix as it was gathered last, ``(n,)``."""
+        return (state.updates - 1) % self.every == 0
 
-        still, always = (state.lam, state.t, eye), isinstance(self.every, numbers.Integral)
-        always = always and self.every == 1
-        lam, t, c = turned(0, still) if always else repeat(jnp.any(accept & turn), turned, still)
-        updates = _linalg.tally(state.updates, period=self.every)
-        return Absorbed(*jax.vmap(_accept)(state, matrix, lam, t, c, y, updates, accept, turn))
+    def turn(self, state: FullMatrixState, when: jax.Array, signed: bool = False) -> Absorbed:
+        """New eigenvectors for the groups in ``when``, ``(n,)``."""
+        lam, t = jax.vmap(partial(self._factor, signed=signed))(state.matrix)
+        c = jnp.einsum("nrd,nsd->nrs", t, state.t)
+        fine = jax.vmap(_linalg.finite)(lam, t)
+        ok = when & fine
+        pick = lambda a, b: jnp.where(ok.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+        new = state._replace(t=pick(t, state.t), lam=pick(lam, state.lam))
+        empty = jnp.zeros((len(when), 0))
+        return Absorbed(new, pick(c, self._still(state)), empty, when & ~fine)
+
+    @staticmethod
+    def _still(state: FullMatrixState) -> jax.Array:
+        """No change of basis."""
+        return jnp.broadcast_to(jnp.eye(state.t.shape[-1], dtype=state.t.dtype), state.t.shape)
 
     def eigenbasis(self, state: FullMatrixState) -> Eigenbasis:
-        return Eigenbasis(*jax.vmap(self.used)(state.lam))
+        lam, live = jax.vmap(self.used)(state.lam)
+        return Eigenbasis(lam, live | ((state.lam == 0) & jnp.any(state.t != 0, axis=2)))
 
     def _blend(self, old: FullMatrixState, y, weights, start):
         gain, decay = (1.0, 1.0) if self.beta is None else (1 - self.beta, self.beta)
@@ -137,21 +176,15 @@ class FullMatrix(Dense, Spectrum):
         return decay * jnp.where(first, start, 1) * old.matrix + gain * (y.T * weights) @ y
 
     def _factor(self, matrix: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
-        lam, t = (_linalg.eigh_by_size if signed else _linalg.eigh)(_linalg.symmetrize(matrix))
-        lam, live = self.stored(lam, lam != 0 if signed else lam > 0)
+        """Eigenvalues, 0 where they are dropped, and all eigenvectors but the dropped ones."""
+        top = jnp.max(jnp.abs(matrix))
+        scaled = _linalg.symmetrize(_linalg.safe_divide(matrix, top))
+        lam, t = (_linalg.eigh_by_size if signed else _linalg.eigh)(scaled)
+        lam, live = self.stored(top * lam, lam != 0 if signed else lam > 0)
+        if self.truncate is None:
+            # What only rounding tells from zero has no eigenvalue, and is a direction all the same.
+            live = live | (self.eig_tol <= _linalg.rounding(lam))
         return lam, jnp.where(live[:, None], t, 0)
-
-
-def _accept(old: FullMatrixState, matrix, lam, t, c, y, updates, accept, turn):
-    """One group: what of the new it takes."""
-    fine = _linalg.finite(matrix, lam, t)
-    ok = accept & fine
-    new = FullMatrixState(matrix, t, lam, updates)
-    new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-    pick = partial(jnp.where, turn)
-    new = new._replace(t=pick(new.t, old.t), lam=pick(new.lam, old.lam))
-    c = jnp.where(ok & turn, c, jnp.eye(t.shape[0], dtype=t.dtype))
-    return new, c, new.t @ y.T, accept & ~fine
 
 
 def dense(layout: Layout, columns: Columns) -> jax.Array:

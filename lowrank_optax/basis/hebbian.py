@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import _linalg
-from lowrank_optax._types import check, check_count, check_decay, check_least
+from lowrank_optax._types import check, check_decay, check_least, fix_size
 from lowrank_optax.basis.trackers import Tracker
 
 
@@ -165,7 +165,7 @@ class CayleyAdamG(Rule):
         check_decay("CayleyAdamG", "b2", self.b2)
         check_least("CayleyAdamG", "eps", self.eps)
         check_least("CayleyAdamG", "q", self.q, strict=True)
-        check_count("CayleyAdamG", "iterations", self.iterations)
+        fix_size(self, "iterations")
 
     def spare(self, rank: int) -> int:
         return rank if self.b1 else 0

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import _linalg
 from lowrank_optax._tree import Layout, cast_like, cholesky_qr, rewrite
-from lowrank_optax._types import Absorbed, Eigenbasis, Increment, check_count
+from lowrank_optax._types import Absorbed, Eigenbasis, Increment, check_count, fix_size
 from lowrank_optax.basis._basis import Basis
 
 
@@ -62,7 +62,7 @@ class Random(Basis):
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
-        check_count("Random", "rank", self.rank)
+        fix_size(self, "rank")
         if self.redraw is not None:
             check_count("Random", "redraw", self.redraw)
 
@@ -73,7 +73,7 @@ class Random(Basis):
         n, r = layout.n, self.rank
         square = lambda: jnp.zeros((n, r, r), layout.dtype)
         return RandomState(
-            layout.tree(layout.zeros(r)),
+            layout.store(layout.zeros(r)),
             square(),
             square(),
             jnp.zeros((n, r), layout.dtype),
@@ -100,7 +100,7 @@ class Random(Basis):
             return jax.vmap(normal, out_axes=1)(keys) * each[leaf][:, None]
 
         rows, gram, cross = rewrite(
-            layout.leaves(state.rows), layout, drawn, self.rank, draw, cross=True
+            layout.stored(state.rows), layout, drawn, self.rank, draw, cross=True
         )
         rows, gram, t, total = cholesky_qr(rows, layout, gram, drawn)
         # A factorisation that failed leaves an empty basis, to be drawn again at the next update.
@@ -114,7 +114,7 @@ class Random(Basis):
         lam = jnp.where(drawn[:, None], (live & fine[:, None]).astype(t.dtype), state.lam)
         u = t @ layout.dot(rows, cast_like(correction.columns, rows))
         new = RandomState(
-            layout.tree(rows),
+            layout.store(rows),
             pick(gram, state.gram),
             t,
             lam,

@@ -21,6 +21,7 @@ from lowrank_optax._types import (
     check_count,
     check_decay,
     check_least,
+    fix_size,
 )
 from lowrank_optax.basis._basis import Basis
 from lowrank_optax.basis.random import is_due
@@ -50,7 +51,7 @@ class Selection(Basis):
     rank: int
 
     def __post_init__(self):
-        check_count(type(self).__name__, "rank", self.rank)
+        fix_size(self, "rank")
 
     @property
     def period(self) -> int:
@@ -74,7 +75,7 @@ class Selection(Basis):
         )
         rows = [jnp.zeros((1, size), layout.dtype) for size in layout.sizes]
         return SelectionState(
-            layout.tree(rows) if "eigenvalues" in self.provides else (),
+            layout.store(rows) if "eigenvalues" in self.provides else (),
             jnp.full((layout.n, self.rank), -1, jnp.int32),
             jnp.zeros((layout.n, self.rank), layout.dtype),
             jnp.zeros(layout.n, jnp.int32),
@@ -91,8 +92,8 @@ class Selection(Basis):
         rows, index, lam, fine = self.choose(layout, state, correction, key)
         ok = accept & fine
         if rows:
-            pairs = zip(layout.spread(ok), rows, layout.leaves(state.rows), strict=True)
-            rows = layout.tree([jnp.where(yes, a, b) for yes, a, b in pairs])
+            pairs = zip(layout.spread(ok), rows, layout.stored(state.rows), strict=True)
+            rows = layout.store([jnp.where(yes, a, b) for yes, a, b in pairs])
         index = jnp.where(ok[:, None], index, state.indices)
         new = SelectionState(
             rows,
@@ -208,7 +209,7 @@ class TopK(Selection):
         rows = [
             decay * v + gain * _weigh(w, jnp.square(y.astype(layout.dtype)))
             for v, w, y in zip(
-                layout.leaves(state.rows),
+                layout.stored(state.rows),
                 layout.spread(correction.weights),
                 correction.columns,
                 strict=True,
@@ -333,7 +334,7 @@ class Histogram(Basis):
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
-        check_count("Histogram", "rank", self.rank)
+        fix_size(self, "rank")
         check_decay("Histogram", "beta", self.beta)
 
     def coordinates(self, layout: Layout) -> int:
@@ -341,7 +342,7 @@ class Histogram(Basis):
 
     def init(self, layout: Layout, key: jax.Array) -> HistogramState:
         small = jnp.uint8 if self.rank <= 2**8 else jnp.uint16 if self.rank <= 2**16 else jnp.int32
-        rows = lambda dtype: layout.tree([jnp.zeros((1, size), dtype) for size in layout.sizes])
+        rows = lambda dtype: layout.store([jnp.zeros((1, size), dtype) for size in layout.sizes])
         line = lambda: jnp.zeros((layout.n, self.rank), layout.dtype)
         return HistogramState(
             rows(small), rows(layout.dtype), line(), line(), jnp.zeros(layout.n, jnp.int32)
@@ -357,7 +358,7 @@ class Histogram(Basis):
     ) -> Absorbed:
         on = (correction.weights != 0).astype(layout.dtype)
         share = (1 - self.beta) * _linalg.safe_divide(on, jnp.sum(on, axis=1, keepdims=True))
-        old, before = layout.leaves(state.rows), layout.leaves(state.mean)
+        old, before = layout.stored(state.rows), layout.stored(state.mean)
         mean = [
             self.beta * x + _weigh(w, y.astype(layout.dtype))
             for x, w, y in zip(before, layout.spread(share), correction.columns, strict=True)
@@ -384,8 +385,8 @@ class Histogram(Basis):
         ).reshape(-1, r, r)
         counts = pick(jnp.sum(shared, axis=2), state.counts)
         new = HistogramState(
-            layout.tree(bins),
-            layout.tree(mean),
+            layout.store(bins),
+            layout.store(mean),
             counts,
             (counts > 0).astype(layout.dtype),
             _linalg.tally(state.updates, ok),
@@ -401,7 +402,7 @@ class Histogram(Basis):
         sums = partial(jax.ops.segment_sum, num_segments=self.rank)
         parts = [
             sums(x.astype(layout.dtype).T, bins[0].astype(jnp.int32))
-            for x, bins in zip(vector, layout.leaves(state.rows), strict=True)
+            for x, bins in zip(vector, layout.stored(state.rows), strict=True)
         ]
         total = layout.gather(parts, parts[0].shape)
         return jnp.einsum("nr,nr...->nr...", _scale(state.counts), total)
@@ -410,7 +411,7 @@ class Histogram(Basis):
         scaled = jnp.einsum("nr,n...r->n...r", _scale(state.counts), u)
         return [
             x[..., bins[0]]
-            for x, bins in zip(layout.spread(scaled), layout.leaves(state.rows), strict=True)
+            for x, bins in zip(layout.spread(scaled), layout.stored(state.rows), strict=True)
         ]
 
     def _bin(self, x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import _linalg
-from lowrank_optax._types import check_count
+from lowrank_optax._types import fix_size
 from lowrank_optax.basis._average import Average
 from lowrank_optax.basis._frame import Seen, Turn
 from lowrank_optax.basis.eigen import Eigen
@@ -114,8 +114,8 @@ class RandomizedEigen(Eigen):
 
     def __post_init__(self):
         Eigen.__post_init__(self)
-        check_count("RandomizedEigen", "oversample", self.oversample, 0)
-        check_count("RandomizedEigen", "power_iterations", self.power_iterations, 0)
+        fix_size(self, "oversample", 0)
+        fix_size(self, "power_iterations", 0)
 
     def decompose(self, b: jax.Array, signed: bool, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         size, samples = b.shape[0], self.rank + self.oversample

@@ -14,9 +14,9 @@ from lowrank_optax._types import (
     Eigenbasis,
     Increment,
     check,
-    check_count,
     check_decay,
     check_least,
+    fix_size,
 )
 from lowrank_optax.basis.full import Dense, dense
 
@@ -83,10 +83,10 @@ class SubspaceIteration(Dense):
 
     def __post_init__(self):
         if self.rank is not None:
-            check_count("SubspaceIteration", "rank", self.rank)
+            fix_size(self, "rank")
         check_decay("SubspaceIteration", "beta", self.beta)
-        check_count("SubspaceIteration", "oversample", self.oversample, 0)
-        check_count("SubspaceIteration", "iterations", self.iterations)
+        fix_size(self, "oversample", 0)
+        fix_size(self, "iterations")
         check_least("SubspaceIteration", "floor", self.floor)
 
     def coordinates(self, layout: Layout) -> int:

@@ -17,8 +17,8 @@ from lowrank_optax._types import (
     Eigenbasis,
     Increment,
     check,
-    check_count,
     check_decay,
+    fix_size,
 )
 from lowrank_optax.basis._basis import Spectrum
 from lowrank_optax.basis._ring import Ring, RingState, oldest, spectral_factor, window_eigh
@@ -65,7 +65,7 @@ class CommonDirections(Ring):
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
-        check_count("CommonDirections", "rank", self.rank, 2)
+        fix_size(self, "rank", 2)
         check_decay("CommonDirections", "eig_tol", self.eig_tol)
 
     def init(self, layout: Layout, key: jax.Array) -> RingState:
@@ -74,7 +74,7 @@ class CommonDirections(Ring):
             jnp.zeros((1, size), dtype)
             for size, dtype in zip(layout.sizes, layout.dtypes, strict=True)
         ]
-        return super().init(layout, key)._replace(memory=layout.tree(last))
+        return super().init(layout, key)._replace(memory=layout.store(last))
 
     def absorb(
         self,
@@ -89,7 +89,7 @@ class CommonDirections(Ring):
             "CommonDirections needs the parameters, which were "
             "not passed: call tx.update(grads, state, params).",
         )
-        last = layout.leaves(state.memory)
+        last = layout.stored(state.memory)
         here = [
             jnp.reshape(x, (1, -1)).astype(y.dtype)
             for x, y in zip(layout.leaves(correction.params), last, strict=True)
@@ -118,7 +118,9 @@ class CommonDirections(Ring):
             jnp.where(ok, x, y)
             for ok, x, y in zip(layout.spread(accept & ~done.failed), here, last, strict=True)
         ]
-        return done._replace(state=done.state._replace(memory=layout.tree(kept)), u=done.u[..., 1:])
+        return done._replace(
+            state=done.state._replace(memory=layout.store(kept)), u=done.u[..., 1:]
+        )
 
     def eigenbasis(self, state: RingState) -> Eigenbasis:
         return Eigenbasis(state.lam, state.lam != 0)
@@ -183,7 +185,7 @@ class Reconstruct(Overflow):
 
     def __post_init__(self):
         if self.keep is not None:
-            check_count("Reconstruct", "keep", self.keep)
+            fix_size(self, "keep")
 
     def kept(self, rank: int) -> int:
         return self.keep or max(1, rank // 2)
@@ -258,7 +260,7 @@ class LowRankFactor(Ring, Spectrum):
         keep = self.overflow.kept(self.rank)
         if keep is None:
             return super().absorb(layout, state, correction, accept, key)
-        rows = layout.leaves(state.rows)
+        rows = layout.stored(state.rows)
         columns = cast_like(correction.columns, rows)
         small, cut = jax.vmap(partial(self._cut, keep=keep, signed=correction.signed))(
             state._replace(rows=()),
@@ -269,7 +271,7 @@ class LowRankFactor(Ring, Spectrum):
         )
         rows = write(rows, layout, cut.slots, columns)
         rows, small = self._rebuild(layout, rows, columns, small, cut, keep)
-        return Absorbed(small._replace(rows=layout.tree(rows)), cut.c, cut.u, cut.failed)
+        return Absorbed(small._replace(rows=layout.store(rows)), cut.c, cut.u, cut.failed)
 
     def _cut(self, old: RingState, s, gram, weights, accept, *, keep, signed):
         """One group's eigenpairs with the new columns, all of them or those that are kept."""

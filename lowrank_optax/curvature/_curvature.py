@@ -123,19 +123,19 @@ def select(layout: Layout, which: jax.Array, one: Vector, other: Vector) -> Vect
 
 def remember(layout: Layout, when: jax.Array, row: Any, vector: Vector) -> Any:
     """A stored row ``(1, leaf.size)`` a leaf, replaced in the groups ``when``, ``(n,)``."""
-    old = layout.leaves(row)
+    old = layout.stored(row)
     new = [jnp.reshape(x, (1, -1)).astype(y.dtype) for x, y in zip(vector, old, strict=True)]
-    return layout.tree(select(layout, when, new, old))
+    return layout.store(select(layout, when, new, old))
 
 
 def recall(layout: Layout, row: Any) -> Vector:
     """A stored row as a vector."""
-    return [x[0].astype(layout.dtype) for x in layout.leaves(row)]
+    return [x[0].astype(layout.dtype) for x in layout.stored(row)]
 
 
 def params_row(layout: Layout) -> Any:
     """An empty row for parameters, in their own dtypes whatever those of the rows."""
-    return layout.tree(
+    return layout.store(
         [
             jnp.zeros((1, size), dtype)
             for size, dtype in zip(layout.sizes, layout.dtypes, strict=True)

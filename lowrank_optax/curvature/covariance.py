@@ -66,7 +66,7 @@ class Collecting(Curvature):
         if window == 1:
             return memory
         return Collected(
-            layout.tree(layout.zeros(window)),
+            layout.store(layout.zeros(window)),
             jnp.zeros((layout.n, window), layout.dtype),
             jnp.zeros(layout.n, jnp.int32),
             memory,
@@ -77,7 +77,7 @@ class Collecting(Curvature):
             return self.remember(layout, state, seen)
         memory = self.remember(layout, state.memory, seen)
         column, weight = self.column(layout, memory, seen)
-        columns, window = layout.leaves(state.columns), state.weights.shape[1]
+        columns, window = layout.stored(state.columns), state.weights.shape[1]
         weight = jnp.ones(layout.n, layout.dtype) if weight is None else weight
         # One column that is not finite would spoil all that it is collected with.
         sound = seen.accept & jnp.isfinite(weight)
@@ -89,7 +89,7 @@ class Collecting(Curvature):
         columns = write(columns, layout, slots, cast_like(stack(column), columns))
         weights = jnp.where(slots == jnp.arange(window), weight[:, None], state.weights)
         fill = _linalg.tally(state.fill, sound, window)
-        return Collected(layout.tree(columns), weights, fill, memory)
+        return Collected(layout.store(columns), weights, fill, memory)
 
     def undo(
         self, layout: Layout, failed: jax.Array, again: jax.Array, state: Any, before: Any
@@ -113,7 +113,7 @@ class Collecting(Curvature):
             weights=jnp.where(evidence.due[:, None], 0, state.weights),
             fill=jnp.where(evidence.due, 0, state.fill),
         )
-        return Correction(layout.leaves(state.columns), weights=state.weights), emptied
+        return Correction(layout.stored(state.columns), weights=state.weights), emptied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ class GradientEMA(Collecting):
 
     def start(self, layout: Layout) -> Mean:
         row = [jnp.zeros((1, size), layout.dtype) for size in layout.sizes]
-        return Mean(layout.tree(row), jnp.zeros(layout.n, bool))
+        return Mean(layout.store(row), jnp.zeros(layout.n, bool))
 
     def remember(self, layout: Layout, memory: Mean, seen: Observation) -> Mean:
         gains = layout.spread(jnp.where(memory.begun, 1 - jnp.asarray(self.beta, layout.dtype), 1))

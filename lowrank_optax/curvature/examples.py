@@ -12,7 +12,7 @@ from jax import lax
 from lowrank_optax import _linalg
 from lowrank_optax._linalg import as_called
 from lowrank_optax._tree import Layout, cast_like, stack, write
-from lowrank_optax._types import Correction, Vector, check, check_count, require
+from lowrank_optax._types import Correction, Vector, check, fix_size, require
 from lowrank_optax.curvature._curvature import (
     Curvature,
     Evidence,
@@ -33,7 +33,7 @@ class Examples(Curvature):
 
     def __post_init__(self):
         if self.chunk is not None:
-            check_count(type(self).__name__, "chunk", self.chunk)
+            fix_size(self, "chunk")
 
     @abc.abstractmethod
     def vector_fn(self, evidence: Evidence) -> Callable[[Any], jax.Array]:
@@ -169,12 +169,12 @@ class UnrolledGaussNewton(Collecting):
     adaptive: bool = False
 
     def __post_init__(self):
-        check_count("UnrolledGaussNewton", "history", self.history)
+        fix_size(self, "history")
 
     def start(self, layout: Layout) -> History:
         n, dtype = layout.n, layout.dtype
         return History(
-            layout.tree(layout.zeros(self.history)),
+            layout.store(layout.zeros(self.history)),
             jnp.zeros((n, self.history), dtype),
             jnp.zeros(n, jnp.int32),
             jnp.full(n, jnp.inf, dtype),
@@ -187,12 +187,12 @@ class UnrolledGaussNewton(Collecting):
         good = seen.accept & jnp.isfinite(value)
         base = jnp.where(jnp.isfinite(memory.lowest) & self.adaptive, memory.lowest, 0)
         slots = jnp.where(good, memory.fill % self.history, self.history)[:, None]
-        columns = layout.leaves(memory.columns)
+        columns = layout.stored(memory.columns)
         columns = write(columns, layout, slots, cast_like(stack(seen.g), columns))
         here = slots == jnp.arange(self.history)
         losses = jnp.where(here, (value - base)[:, None], memory.losses)
         return History(
-            layout.tree(columns),
+            layout.store(columns),
             losses,
             _linalg.tally(memory.fill, good, self.history),
             jnp.where(good, jnp.minimum(memory.lowest, value), memory.lowest),
@@ -203,7 +203,7 @@ class UnrolledGaussNewton(Collecting):
 
     def gradient(self, layout: Layout, state: Any, g: Vector) -> Vector:
         memory = getattr(state, "memory", state)
-        return layout.combine(memory.losses, layout.leaves(memory.columns))
+        return layout.combine(memory.losses, layout.stored(memory.columns))
 
 
 def jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> Any:

@@ -252,7 +252,7 @@ class Probing(Curvature):
         params, g = self.probe.steps, self.product.differences
         return Last(
             params_row(layout) if params else (),
-            layout.tree(layout.zeros(1)) if g else (),
+            layout.store(layout.zeros(1)) if g else (),
             jnp.zeros(layout.n, bool) if params or g else (),
         )
 

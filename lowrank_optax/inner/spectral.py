@@ -6,15 +6,16 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._types import Context, check
+from lowrank_optax._types import Context, check_finite
 from lowrank_optax.inner.compose import Stateless
 
 
 @dataclasses.dataclass(frozen=True)
 class LPower(Stateless):
-    r"""``u_i <- lam_i^p u_i`` on live directions: a power of the curvature, ``Q diag(lam^p) Q^T``.
+    r"""``u_i <- lam_i^p u_i`` where there is curvature: a power of it, ``Q diag(lam^p) Q^T``.
 
-    A negative eigenvalue counts with its size, and keeps its sign where ``p`` is odd.
+    A negative eigenvalue counts with its size, and keeps its sign where ``p`` is odd. A direction
+    whose eigenvalue is 0 is left out, as in a pseudo-inverse.
 
     Args:
       p: −1/2 whitens (`LInvSqrt`), −1 is Newton's method in the basis (`LInv`).
@@ -27,15 +28,13 @@ class LPower(Stateless):
     needs: ClassVar[frozenset[str]] = frozenset({"eigenvalues"})
 
     def __post_init__(self):
-        check(
-            isinstance(self.p, int | float) and abs(self.p) < float("inf"),
-            f"LPower: p is {self.p!r}; pass a finite number such as -0.5.",
-        )
+        check_finite("LPower", "p", self.p)
 
     def update(self, u: jax.Array, state: Any, context: Context):
         lam, live = context.basis
+        live = live & (lam != 0)
         size = jnp.abs(jnp.where(live, lam, 1)) ** self.p
-        sign = jnp.where(lam < 0, -1, 1) if self.p % 2 == 1 else 1
+        sign = jnp.where((lam < 0) & (self.p % 2 == 1), -1, 1)
         return jnp.where(live, size * sign * u, 0), state
 
 

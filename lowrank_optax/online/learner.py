@@ -160,8 +160,8 @@ class Learner:
         """
         check_kind("learner.update", state, LearnerState)
         example = state.operator.layout.example
-        like = jax.eval_shape(lambda key: self.init(key, example), jax.random.key(0))
-        check_fits("learner.update", state, like)
+        begin = lambda key: self.init(key, example)
+        check_fits("learner.update", state, begin, (jax.random.key(0),))
         needed = {name: p for p in self.purposes for name in p.streams}
         for name, purpose in needed.items():
             check(

@@ -126,8 +126,8 @@ class Tracker(abc.ABC):
         owner = type(self).__name__
         check_kind(owner, state, TrackerState)
         example = state.layout.example
-        like = jax.eval_shape(lambda key: self.init(key, example), jax.random.key(0))
-        check_fits(owner, state, like, but="key")  # which can be typed or raw
+        begin = lambda key: self.init(key, example)
+        check_fits(owner, state, begin, (jax.random.key(0),), but="key")  # typed or raw
 
     @_linalg.exact
     def _update(self, state: TrackerState, columns: Columns, *others: Columns) -> TrackerState:

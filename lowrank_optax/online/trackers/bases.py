@@ -42,7 +42,7 @@ class OnBasis(Tracker):
         rows = kept.unproject(layout, state.memory, pick[None])
         lam = kept.measured(state.memory)[0, : self.rank]
         lam = lam / jnp.maximum(state.seen, 1) if self.beta is None else lam
-        rows = cast_like(rows, layout.leaves(state.memory.rows))
+        rows = cast_like(rows, layout.stored(state.memory.rows))
         return Operator(layout.tree(rows), jnp.diag(lam), layout.gram(rows)[0], layout)
 
     def _fresh(self, layout: Layout, key: jax.Array) -> Any:
