@@ -37,8 +37,8 @@ def lre(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-rank eigenbasis optimizer; with a learning rate alone, the recipe to start from.
 
-    Without any part it is `polar_soap`: eigenbases on the sides of every matrix, a whitened window
-    for everything else. With one named it is `scale_by_lre` of curvature, basis and inner parts,
+    Without any part it is `polar_soap`: eigenbases on the sides of every matrix, Adam for everything
+    else. With one named it is `scale_by_lre` of curvature, basis and inner parts,
     decoupled weight decay, and the learning rate:
 
     .. math:: x \leftarrow x - \eta\,\bigl(Q\,\mathrm{inner}(Q^T g) + \lambda_{wd}\, x\bigr)
@@ -785,7 +785,7 @@ def polar_soap(
 
     Muon orthogonalises the momentum as it comes, noise and all; here every pair of eigendirections
     is first divided by the size of its own gradients. Leaves that are no matrices, biases and
-    scales, go through `whiten` and Adam, as `whitened_adam` has them.
+    scales, go through Adam.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -816,7 +816,7 @@ def polar_soap(
     Raises:
       ValueError: for a decay, ``eps``, ``rms`` or number of steps out of range.
 
-    Cost: that of `soap`, of `orthogonalize`, and of `whiten` on all that is no matrix.
+    Cost: that of `soap` and of `orthogonalize`.
 
     Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024; Jordan et al.,
     "Muon", 2024.

@@ -257,7 +257,9 @@ def test_what_is_not_finite_changes_nothing(name):
             assert updates[leaf].dtype == p.dtype and bool(jnp.all(jnp.isfinite(updates[leaf])))
             assert bool(jnp.any(updates[leaf])) == (leaf in ("square", "wide", "heads"))
     old, new = start[0], after[0]
-    jax.tree.map(np.testing.assert_array_equal, new.rest, old.rest)
+    for moment in ("mu", "nu"):
+        before, now = (optax.tree.get(s.rest, moment) for s in (old, new))
+        np.testing.assert_array_equal(now["bias"], before["bias"])
     assert int(new.dropped) == 1
     kind = "12x24"
     assert new.matrices[kind].events.nonfinite.tolist() == [1, 0]  # tall, wide
@@ -429,11 +431,11 @@ def test_polar_soap_is_soap_made_orthogonal(x64):
     np.testing.assert_array_equal(ours[0], 0)
 
 
-def test_polar_soap_whitens_what_is_no_matrix():
-    """Vectors go through `whiten` and Adam as if they were alone."""
+def test_polar_soap_is_adam_on_what_is_no_matrix():
+    """Vectors go through Adam as if they were alone."""
     tree = {"w": noise(0, 6, 4, 3, dtype=jnp.float32), "b": noise(1, 6, 5, dtype=jnp.float32)}
     ours, _ = steps(lro.polar_soap(0.1, update_every=2), tree)
-    alone, _ = steps(lro.whitened_adam(0.1), tree["b"])
+    alone, _ = steps(optax.adam(0.1), tree["b"])
     np.testing.assert_allclose(ours["b"], alone, atol=1e-6)
 
 
