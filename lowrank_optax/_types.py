@@ -75,7 +75,8 @@ class Law:
     """How coordinates move when the basis does, with ``C = Q_new^T Q_old``.
 
     The elementwise ``power`` of ``C`` is applied along the first ``axes`` axes; a state of no
-    axes is a scalar and stays. A ``centred`` law moves a pair of first and second moments.
+    axes is a scalar and stays. A ``centred`` law moves a pair of first and second moments, each
+    corrected for its start: it subtracts the square of the one from the other.
     """
 
     axes: int
@@ -96,7 +97,7 @@ MATRIX = Law(2)
 TENSOR = Law(3)
 """Full third moments: ``einsum('ai,bj,ck,ijk->abc', C, C, C, T)``."""
 MOMENTS = Law(1, 2, centred=True)
-"""The pair ``(m, v)``: ``C m`` and ``(C∘C)(v - m²) + (C m)²``."""
+"""The pair ``(m, v)``, corrected for its start: ``C m`` and ``|(C∘C)(v - m²) + (C m)²|``."""
 
 
 class Context(NamedTuple):

@@ -528,9 +528,11 @@ def carry(inner: Inner, c: Any, moved: jax.Array, state: Any) -> Any:
 def step_inside(inner: Inner, u0: jax.Array, state: Any, context: Context, active: jax.Array):
     """One group: the inner parts run, and what they give is kept where it is finite.
 
+    What they give for dead slots is nobody's: it may be 0/0, and must not cost the others the step.
     Returns ``u``, the state, and whether both were finite.
     """
     u, new = inner.update(u0, state, context)
+    u = jnp.where(context.basis.live, u, 0)
     fine = _linalg.finite(
         u, *(x for x in jax.tree.leaves(new) if jnp.issubdtype(x.dtype, jnp.inexact))
     )

@@ -21,7 +21,7 @@ from lowrank_optax._types import (
 
 
 class Moments(NamedTuple):
-    """First and second moments, ``(r,)`` each."""
+    """First and second moments, ``(r,)`` each, corrected for their start at zero."""
 
     mean: jax.Array
     second: jax.Array
@@ -40,14 +40,18 @@ class Adam:
     r"""``u = m_hat / (sqrt(v_hat) + eps)`` in the coordinates of the basis.
 
     ``m <- b1 m + (1-b1) u`` and ``v <- b2 v + (1-b2) u²``, both corrected for their start. When the
-    basis moves, ``m <- C m`` and ``v <- (C∘C) v``. ``b1=0`` is RMSprop.
+    basis moves, ``m <- C m`` and ``v <- (C∘C) v``. ``b1=0`` is RMSprop. Where the denominator is
+    zero, as without ``eps`` in slots that no gradient has reached, the step is zero.
+
+    The state holds the corrected moments, since a centred law subtracts one from the other: without
+    the correction they are the same multiple of the true ones only where ``b1 = b2``.
 
     Args:
       b1: decay of the mean.
       b2: decay of the second moment.
       eps: added to the root.
       amsgrad: divide by the largest second moment so far (Reddi et al., ICLR 2018).
-      centred: move ``v`` as ``(C∘C)(v - m²) + (C m)²`` (Robert et al., LDAdam, ICLR 2025).
+      centred: move ``v`` as ``|(C∘C)(v - m²) + (C m)²|`` (Robert et al., LDAdam, ICLR 2025).
 
     Raises:
       ValueError: for decays outside [0, 1) or a negative ``eps``.
@@ -79,13 +83,12 @@ class Adam:
 
     def update(self, u: jax.Array, state: AdamState, context: Context):
         count = _linalg.tally(state.count)
-        mean = ema(state.moments.mean, u, self.b1)
-        second = ema(state.moments.second, u * u, self.b2)
-        v = debias(second, self.b2, count)
+        mean = average(state.moments.mean, u, self.b1, count)
+        v = second = average(state.moments.second, u * u, self.b2, count)
         largest = state.largest
         if largest is not None:
             v = largest = jnp.maximum(largest, v)
-        u = debias(mean, self.b1, count) / (jnp.sqrt(v) + self.eps)
+        u = _linalg.safe_divide(mean, jnp.sqrt(v) + self.eps)
         return u, AdamState(count, Moments(mean, second), largest)
 
 
@@ -209,7 +212,7 @@ class CubicAdam:
         c = debias(mean, self.b1, count)
         d = b * b - 4 * a * c
         lowest = _linalg.safe_divide(2 * c, b + jnp.sqrt(jnp.maximum(d, 0)))
-        u = jnp.where(d >= 0, lowest, c / (b + self.eps))
+        u = jnp.where(d >= 0, lowest, _linalg.safe_divide(c, b + self.eps))
         return u, CubicAdamState(count, mean, second, third)
 
 
@@ -291,6 +294,12 @@ class EMA:
 def ema(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
     """``decay * old + (1 - decay) * new``."""
     return decay * old + (1 - decay) * new
+
+
+def average(old: jax.Array, new: jax.Array, decay: float, count: jax.Array) -> jax.Array:
+    """`ema` of terms corrected for its start, from the corrected one before; ``count`` has it."""
+    decay = jnp.asarray(decay, old.dtype)
+    return old + (1 - decay) / (1 - decay**count) * (new - old)
 
 
 def debias(average: jax.Array, decay: float, count: jax.Array) -> jax.Array:
