@@ -496,19 +496,23 @@ def natural_gradient(
     rank: int = 20,
     *,
     beta: float = 0.9,
-    damping: float = 1e-3,
+    damping: float = 1.0,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Online natural gradient: the running average of the empirical Fisher matrix, inverted.
 
-    ``EmpiricalFisher() × Eigen(rank, beta, count_columns=False) × LInv()``:
+    ``EmpiricalFisher() × Eigen(rank, beta, count_columns=False, damp_first=False) × LInv()``, with
+    ``1/damping`` on the complement:
 
-    .. math:: x \leftarrow x - \eta\, Q\,(\mathrm{diag}(\lambda) + \mu I)^{-1} Q^T g,\quad
+    .. math:: x \leftarrow x - \eta\,(\hat F_r + \mu I)^{-1} g,\quad
               F \leftarrow \beta F + (1-\beta) \sum_i g_i g_i^T
 
-    The first step only fills the basis, whose first eigenvalues are not damped. Outside the basis
-    nothing moves; ``complement=1/damping`` is the damped inverse there too. Needs ``losses_fn`` and
-    the parameters, or ``per_example_grads``, in ``update``.
+    with ``F_r`` the ``rank`` leading eigenpairs of ``F``, corrected for its start. No direction has
+    a longer step than gradient descent of rate ``learning_rate / damping``, which is the step
+    outside the basis, inside where the gradients are small, and thus near an optimum. The default
+    damping makes that rate the learning rate itself: the recipe is stable where gradient descent of
+    the same rate is. The first step only fills the basis. Needs ``losses_fn`` and the parameters,
+    or ``per_example_grads``, in ``update``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -525,10 +529,12 @@ def natural_gradient(
       True
 
     Args:
-      learning_rate: a number or a schedule.
+      learning_rate: a number or a schedule; ``damping`` times the rate of gradient descent on the
+        summed loss, or less.
       rank: how many eigenpairs are kept.
       beta: decay of the average.
-      damping: added to the eigenvalues, in units of the summed squared gradients.
+      damping: ``mu``, added to all eigenvalues, those outside the basis included; in units of the
+        summed squared gradients, below the largest of which it has to be to change anything.
       **options: the keywords of `lre` and `scale_by_lre`.
 
     Raises:
@@ -537,14 +543,16 @@ def natural_gradient(
 
     Cost: that of `Eigen`, and the gradients of all examples on every update of the basis.
 
-    Source: Roux, Manzagol and Bengio, "Topmoumoute online natural gradient algorithm", NIPS 2007.
+    Source: Le Roux, Manzagol and Bengio, "Topmoumoute online natural gradient algorithm", NIPS
+    2007.
     """
+    check_least("natural_gradient", "damping", damping, strict=True)
     return lre(
         learning_rate,
         curvatures.EmpiricalFisher(),
-        bases.Eigen(rank, beta, count_columns=False, update_damping=damping),
+        bases.Eigen(rank, beta, count_columns=False, damp_first=False, update_damping=damping),
         inners.LInv(),
-        **{"warmup_steps": 1, **options},
+        **{"warmup_steps": 1, "complement": 1 / damping, **options},
     )
 
 
@@ -557,7 +565,8 @@ def gauss_newton(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Damped Gauss-Newton in the dual: exact on the current batch, at any number of parameters.
 
-    ``GaussNewton() × GGT(rank=batch) × LInv()``: the window holds the Jacobian's rows,
+    ``GaussNewton() × GGT(rank=batch, renew=True) × LInv()``: the window holds the rows of this
+    step's Jacobian and no older ones,
 
     .. math:: x \leftarrow x - \eta\,(J^T J + \mu I)^{-1} J^T r
               = x - \eta\, J^T (J J^T + \mu I)^{-1} r
@@ -579,12 +588,13 @@ def gauss_newton(
 
     Args:
       learning_rate: 1 for the Gauss-Newton step.
-      batch: the number of residuals, ``k``; the oldest of more are dropped.
+      batch: the most residuals that come at once, ``k``; fewer leave rows empty.
       damping: Levenberg's ``mu``, in units of the squared gradients of the residuals.
       **options: the keywords of `lre` and `scale_by_lre`.
 
     Raises:
-      ValueError: for a batch or damping out of range; by ``update`` without ``residuals_fn``.
+      ValueError: for a batch or damping out of range; by ``update`` without ``residuals_fn``, and
+        for more residuals than ``batch``.
 
     Cost: memory ``k d``; a step ``k`` gradients, ``2 k² d`` flops and one ``eigh`` of size ``k``.
 
@@ -594,7 +604,7 @@ def gauss_newton(
     return lre(
         learning_rate,
         curvatures.GaussNewton(),
-        bases.GGT(batch, eig_tol=0.0, update_damping=damping),
+        bases.GGT(batch, renew=True, eig_tol=0.0, update_damping=damping),
         inners.LInv(),
         **options,
     )

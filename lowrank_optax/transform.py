@@ -152,8 +152,8 @@ def scale_by_lre(
       symmetrize: a correction ``y z^T`` enters as ``((y+z)/2)((y+z)/2)^T``, one column, as the
         original does; otherwise as the exact ``(y z^T + z y^T)/2``, two columns.
       complement: what becomes of ``g - Q Q^T g``: dropped (``None``), scaled by a number, passed
-        through an optax transformation, or multiplied by a power of the curvature that a
-        quasi-Newton curvature assumes there (``lro.inner.LInv()``).
+        through an optax transformation, or multiplied by a power (``lro.inner.LInv()``) of the
+        curvature that a quasi-Newton curvature assumes there, or that `FrequentDirections` finds.
       groups: a function of a leaf's path to a label; leaves that share a label share a basis.
         `lowrank_optax.per_leaf` makes one for each leaf; by default there is one for everything.
         Groups are independent: the result is that of as many separate optimizers.
@@ -447,7 +447,14 @@ class _Engine:
         u0 = jnp.where(active[:, None], u0, 0)
         if not isinstance(complement, optax.GradientTransformation):
             if isinstance(complement, LPower):
-                complement = self.curvature.outside(new.curvature) ** complement.p
+                own = "outside" in self.curvature.provides
+                part, state_of = (
+                    (self.curvature, new.curvature) if own else (self.basis, new.basis)
+                )
+                curvature = part.outside(state_of)
+                # Where nothing was ever seen outside, there is nothing but rounding to scale.
+                some = curvature > 0
+                complement = jnp.where(some, jnp.where(some, curvature, 1) ** complement.p, 0)
             scale = jnp.broadcast_to(jnp.asarray(complement, layout.dtype), active.shape)
             part = unproject(u - scale[:, None] * u0)
             return [p + s * x for p, s, x in zip(part, layout.spread(scale), g, strict=True)], state

@@ -107,6 +107,39 @@ def test_gauss_newton_solves_linear_least_squares_in_one_step(x64, shape):
     np.testing.assert_allclose(x, np.linalg.lstsq(a, b, rcond=None)[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("batch", [4, 9, 100])
+@pytest.mark.parametrize("same", [True, False], ids=["one_problem", "a_new_batch_a_step"])
+def test_gauss_newton_is_exact_on_the_current_batch(x64, batch, same):
+    """Also with room for more rows than come: |r + J u| / |r| was .5 and more from step two on."""
+    random, mu = np.random.default_rng(5), 1e-9
+    tx = lro.gauss_newton(batch=batch, damping=mu)
+    x, a = jnp.zeros(9), random.normal(size=(4, 9))
+    state = tx.init(x)
+
+    @jax.jit
+    def step(x, state, a, b):
+        r = a @ x - b
+        return r, *tx.update(a.T @ r, state, x, residuals_fn=lambda x: a @ x - b)
+
+    for i in range(4):
+        # A target of its own for every step, so that there is something left to solve.
+        a = a if same else random.normal(size=(4 - i % 2, 9))
+        b = random.normal(size=len(a))
+        r, u, state = step(x, state, jnp.asarray(a), jnp.asarray(b))
+        np.testing.assert_allclose(
+            u, -a.T @ np.linalg.solve(a @ a.T + mu * np.eye(len(a)), r), rtol=1e-7
+        )
+        assert np.linalg.norm(r + a @ u) < 1e-7 * np.linalg.norm(r)
+        x = x + u
+
+
+def test_gauss_newton_refuses_more_residuals_than_it_holds():
+    a = jnp.ones((5, 9))
+    tx = lro.gauss_newton(batch=4)
+    with pytest.raises(ValueError, match="5 columns .* pass a rank of at least 5"):
+        tx.update(jnp.ones(9), tx.init(jnp.ones(9)), jnp.ones(9), residuals_fn=lambda x: a @ x)
+
+
 def test_gauss_newton_inside_a_basis_is_the_same_step(x64):
     r = lambda x: jnp.array([10 * (x[1] - x[0] ** 2), 1 - x[0]])
     fn = lambda x: jnp.sum(r(x) ** 2) / 2
