@@ -166,16 +166,18 @@ def full_matrix_adam(
     *,
     b1: float = 0.9,
     b2: float = 0.99,
-    eps: float = 1e-8,
+    eps: float = 1e-16,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with the full matrix of second moments, in the span of the last gradients.
 
-    ``Covariance() × GGT(rank) × FullMatrixAdam()``:
+    ``Covariance() × GGT(rank) × FullMatrixAdam(identity=False)``:
 
     .. math:: x \leftarrow x - \eta\, Q\,(\hat M + \epsilon I)^{-1/2}\, \hat m
 
-    with ``M`` the average of ``u u^T`` and ``m`` that of ``u = Q^T g``.
+    with ``M`` the average of ``u u^T`` and ``m`` that of ``u = Q^T g``, both from zero and corrected
+    for it, and the pseudo-inverse of the root: what no gradient has shown does not move. The
+    original starts ``M`` as the identity: that is ``lre`` with ``inner=FullMatrixAdam()``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -189,11 +191,15 @@ def full_matrix_adam(
       True
 
     Args:
-      learning_rate: a number or a schedule; updates have the size of Adam's.
+      learning_rate: a number or a schedule, as for Adam: an update has about the length 1 along
+        every principal axis of the gradients seen, where Adam's has it along every coordinate. The
+        first has one axis, and all of ``d`` coordinates with equal gradients are Adam's divided by
+        ``sqrt(d)``.
       rank: the window's length.
       b1: decay of the mean.
       b2: decay of the covariance.
-      eps: added to the covariance's eigenvalues.
+      eps: added to the covariance's eigenvalues, in units of the squared gradient: the square of
+        Adam's.
       **options: the keywords of `lre` and `scale_by_lre`.
 
     Raises:
@@ -207,7 +213,7 @@ def full_matrix_adam(
         learning_rate,
         curvatures.Covariance(),
         bases.GGT(rank),
-        inners.FullMatrixAdam(b1, b2, eps),
+        inners.FullMatrixAdam(b1, b2, eps, identity=False),
         **options,
     )
 

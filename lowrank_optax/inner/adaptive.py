@@ -104,13 +104,19 @@ class FullMatrixAdamState(NamedTuple):
 class FullMatrixAdam:
     r"""``u = (M_hat + eps I)^{-1/2} m_hat`` with ``M <- b2 M + (1-b2) u u^T``.
 
-    ``M`` starts as the identity of the first basis; directions that join later start at zero. It
-    moves as ``C M C^T``.
+    ``M`` moves as ``C M C^T``. It starts as the original's does, as the identity of the first
+    basis, with directions that join later at zero: the correction for a start at zero then makes
+    that identity ``b2 / (1-b2)`` times itself, 99 at first, and gradients of 1e-3 are hidden by it
+    for more than a thousand steps. With ``identity=False`` it starts at zero and its root is a
+    pseudo-inverse: along every axis of the gradients seen so far, and along no other, updates have
+    the size of Adam's, whatever the gradient's unit.
 
     Args:
       b1: decay of the mean.
       b2: decay of the covariance.
-      eps: added to the eigenvalues.
+      eps: added to the eigenvalues, in units of the squared gradient: the square of Adam's.
+      identity: whether the covariance starts as the identity. Then ``1e-8``, and ``1e-8`` of the
+        largest, are added to the eigenvalues once more.
 
     Raises:
       ValueError: for decays outside [0, 1) or a negative ``eps``.
@@ -123,6 +129,7 @@ class FullMatrixAdam:
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
+    identity: bool = True
 
     def __post_init__(self):
         check_moments(self)
@@ -139,10 +146,16 @@ class FullMatrixAdam:
     def update(self, u: jax.Array, state: FullMatrixAdamState, context: Context):
         count = _linalg.tally(state.count)
         mean = ema(state.mean, u, self.b1)
-        start = identity_at_first(state.covariance, state.count, context)
+        start = state.covariance
+        if self.identity:
+            start = identity_at_first(start, state.count, context)
         covariance = ema(start, jnp.outer(u, u), self.b2)
-        m = debias(covariance, self.b2, count) + self.eps * jnp.eye(u.shape[0], dtype=u.dtype)
-        u = _linalg.matrix_power(m, -0.5) @ debias(mean, self.b1, count)
+        m = debias(covariance, self.b2, count)
+        if self.identity:
+            root = _linalg.matrix_power(m + self.eps * jnp.eye(len(u), dtype=u.dtype), -0.5)
+        else:  # what was not seen is dropped before anything is added
+            root = _linalg.matrix_power(m, -0.5, damping=self.eps, rdamping=0.0)
+        u = root @ debias(mean, self.b1, count)
         return jnp.where(context.basis.live, u, 0), FullMatrixAdamState(count, mean, covariance)
 
 
