@@ -165,8 +165,8 @@ def transport(law: Law, c: Change, state: Any) -> Any:
     if law.centred:
         mean, second = state
         moved = _along(factors, 1, mean, 0)
-        spread = _along(factors, 2, jnp.maximum(second - mean**2, 0), 0)
-        return type(state)(moved, spread + moved**2)
+        # Averages of different decays may have a mean above the root: the size is LDAdam's way.
+        return type(state)(moved, jnp.abs(_along(factors, 2, second - mean**2, 0) + moved**2))
     for axis in range(law.axes):
         state = _along(factors, law.power, state, axis)
     return state

@@ -77,7 +77,8 @@ class Law:
     """How coordinates move when the basis does, with ``C = Q_new^T Q_old``.
 
     The elementwise ``power`` of ``C`` is applied along the first ``axes`` axes; a state of no
-    axes is a scalar and stays. A ``centred`` law moves a pair of first and second moments.
+    axes is a scalar and stays. A ``centred`` law moves a pair of first and second moments, each
+    corrected for its start: it subtracts the square of the one from the other.
     """
 
     axes: int
@@ -98,7 +99,7 @@ MATRIX = Law(2)
 TENSOR = Law(3)
 """Full third moments: ``einsum('ai,bj,ck,ijk->abc', C, C, C, T)``."""
 MOMENTS = Law(1, 2, centred=True)
-"""The pair ``(m, v)``: ``C m`` and ``(C∘C)(v - m²) + (C m)²``."""
+"""The pair ``(m, v)``, corrected for its start: ``C m`` and ``|(C∘C)(v - m²) + (C m)²|``."""
 
 
 class Context(NamedTuple):
@@ -164,7 +165,8 @@ NEEDS = {
     "eigenvalues": "the basis's eigenvalues; combine it with GGT, Eigen or FullMatrix",
     "probe": "products of the curvature with a probe; combine it with HutchinsonHessian, BFGS or "
     "SR1",
-    "outside": "the curvature assumed outside the basis; combine it with BFGS or SR1",
+    "outside": "the curvature outside the basis; combine it with BFGS or SR1, which assume one, or "
+    "with FrequentDirections, which measures one",
     "examples": "one column for every example; combine it with EmpiricalFisher or GaussNewton",
     "initial": "a basis that adds corrections to an assumed curvature; combine it with Eigen(rank, "
     "beta=None) or FullMatrix(beta=None)",

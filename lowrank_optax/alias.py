@@ -165,16 +165,18 @@ def full_matrix_adam(
     *,
     b1: float = 0.9,
     b2: float = 0.99,
-    eps: float = 1e-8,
+    eps: float = 1e-16,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with the full matrix of second moments, in the span of the last gradients.
 
-    ``Covariance() × GGT(rank) × FullMatrixAdam()``:
+    ``Covariance() × GGT(rank) × FullMatrixAdam(identity=False)``:
 
     .. math:: x \leftarrow x - \eta\, Q\,(\hat M + \epsilon I)^{-1/2}\, \hat m
 
-    with ``M`` the average of ``u u^T`` and ``m`` that of ``u = Q^T g``.
+    with ``M`` the average of ``u u^T`` and ``m`` that of ``u = Q^T g``, both from zero and corrected
+    for it, and the pseudo-inverse of the root: what no gradient has shown does not move. The
+    original starts ``M`` as the identity: that is ``lre`` with ``inner=FullMatrixAdam()``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -188,11 +190,15 @@ def full_matrix_adam(
       True
 
     Args:
-      learning_rate: a number or a schedule; updates have the size of Adam's.
+      learning_rate: a number or a schedule, as for Adam: an update has about the length 1 along
+        every principal axis of the gradients seen, where Adam's has it along every coordinate. The
+        first has one axis, and all of ``d`` coordinates with equal gradients are Adam's divided by
+        ``sqrt(d)``.
       rank: the window's length.
       b1: decay of the mean.
       b2: decay of the covariance.
-      eps: added to the covariance's eigenvalues.
+      eps: added to the covariance's eigenvalues, in units of the squared gradient: the square of
+        Adam's.
       **options: the keywords of `lre` and `scale_by_lre`.
 
     Raises:
@@ -206,7 +212,7 @@ def full_matrix_adam(
         learning_rate,
         curvatures.Covariance(),
         bases.GGT(_default(rank, 100)),
-        inners.FullMatrixAdam(b1, b2, eps),
+        inners.FullMatrixAdam(b1, b2, eps, identity=False),
         **options,
     )
 
@@ -506,19 +512,23 @@ def natural_gradient(
     rank: int | None = None,
     *,
     beta: float = 0.9,
-    damping: float = 1e-3,
+    damping: float = 1.0,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Online natural gradient: the running average of the empirical Fisher matrix, inverted.
 
-    ``EmpiricalFisher() × Eigen(rank, beta, count_columns=False) × LInv()``:
+    ``EmpiricalFisher() × Eigen(rank, beta, count_columns=False, damp_first=False) × LInv()``, with
+    ``1/damping`` on the complement:
 
-    .. math:: x \leftarrow x - \eta\, Q\,(\mathrm{diag}(\lambda) + \mu I)^{-1} Q^T g,\quad
+    .. math:: x \leftarrow x - \eta\,(\hat F_r + \mu I)^{-1} g,\quad
               F \leftarrow \beta F + (1-\beta) \sum_i g_i g_i^T
 
-    The first step only fills the basis, whose first eigenvalues are not damped. Outside the basis
-    nothing moves; ``complement=1/damping`` is the damped inverse there too. Needs ``losses_fn`` and
-    the parameters, or ``per_example_grads``, in ``update``.
+    with ``F_r`` the ``rank`` leading eigenpairs of ``F``, corrected for its start. No direction has
+    a longer step than gradient descent of rate ``learning_rate / damping``, which is the step
+    outside the basis, inside where the gradients are small, and thus near an optimum. The default
+    damping makes that rate the learning rate itself: the recipe is stable where gradient descent of
+    the same rate is. The first step only fills the basis. Needs ``losses_fn`` and the parameters,
+    or ``per_example_grads``, in ``update``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -535,10 +545,12 @@ def natural_gradient(
       True
 
     Args:
-      learning_rate: a number or a schedule.
+      learning_rate: a number or a schedule; ``damping`` times the rate of gradient descent on the
+        summed loss, or less.
       rank: how many eigenpairs are kept.
       beta: decay of the average.
-      damping: added to the eigenvalues, in units of the summed squared gradients.
+      damping: ``mu``, added to all eigenvalues, those outside the basis included; in units of the
+        summed squared gradients, below the largest of which it has to be to change anything.
       **options: the keywords of `lre` and `scale_by_lre`.
 
     Raises:
@@ -547,14 +559,18 @@ def natural_gradient(
 
     Cost: that of `Eigen`, and the gradients of all examples on every update of the basis.
 
-    Source: Roux, Manzagol and Bengio, "Topmoumoute online natural gradient algorithm", NIPS 2007.
+    Source: Le Roux, Manzagol and Bengio, "Topmoumoute online natural gradient algorithm", NIPS
+    2007.
     """
+    check_least("natural_gradient", "damping", damping, strict=True)
     return lre(
         learning_rate,
         curvatures.EmpiricalFisher(),
-        bases.Eigen(_default(rank, 20), beta, count_columns=False, update_damping=damping),
+        bases.Eigen(
+            _default(rank, 20), beta, count_columns=False, damp_first=False, update_damping=damping
+        ),
         inners.LInv(),
-        **{"warmup_steps": 1, **options},
+        **{"warmup_steps": 1, "complement": 1 / damping, **options},
     )
 
 
@@ -568,7 +584,8 @@ def gauss_newton(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Damped Gauss-Newton in the dual: exact on the current batch, at any number of parameters.
 
-    ``GaussNewton() × GGT(rank=batch) × LInv()``: the window holds the Jacobian's rows,
+    ``GaussNewton() × GGT(rank=batch, renew=True) × LInv()``: the window holds the rows of this
+    step's Jacobian and no older ones,
 
     .. math:: x \leftarrow x - \eta\,(J^T J + \mu I)^{-1} J^T r
               = x - \eta\, J^T (J J^T + \mu I)^{-1} r
@@ -590,12 +607,13 @@ def gauss_newton(
 
     Args:
       learning_rate: 1 for the Gauss-Newton step.
-      batch: the number of residuals, ``k``; the oldest of more are dropped.
+      batch: the most residuals that come at once, ``k``; fewer leave rows empty.
       damping: Levenberg's ``mu``, in units of the squared gradients of the residuals.
       **options: the keywords of `lre` and `scale_by_lre`.
 
     Raises:
-      ValueError: for a batch or damping out of range; by ``update`` without ``residuals_fn``.
+      ValueError: for a batch or damping out of range; by ``update`` without ``residuals_fn``, and
+        for more residuals than ``batch``.
 
     Cost: memory ``k d``; a step ``k`` gradients, ``2 k² d`` flops and one ``eigh`` of size ``k``.
 
@@ -605,7 +623,7 @@ def gauss_newton(
     return lre(
         learning_rate,
         curvatures.GaussNewton(),
-        bases.GGT(_default(batch, 100), eig_tol=0.0, update_damping=damping),
+        bases.GGT(_default(batch, 100), renew=True, eig_tol=0.0, update_damping=damping),
         inners.LInv(),
         **options,
     )

@@ -167,8 +167,8 @@ def scale_by_lre(
       symmetrize: a correction ``y z^T`` enters as ``((y+z)/2)((y+z)/2)^T``, one column, as the
         original does; otherwise as the exact ``(y z^T + z y^T)/2``, two columns.
       complement: what becomes of ``g - Q Q^T g``: dropped (``None``), scaled by a number, passed
-        through an optax transformation, or multiplied by a power of the curvature that a
-        quasi-Newton curvature assumes there (``lro.inner.LInv()``).
+        through an optax transformation, or multiplied by a power (``lro.inner.LInv()``) of the
+        curvature that a quasi-Newton curvature assumes there, or that `FrequentDirections` finds.
       groups: a function of a leaf's path to a label; leaves that share a label share a basis.
         `lowrank_optax.per_leaf` makes one for each leaf; by default there is one for everything.
         Groups are independent: the result is that of as many separate optimizers.
@@ -508,7 +508,9 @@ class VectorEngine:
         """The curvature outside the basis, ``(n,)``: what is assumed there, or a bound."""
         if "outside" in self.curvature.provides:
             return self.curvature.outside(new.curvature)
-        return self.basis.outside(self.basis.measured(new.basis))  # pyright: ignore
+        if "outside" in self.basis.provides:
+            return self.basis.outside(new.basis)
+        return self.basis.bound(self.basis.measured(new.basis))  # pyright: ignore
 
     def _unproject(self, layout, new, state, g, u, u0, active, params, extra):
         """``Q u`` plus what becomes of ``g - Q Q^T g``; a scale costs no pass of its own."""
@@ -591,9 +593,11 @@ def carry(inner: Inner, c: Any, moved: jax.Array, state: Any) -> Any:
 def step_inside(inner: Inner, u0: jax.Array, state: Any, context: Context, active: jax.Array):
     """One group: the inner parts run, and what they give is kept where it is finite.
 
+    What they give for dead slots is nobody's: it may be 0/0, and must not cost the others the step.
     Returns ``u``, the state, and whether both were finite.
     """
     u, new = inner.update(u0, state, context)
+    u = jnp.where(context.basis.live, u, 0)
     fine = _linalg.finite(
         u, *(x for x in jax.tree.leaves(new) if jnp.issubdtype(x.dtype, jnp.inexact))
     )

@@ -55,6 +55,81 @@ def stream(rank, steps, seed=0):
     return g, z, z @ h, h
 
 
+# Moments of the gradient.
+
+
+def ldadam(grads, bases, b1=0.9, b2=0.99):
+    """Steps by the published rule: moments from zero, corrected where the law subtracts them."""
+    m = v = np.zeros(len(bases[0]))
+    last = np.zeros_like(bases[0])
+    for t, (g, q) in enumerate(zip(grads, bases, strict=True), 1):
+        c, u, last = q @ last.T, q @ g, q
+        if t > 1:
+            mean, second = m / (1 - b1 ** (t - 1)), v / (1 - b2 ** (t - 1))
+            v = (1 - b2 ** (t - 1)) * np.abs(c**2 @ (second - mean**2) + (c @ mean) ** 2)
+            m = c @ m
+        m, v = b1 * m + (1 - b1) * u, b2 * v + (1 - b2) * u**2
+        yield q.T @ ((m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + 1e-8))
+
+
+def test_centred_moments_are_those_of_ldadam():
+    """In bases that turn, keep three of four directions, and lose one now and then."""
+    random = rng(3)
+    grads = random.normal(size=(12, 4)) + 1
+    bases = [np.linalg.qr(random.normal(size=(4, 3)))[0].T for _ in grads]
+    bases[1] = bases[0]  # one that stays
+    part = inner.Adam(centred=True)
+    state, last = start(part, 3), np.zeros((3, 4))
+    for g, q, want in zip(grads, bases, ldadam(grads, bases), strict=True):
+        u, state = step(part, move(part, state, q @ last.T), q @ g)
+        np.testing.assert_allclose(q.T @ u, want, rtol=1e-9)
+        last = q
+
+
+def test_centred_adam_on_a_constant_gradient_takes_steps_of_one():
+    """The variance is zero, whatever the decays: moments without correction gave .49."""
+    tx = lro.scale_by_lre(
+        lro.curvature.Covariance(), lro.basis.GGT(3), inner.Adam(b1=0.9, b2=0.999, centred=True)
+    )
+    g, update = jnp.array([3.0, 0.0, 4.0]), jax.jit(tx.update)
+    state = tx.init(g)
+    for _ in range(20):
+        u, state = update(g, state)
+        np.testing.assert_allclose(jnp.linalg.norm(u), 1, rtol=1e-6)
+
+
+NO_EPS = {
+    "adam": inner.Adam(eps=0.0),
+    "amsgrad": inner.Adam(eps=0.0, amsgrad=True),
+    "centred": inner.Adam(eps=0.0, centred=True),
+    "cubic": inner.CubicAdam(eps=0.0),
+    "full": inner.FullMatrixAdam(eps=0.0),
+    "adahessian": inner.HutchinsonAdam(eps=0.0),
+    "sophia": (inner.HutchinsonAdam(eps=0.0, gamma=0.01), inner.ClipValue()),
+    "full_hessian": inner.FullMatrixHutchinsonAdam(eps=0.0),
+    "full_bfgs": inner.FullMatrixBFGSAdam(eps=0.0),
+    "optax": inner.Optax(
+        optax.scale_by_adam(eps=0.0),
+        laws=optax.ScaleByAdamState(lro.SCALAR, lro.VECTOR, lro.SECOND_MOMENT),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_EPS)
+def test_without_eps_dead_slots_stop_nothing(name):
+    """Two dimensions leave dead slots in a basis of four; 0/0 there would drop every step."""
+    fn = lambda x: jnp.sum((x - 1) ** 2 * jnp.array([1.0, 3.0]))
+    tx = lro.scale_by_lre(
+        lro.curvature.HutchinsonHessian(), lro.basis.Eigen(4, eig_tol=1e-8), NO_EPS[name]
+    )
+    x = jnp.array([0.0, 2.0])
+    state, update = tx.init(x), jax.jit(lambda g, s, x: tx.update(g, s, x, value_fn=fn))
+    for _ in range(5):
+        u, state = update(jax.grad(fn)(x), state, x)
+        x = x - 0.1 * u
+    assert sum(int(n[0]) for n in state.events) == 0 and np.any(u)
+
+
 # Averages of the curvature.
 
 

@@ -73,14 +73,18 @@ class Dense:
         return lam, self.q, np.eye(len(lam)) if old is None else self.q.T @ old
 
     def adam(self, grads, centred, b1=0.9, b2=0.99, eps=1e-3):
+        """With ``m`` and ``v`` from zero; LDAdam's law is for both corrected for that."""
         m = v = 0.0
         for t, g in enumerate(grads, 1):
             _, q, c = self.turn(g)
-            u, old = q.T @ g.reshape(-1), np.broadcast_to(m, len(q))
-            m = c @ old
-            v = np.broadcast_to(v, len(q))
-            v = c**2 @ np.maximum(v - old**2, 0) + m**2 if centred else c**2 @ v
-            m, v = b1 * m + (1 - b1) * u, b2 * v + (1 - b2) * u**2
+            m, v, u = np.broadcast_to(m, len(q)), np.broadcast_to(v, len(q)), q.T @ g.reshape(-1)
+            if centred and t > 1:
+                mean, second = m / (1 - b1 ** (t - 1)), v / (1 - b2 ** (t - 1))
+                spread = c**2 @ (second - mean**2)
+                v = (1 - b2 ** (t - 1)) * np.abs(spread + (c @ mean) ** 2)
+            else:
+                v = c**2 @ v
+            m, v = b1 * (c @ m) + (1 - b1) * u, b2 * v + (1 - b2) * u**2
             yield (q @ (m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps))).reshape(g.shape)
 
     def power(self, grads, p):

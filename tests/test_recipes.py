@@ -82,6 +82,78 @@ def test_ggt_is_the_inverse_root_of_the_whole_matrix(x64):
     np.testing.assert_allclose(updates, -(q / np.sqrt(lam)) @ q.T @ gradients[-1], rtol=1e-9)
 
 
+def sketch(gradients, rank, beta=None):
+    """Frequent Directions of size ``rank + 1`` and its escaped mass after every row, by its SVD."""
+    rows, mass, gain = np.zeros((rank, gradients.shape[1])), 0.0, 1.0
+    for t, g in enumerate(gradients, 1):
+        if beta is not None:
+            rows, mass, gain = np.sqrt(beta) * rows, beta * mass, 1 - beta
+        _, s, v = np.linalg.svd(np.vstack([rows, np.sqrt(gain) * g]), full_matrices=False)
+        mass, s = mass + s[rank] ** 2, np.sqrt(np.maximum(s**2 - s[rank] ** 2, 0))
+        rows = s[:rank, None] * v[:rank]
+        start = 1 if beta is None else 1 - beta**t
+        yield rows.T @ rows / start, mass / start
+
+
+@pytest.mark.parametrize("beta", [None, 0.9], ids=["sum", "average"])
+def test_s_adagrad_adds_the_escaped_mass_inside_and_outside(x64, beta):
+    """``(G + rho I)^{-1/2} g`` on the whole space; before anything escaped, the pseudo-inverse."""
+    gradients = np.random.default_rng(6).normal(size=(9, 7)) * np.geomspace(3, 0.3, 7)
+    tx = lro.scale_by_lre(
+        curvature.Covariance(),
+        basis.FrequentDirections(3, beta, escaped=1.0),
+        inner.LInvSqrt(),
+        complement=inner.LInvSqrt(),
+    )
+    state, update = tx.init(jnp.zeros(7)), jax.jit(tx.update)
+    for g, (b, rho) in zip(gradients, sketch(gradients, 3, beta), strict=True):
+        u, state = update(jnp.asarray(g), state)
+        lam, q = np.linalg.eigh(b + rho * np.eye(7))
+        root = np.where(lam > 1e-10 * lam[-1], np.abs(lam) ** -0.5, 0)
+        np.testing.assert_allclose(u, (q * root) @ q.T @ g, rtol=1e-6, atol=1e-8)
+    assert rho > 0.01
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_full_matrix_adam_is_the_root_of_what_was_seen(x64, unit):
+    """On a window that holds all: ``(M_hat)^{+1/2} m_hat``, steps of one size in any unit."""
+    gradients = unit * np.random.default_rng(7).normal(size=(12, 5))
+    tx = lro.full_matrix_adam(1.0, rank=20)
+    state, update = tx.init(jnp.zeros(5)), jax.jit(tx.update)
+    m, second = np.zeros(5), np.zeros((5, 5))
+    for t, g in enumerate(gradients, 1):
+        u, state = update(jnp.asarray(g), state)
+        m, second = 0.9 * m + 0.1 * g, 0.99 * second + 0.01 * np.outer(g, g)
+        lam, q = np.linalg.eigh(second / (1 - 0.99**t))
+        root = np.where(lam > 1e-12 * lam[-1], np.abs(lam) ** -0.5, 0)
+        want = (q * root) @ q.T @ m / (1 - 0.9**t)
+        np.testing.assert_allclose(u, -want, rtol=1e-4, atol=1e-6)
+        if t == 1:
+            np.testing.assert_allclose(np.linalg.norm(u), 1, rtol=1e-6)
+
+
+def test_natural_gradient_is_the_damped_inverse_of_the_whole_matrix(x64):
+    """``(F_hat + mu I)^{-1} g`` on a basis too small for the space: damping was mu / (1 - beta^n)."""
+    random, d, rank, beta, mu = np.random.default_rng(8), 6, 4, 0.99, 0.3
+    tx = lro.natural_gradient(1.0, rank, beta=beta, damping=mu)
+    state, update = tx.init(jnp.zeros(d)), jax.jit(tx.update)
+    f, seen = np.zeros((d, d)), np.linalg.qr(random.normal(size=(d, rank)))[0]
+    for t in range(1, 5):
+        examples = random.normal(size=(3, rank)) @ seen.T  # as much as the basis has room for
+        g = random.normal(size=d)  # and a gradient that has more
+        u, state = update(jnp.asarray(g), state, per_example_grads=jnp.asarray(examples))
+        f = beta * f + (1 - beta) * examples.T @ examples
+        want = -np.linalg.solve(f / (1 - beta**t) + mu * np.eye(d), g)
+        np.testing.assert_allclose(u, 0 * want if t == 1 else want, rtol=1e-8)
+
+
+def test_natural_gradient_damps_the_first_eigenvalues(x64):
+    g, mu = np.array([3.0, 0.0, 4.0]), 5.0
+    tx = lro.natural_gradient(1.0, 2, damping=mu, warmup_steps=0)
+    u, _ = tx.update(jnp.asarray(g), tx.init(jnp.zeros(3)), per_example_grads=jnp.asarray(g[None]))
+    np.testing.assert_allclose(u, -g / (25 + mu), rtol=1e-9)
+
+
 def test_newton_with_a_full_basis_minimises_a_quadratic_in_one_step(x64):
     """SR1 knows a Hessian after as many probes as it has rows; until then nothing moves."""
     d = 5
@@ -105,6 +177,39 @@ def test_gauss_newton_solves_linear_least_squares_in_one_step(x64, shape):
     tx = lro.gauss_newton(batch=shape[0], damping=1e-12)
     _, x = minimise(tx, jnp.zeros(shape[1]), 1, fn, residuals_fn=r)
     np.testing.assert_allclose(x, np.linalg.lstsq(a, b, rcond=None)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [4, 9, 100])
+@pytest.mark.parametrize("same", [True, False], ids=["one_problem", "a_new_batch_a_step"])
+def test_gauss_newton_is_exact_on_the_current_batch(x64, batch, same):
+    """Also with room for more rows than come: |r + J u| / |r| was .5 and more from step two on."""
+    random, mu = np.random.default_rng(5), 1e-9
+    tx = lro.gauss_newton(batch=batch, damping=mu)
+    x, a = jnp.zeros(9), random.normal(size=(4, 9))
+    state = tx.init(x)
+
+    @jax.jit
+    def step(x, state, a, b):
+        r = a @ x - b
+        return r, *tx.update(a.T @ r, state, x, residuals_fn=lambda x: a @ x - b)
+
+    for i in range(4):
+        # A target of its own for every step, so that there is something left to solve.
+        a = a if same else random.normal(size=(4 - i % 2, 9))
+        b = random.normal(size=len(a))
+        r, u, state = step(x, state, jnp.asarray(a), jnp.asarray(b))
+        np.testing.assert_allclose(
+            u, -a.T @ np.linalg.solve(a @ a.T + mu * np.eye(len(a)), r), rtol=1e-7
+        )
+        assert np.linalg.norm(r + a @ u) < 1e-7 * np.linalg.norm(r)
+        x = x + u
+
+
+def test_gauss_newton_refuses_more_residuals_than_it_holds():
+    a = jnp.ones((5, 9))
+    tx = lro.gauss_newton(batch=4)
+    with pytest.raises(ValueError, match="5 columns .* pass a rank of at least 5"):
+        tx.update(jnp.ones(9), tx.init(jnp.ones(9)), jnp.ones(9), residuals_fn=lambda x: a @ x)
 
 
 def test_gauss_newton_inside_a_basis_is_the_same_step(x64):

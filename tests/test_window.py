@@ -80,6 +80,17 @@ def test_factor_equals_its_definition(rule, k, signed, x64):
     check_basis(state, reference(columns, weights))
 
 
+@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("rank", [5, D + 3])
+def test_a_window_that_renews_holds_the_last_correction_alone(k, rank, x64):
+    columns, weights = stream(k, 6, k, signed=True)
+    weights[3] = 0  # no correction: the window stays
+    basis = GGT(rank, renew=True, eig_tol=1e-12)
+    state = absorbed(basis, columns, weights, sizes=SIZES, signed=True)
+    last = [0, 1, 2, 2, 4, 5]
+    check_basis(state, np.stack([outer(columns[i], weights[i]) for i in last]))
+
+
 def test_drop_oldest_is_ggt(x64):
     columns, weights = stream(7, 9, 3, signed=True)
     same = [
@@ -128,8 +139,13 @@ def test_more_columns_than_rows(x64):
 
 @pytest.mark.parametrize(
     "basis",
-    (CommonDirections(5), LowRankFactor(4), LowRankFactor(4, DropSmallest())),
-    ids=("common", "reconstruct", "smallest"),
+    (
+        CommonDirections(5),
+        LowRankFactor(4),
+        LowRankFactor(4, DropSmallest()),
+        GGT(4, renew=True),
+    ),
+    ids=("common", "reconstruct", "smallest", "renewed"),
 )
 def test_momentum_moves_by_the_true_change_of_basis(basis, x64):
     rng = np.random.default_rng(9)

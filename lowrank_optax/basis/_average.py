@@ -42,10 +42,13 @@ class Average(Frame):
         return lam
 
     def measured(self, state: FrameState) -> jax.Array:
-        def debiased(lam, memory, updates):
-            lam = self.eigenvalues(lam, memory)
-            if self.beta is None:
-                return lam
-            return _linalg.safe_divide(lam, 1 - jnp.asarray(self.beta, lam.dtype) ** updates)
+        def view(lam, memory, updates):
+            return self.debiased(self.eigenvalues(lam, memory), updates)
 
-        return jax.vmap(debiased)(super().measured(state), state.memory, state.updates)
+        return jax.vmap(view)(super().measured(state), state.memory, state.updates)
+
+    def debiased(self, lam: jax.Array, updates: jax.Array) -> jax.Array:
+        """Averages after ``updates`` corrections, corrected for their start at zero."""
+        if self.beta is None:
+            return lam
+        return _linalg.safe_divide(lam, 1 - jnp.asarray(self.beta, lam.dtype) ** updates)

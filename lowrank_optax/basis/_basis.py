@@ -53,6 +53,10 @@ class Basis(abc.ABC):
         """Eigenvalues as they were measured, ``(n, r)``, before the step's own regularisation."""
         return state.lam
 
+    def outside(self, state: Any) -> jax.Array:
+        """The curvature that a step is to see outside, ``(n,)``; for those that provide it."""
+        raise AttributeError(f"{type(self).__name__} knows of no curvature outside the basis.")
+
     def project(self, layout: Layout, state: Any, vector: Vector | Columns) -> jax.Array:
         """``Q^T v``, ``(n, r)``, or ``(n, r, k)`` for columns: one pass over the rows."""
         return jnp.einsum(
@@ -104,7 +108,7 @@ class Spectrum:
             truncate=self.truncate,
         )
 
-    def outside(self, measured: jax.Array) -> jax.Array:
+    def bound(self, measured: jax.Array) -> jax.Array:
         """The largest eigenvalue that may have been dropped, ``(n,)``, as one step sees it.
 
         ``measured``, ``(n, r)``, is what `Basis.measured` gave.

@@ -63,6 +63,11 @@ class Ring(Basis):
         """
         return oldest(old, weights)
 
+    @property
+    def renews(self) -> bool:
+        """Whether a correction empties the window before it goes in."""
+        return False
+
     def coordinates(self, layout: Layout) -> int:
         return self.rank
 
@@ -107,7 +112,7 @@ class Ring(Basis):
         slots = self.place(old, gram, weights)
         taken = slots < m
         place = jax.nn.one_hot(slots, m, dtype=s.dtype)
-        keep = 1 - jnp.sum(place, axis=0)
+        keep = (0 if self.renews else 1) * (1 - jnp.sum(place, axis=0))
         # Columns that are switched off may hold anything, but not here.
         incoming = place.T @ jnp.where(taken[:, None], s.T, 0)
         cross = keep[:, None] * old.gram + incoming  # W_new W_old^T

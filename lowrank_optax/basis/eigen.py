@@ -40,8 +40,10 @@ class Eigen(Frame):
       count_columns: whether ``n`` counts columns, as in the original, or corrections. For one
         column at a time these agree; for several only the latter is exact.
       buffer: columns between two rotations, by default ``max(8, rank // 3)``; ``m = r + buffer``.
-      eig_tol: eigenvalues below ``eig_tol * max`` are dropped. The first correction's are neither
-        dropped nor damped.
+      damp_first: whether the step's damping comes before the correction for the start, as in the
+        original, which makes it ``damping / (1 - beta^n)`` and leaves the first correction's
+        eigenvalues without. ``False`` damps what was corrected, from the first correction on.
+      eig_tol: eigenvalues below ``eig_tol * max`` are dropped, but for the first correction's.
       update_damping: added to the eigenvalues for the step alone. For the others see `GGT`.
 
     Raises:
@@ -57,6 +59,7 @@ class Eigen(Frame):
 
     beta: float | None = 0.9
     count_columns: bool = dataclasses.field(default=True, kw_only=True)
+    damp_first: bool = dataclasses.field(default=True, kw_only=True)
     eig_tol: float = dataclasses.field(default=1e-4, kw_only=True)
     update_damping: float = dataclasses.field(default=1e-4, kw_only=True)
 
@@ -86,6 +89,9 @@ class Eigen(Frame):
         return jax.vmap(self._debias)(state.lam, self._terms(state))
 
     def eigenbasis(self, state: FrameState) -> Eigenbasis:
+        if not self.damp_first:
+            return super().eigenbasis(state)
+
         def view(lam, terms, updates):
             used, live = self.used(lam)
             used, live = jnp.where(updates > 1, used, lam), jnp.where(updates > 1, live, lam != 0)

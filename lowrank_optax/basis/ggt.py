@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import _linalg
-from lowrank_optax._types import Eigenbasis, check_decay
+from lowrank_optax._tree import Layout
+from lowrank_optax._types import Absorbed, Eigenbasis, Increment, check, check_decay
 from lowrank_optax.basis._basis import Spectrum
 from lowrank_optax.basis._ring import Ring, RingState, spectral_factor
 
@@ -31,12 +32,16 @@ class GGT(Ring, Spectrum):
       rank: the window's length ``m = r``.
       beta: ``None`` sums over the window, as the original does; a number weighs a column of age
         ``a`` with ``beta^a`` and divides by the sum of the weights, so that 1.0 is the mean.
+      renew: a correction takes the place of the whole window, which then holds its columns and
+        nothing older: for curvatures that measure all there is at once, as `GaussNewton` does on a
+        batch. Corrections of more columns than ``rank`` are refused, since none may be missing.
       eig_tol: eigenvalues below ``eig_tol * max`` are dropped, as are their directions.
       damping: added to what is kept; with ``rdamping * max`` on top. ``abs`` and ``truncate`` as in
         `_linalg.regularize`, and each again as ``update_...`` for the step alone.
 
     Raises:
-      ValueError: for a rank below 1, or a ``beta`` or tolerance out of range.
+      ValueError: for a rank below 1, or a ``beta`` or tolerance out of range; with ``renew`` for
+        corrections of more columns than ``rank``.
 
     Cost: memory ``m d + 3 m²``; a step two passes over the rows (``4 m d`` flops), one ``eigh`` of
     size ``m`` and ``6 m³`` flops. Where ``d < m`` the window itself is decomposed instead.
@@ -45,12 +50,33 @@ class GGT(Ring, Spectrum):
     """
 
     beta: float | None = dataclasses.field(default=None, kw_only=True)
+    renew: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
         Spectrum.__post_init__(self)
         Ring.__post_init__(self)
         if self.beta is not None:
             check_decay("GGT", "beta", self.beta, closed=True)
+
+    @property
+    def renews(self) -> bool:
+        return self.renew
+
+    def absorb(
+        self,
+        layout: Layout,
+        state: RingState,
+        correction: Increment,
+        accept: jax.Array,
+        key: jax.Array,
+    ) -> Absorbed:
+        k = correction.weights.shape[1]
+        check(
+            not self.renew or k <= self.rank,
+            f"GGT(renew=True) holds a correction whole, but {k} columns came for a rank of "
+            f"{self.rank}; pass a rank of at least {k}.",
+        )
+        return super().absorb(layout, state, correction, accept, key)
 
     def eigenbasis(self, state: RingState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))

@@ -1,15 +1,15 @@
 """Bases with a guarantee for the whole matrix: Frequent Directions and randomised sketches."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax import _linalg
-from lowrank_optax._types import fix_size
+from lowrank_optax._types import check_decay, fix_size
 from lowrank_optax.basis._average import Average
-from lowrank_optax.basis._frame import Seen, Turn
+from lowrank_optax.basis._frame import FrameState, Seen, Turn
 from lowrank_optax.basis.eigen import Eigen
 
 
@@ -25,39 +25,53 @@ class FrequentDirections(Average):
               \le \min_{k \le r} \frac{‖A - A_k‖_F^2}{r + 1 - k}
 
     where the columns are the rows of ``A`` and ``A_k`` is its best approximation of rank ``k``. The
-    sum of the ``delta``, in ``state.memory``, certifies the error. ``robust`` gives half of it back
-    as ``alpha I``, ``alpha = sum delta / 2``, which halves error and bound; steps see ``lam +
-    alpha``. The bound holds up to rounding; residuals below the resolution of `Frame` are not seen.
+    sum ``rho`` of the ``delta``, in ``state.memory``, is the escaped mass and certifies the error.
+    A share ``s`` of it can be given back as ``s rho I``: inside the basis steps then see ``lam + s
+    rho``, and outside it a `complement` such as ``LInvSqrt()`` sees ``s rho``. Half of it
+    (``robust``) halves error and bound; the whole is what S-AdaGrad's guarantee needs. The bound
+    holds up to rounding; residuals below the resolution of `Frame` are not seen.
 
     It erases directions weaker than the tail over ``r``: use it for its guarantee.
 
     Example:
       >>> import lowrank_optax as lro
-      >>> tx = lro.scale_by_lre(
-      ...     lro.curvature.Covariance(), lro.basis.FrequentDirections(20), lro.inner.LInvSqrt())
+      >>> tx = lro.scale_by_lre(                                        # S-AdaGrad
+      ...     lro.curvature.Covariance(), lro.basis.FrequentDirections(20, escaped=1.0),
+      ...     lro.inner.LInvSqrt(), complement=lro.inner.LInvSqrt())
 
     Args:
       rank: eigenpairs kept, ``r``.
       beta: ``None`` sums, as the bound has it; a number averages, with a bound on the same average.
-      robust: add half of what was cut back to every eigenvalue.
+      robust: give half of the escaped mass back, as Robust Frequent Directions does.
+      escaped: the share ``s`` of the escaped mass that is given back, in [0, 1]; by default 1/2
+        with ``robust`` and 0 without. 1 is S-AdaGrad.
       buffer: columns between two rotations, see `Frame`.
       eig_tol: 0, as the bound wants it. For the others see `GGT`.
 
     Raises:
-      ValueError: for a rank below 1, a ``beta`` or tolerance out of range, or corrections with
-        weights of both signs.
+      ValueError: for a rank below 1, a ``beta``, share or tolerance out of range, or corrections
+        with weights of both signs.
 
     Cost: memory ``m d + m²``; a step two passes over the rows (``4 m d`` flops), ``eigh`` of size
     ``r + k``, and ``(2 m + 2 r) r d / buffer`` flops for the rotations.
 
     Source: Ghashami, Liberty, Phillips and Woodruff, "Frequent Directions", SIAM Journal on
-    Computing 2016; Luo et al., "Robust Frequent Directions", JMLR 2019; with decay Feinberg et al.,
-    "Sketchy", NeurIPS 2023.
+    Computing 2016; Luo et al., "Robust Frequent Directions", JMLR 2019; with decay and the whole
+    escaped mass Feinberg et al., "Sketchy: Memory-efficient Adaptive Regularization with Frequent
+    Directions", NeurIPS 2023.
     """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues", "outside"})
 
     beta: float | None = None
     robust: bool = dataclasses.field(default=False, kw_only=True)
+    escaped: float | None = dataclasses.field(default=None, kw_only=True)
     eig_tol: float = dataclasses.field(default=0.0, kw_only=True)
+
+    def __post_init__(self):
+        Average.__post_init__(self)
+        if self.escaped is not None:
+            check_decay("FrequentDirections", "escaped", self.escaped, closed=True)
 
     def remember(self, dtype: Any) -> jax.Array:
         """What was cut from every eigenvalue so far."""
@@ -72,8 +86,18 @@ class FrequentDirections(Average):
         lam, live = self.stored(lam, lam > 0)
         return Turn(jnp.where(live[:, None], z[: self.rank], 0), lam, decay * memory + cut)
 
+    @property
+    def share(self) -> float:
+        """Of the escaped mass that is given back."""
+        return (0.5 if self.robust else 0.0) if self.escaped is None else self.escaped
+
     def eigenvalues(self, lam: jax.Array, memory: Any) -> jax.Array:
-        return jnp.where(lam != 0, lam + memory / 2, 0) if self.robust else lam
+        return jnp.where(lam != 0, lam + self.share * memory, 0)
+
+    def outside(self, state: FrameState) -> jax.Array:
+        mass = self.debiased(self.share * state.memory, state.updates)
+        top = jnp.max(self.measured(state), axis=1)
+        return mass + self.update_damping + self.update_rdamping * top
 
 
 @dataclasses.dataclass(frozen=True)

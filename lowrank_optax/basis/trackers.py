@@ -63,8 +63,11 @@ class OPAST(Tracker):
 
     With ``a = Q^T y`` and ``rho = y - Q a``, the least squares problem ``min_W E‖y - W a‖²`` gives
 
-    .. math:: g = S a, \quad Q \leftarrow \mathrm{polar}(Q + \rho g^T), \quad
-              S^{-1} \leftarrow \beta S^{-1} + (1 - \beta) a a^T
+    .. math:: S^{-1} \leftarrow \beta S^{-1} + (1 - \beta) a a^T, \quad
+              g = (1 - \beta)\, S a, \quad Q \leftarrow \mathrm{polar}(Q + \rho g^T)
+
+    The gain ``g`` takes the new ``S``. Its factor is the column's share of the average; the sum of
+    ``beta=None`` has none.
 
     In the coordinates in which ``S`` is diagonal, which `Tracker` keeps, ``S = diag(1 / lam)``: it
     is symmetric by construction, and its ``lam`` are the eigenvalues. With every coordinate

@@ -100,8 +100,9 @@ class GaussNewton(Examples):
     ``residuals_fn`` (params -> residuals ``(k,)``) with ``params``, or their gradients as
     ``per_example_grads``, a tree whose leaves have a leading axis of ``k``.
 
-    With ``GGT(rank=k)``, whose window then holds just the last Jacobian, and ``LInv`` the step is
-    ``J^T (J J^T)^{-1} r``, Gauss-Newton in the dual: an ``eigh`` of size ``k``, whatever ``d``.
+    With ``GGT(rank=k, renew=True)``, whose window holds just the last Jacobian, and ``LInv`` the
+    step is ``J^T (J J^T)^{-1} r``, Gauss-Newton in the dual: an ``eigh`` of size ``k``, whatever
+    ``d``.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro

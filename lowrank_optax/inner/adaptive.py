@@ -21,7 +21,7 @@ from lowrank_optax._types import (
 
 
 class Moments(NamedTuple):
-    """First and second moments, ``(r,)`` each."""
+    """First and second moments, ``(r,)`` each, corrected for their start at zero."""
 
     mean: jax.Array
     second: jax.Array
@@ -40,14 +40,18 @@ class Adam:
     r"""``u = m_hat / (sqrt(v_hat) + eps)`` in the coordinates of the basis.
 
     ``m <- b1 m + (1-b1) u`` and ``v <- b2 v + (1-b2) u²``, both corrected for their start. When the
-    basis moves, ``m <- C m`` and ``v <- (C∘C) v``. ``b1=0`` is RMSprop.
+    basis moves, ``m <- C m`` and ``v <- (C∘C) v``. ``b1=0`` is RMSprop. Where the denominator is
+    zero, as without ``eps`` in slots that no gradient has reached, the step is zero.
+
+    The state holds the corrected moments, since a centred law subtracts one from the other: without
+    the correction they are the same multiple of the true ones only where ``b1 = b2``.
 
     Args:
       b1: decay of the mean.
       b2: decay of the second moment.
       eps: added to the root.
       amsgrad: divide by the largest second moment so far (Reddi et al., ICLR 2018).
-      centred: move ``v`` as ``(C∘C)(v - m²) + (C m)²`` (Robert et al., LDAdam, ICLR 2025).
+      centred: move ``v`` as ``|(C∘C)(v - m²) + (C m)²|`` (Robert et al., LDAdam, ICLR 2025).
 
     Raises:
       ValueError: for decays outside [0, 1) or a negative ``eps``.
@@ -79,13 +83,12 @@ class Adam:
 
     def update(self, u: jax.Array, state: AdamState, context: Context):
         count = _linalg.tally(state.count)
-        mean = ema(state.moments.mean, u, self.b1)
-        second = ema(state.moments.second, u * u, self.b2)
-        v = debias(second, self.b2, count)
+        mean = average(state.moments.mean, u, self.b1, count)
+        v = second = average(state.moments.second, u * u, self.b2, count)
         largest = state.largest
         if largest is not None:
             v = largest = jnp.maximum(largest, v)
-        u = debias(mean, self.b1, count) / (jnp.sqrt(v) + self.eps)
+        u = _linalg.safe_divide(mean, jnp.sqrt(v) + self.eps)
         return u, AdamState(count, Moments(mean, second), largest)
 
 
@@ -101,13 +104,19 @@ class FullMatrixAdamState(NamedTuple):
 class FullMatrixAdam:
     r"""``u = (M_hat + eps I)^{-1/2} m_hat`` with ``M <- b2 M + (1-b2) u u^T``.
 
-    ``M`` starts as the identity of the first basis; directions that join later start at zero. It
-    moves as ``C M C^T``.
+    ``M`` moves as ``C M C^T``. It starts as the original's does, as the identity of the first
+    basis, with directions that join later at zero: the correction for a start at zero then makes
+    that identity ``b2 / (1-b2)`` times itself, 99 at first, and gradients of 1e-3 are hidden by it
+    for more than a thousand steps. With ``identity=False`` it starts at zero and its root is a
+    pseudo-inverse: along every axis of the gradients seen so far, and along no other, updates have
+    the size of Adam's, whatever the gradient's unit.
 
     Args:
       b1: decay of the mean.
       b2: decay of the covariance.
-      eps: added to the eigenvalues.
+      eps: added to the eigenvalues, in units of the squared gradient: the square of Adam's.
+      identity: whether the covariance starts as the identity. Then ``1e-8``, and ``1e-8`` of the
+        largest, are added to the eigenvalues once more.
 
     Raises:
       ValueError: for decays outside [0, 1) or a negative ``eps``.
@@ -120,6 +129,7 @@ class FullMatrixAdam:
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
+    identity: bool = True
 
     def __post_init__(self):
         check_moments(self)
@@ -136,10 +146,16 @@ class FullMatrixAdam:
     def update(self, u: jax.Array, state: FullMatrixAdamState, context: Context):
         count = _linalg.tally(state.count)
         mean = ema(state.mean, u, self.b1)
-        start = identity_at_first(state.covariance, state.count, context)
+        start = state.covariance
+        if self.identity:
+            start = identity_at_first(start, state.count, context)
         covariance = ema(start, jnp.outer(u, u), self.b2)
-        m = debias(covariance, self.b2, count) + self.eps * jnp.eye(u.shape[0], dtype=u.dtype)
-        u = _linalg.matrix_power(m, -0.5) @ debias(mean, self.b1, count)
+        m = debias(covariance, self.b2, count)
+        if self.identity:
+            root = _linalg.matrix_power(m + self.eps * jnp.eye(len(u), dtype=u.dtype), -0.5)
+        else:  # what was not seen is dropped before anything is added
+            root = _linalg.matrix_power(m, -0.5, damping=self.eps, rdamping=0.0)
+        u = root @ debias(mean, self.b1, count)
         return jnp.where(context.basis.live, u, 0), FullMatrixAdamState(count, mean, covariance)
 
 
@@ -209,7 +225,7 @@ class CubicAdam:
         c = debias(mean, self.b1, count)
         d = b * b - 4 * a * c
         lowest = _linalg.safe_divide(2 * c, b + jnp.sqrt(jnp.maximum(d, 0)))
-        u = jnp.where(d >= 0, lowest, c / (b + self.eps))
+        u = jnp.where(d >= 0, lowest, _linalg.safe_divide(c, b + self.eps))
         return u, CubicAdamState(count, mean, second, third)
 
 
@@ -291,6 +307,12 @@ class EMA:
 def ema(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
     """``decay * old + (1 - decay) * new``."""
     return decay * old + (1 - decay) * new
+
+
+def average(old: jax.Array, new: jax.Array, decay: float, count: jax.Array) -> jax.Array:
+    """`ema` of terms corrected for its start, from the corrected one before; ``count`` has it."""
+    decay = jnp.asarray(decay, old.dtype)
+    return old + (1 - decay) / (1 - decay**count) * (new - old)
 
 
 def debias(average: jax.Array, decay: float, count: jax.Array) -> jax.Array:

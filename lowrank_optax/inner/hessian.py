@@ -52,7 +52,9 @@ class HutchinsonAdam:
     * Sophia-H: ``HutchinsonAdam(b1=0.965, eps=1e-12, gamma=0.01, debias=False)``, then
       ``ClipValue(1.0)``.
 
-    Until the first product is measured the first form returns zeros.
+    Until the first product is measured the first form returns zeros, as it does where the
+    denominator is zero. The second form is then infinite, for `ClipValue` to cut, but zero where
+    ``m`` is: without ``eps``, too, slots that nothing has reached stand still.
 
     Args:
       b1: decay of the mean.
@@ -106,8 +108,9 @@ class HutchinsonAdam:
             mean = debias(mean, self.b1, count)
             diagonal = debias(diagonal, self.b2, jnp.maximum(estimates, 1))
         if self.gamma is not None:
-            return mean / jnp.maximum(self.gamma * diagonal, self.eps), new
-        return jnp.where(estimates > 0, mean / (jnp.sqrt(diagonal) + self.eps), 0), new
+            return jnp.where(mean == 0, 0, mean / jnp.maximum(self.gamma * diagonal, self.eps)), new
+        step = _linalg.safe_divide(mean, jnp.sqrt(diagonal) + self.eps)
+        return jnp.where(estimates > 0, step, 0), new
 
 
 class FullMatrixHessianState(NamedTuple):
