@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 
@@ -104,6 +105,30 @@ def svd(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Singular values, descending, and left singular vectors as rows, of ``(m, d)``, ``d <= m``."""
     u, s, _ = jnp.linalg.svd(a, full_matrices=False)
     return s, u.T
+
+
+@one_by_one
+def thin_svd(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``U``, the singular values in descending order, and ``V^T``, of ``(n, d)``."""
+    return tuple(jnp.linalg.svd(a, full_matrices=False))
+
+
+def traced(tree: Any) -> bool:
+    """Whether an array of the tree is an unknown of a trace."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def repeat(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any) -> Any:
+    """`jax.lax.while_loop`.
+
+    Outside of a trace it is a loop of Python: XLA would compile a body anew at every call, since
+    the functions that make it up are other objects each time.
+    """
+    if traced(carry):
+        return lax.while_loop(condition, body, carry)
+    while condition(carry):
+        carry = body(carry)
+    return carry
 
 
 def eigh_by_size(a: jax.Array) -> tuple[jax.Array, jax.Array]:

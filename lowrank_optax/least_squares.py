@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from lowrank_optax import _linalg
+from lowrank_optax._functions import flat_residuals
 from lowrank_optax._tree import Layout
 from lowrank_optax._types import check, check_count, check_decay, check_least, require
 from lowrank_optax.curvature._curvature import flat, need_params, rows_of
@@ -17,24 +19,38 @@ from lowrank_optax.curvature.examples import jacobian
 
 OWNER = "levenberg_marquardt"
 
+BEND = 0.75
+"""The length of a curve's second term, relative to the first one's, above which it is not followed.
+
+Where it bends more the residuals are not linear over the step, and the loss may well be lower far
+away, where parameters run off to infinity. The number is that of Transtrum and Sethna.
+"""
+
+STUCK = 0.99
+"""A step that leaves more than this part of the loss is tried in other units too."""
+
 
 class LevenbergMarquardtState(NamedTuple):
     """State of `levenberg_marquardt`.
 
     Attributes:
       count: calls of ``update``.
-      damping: ``mu`` of the last step, in units of the residuals' squared gradients; 0 before it.
+      damping: ``mu`` of the last step, in units of the squared singular values; 0 before it.
+      relative: ``mu`` of the last step that was tried relative to the parameters' sizes; 0 before.
       step: ``(d,)`` the last update, 0 if it was refused.
+      norms: ``(d,)`` the columns' norms as ``scaling`` remembers them; ``(0,)`` without it.
       loss: ``½ ‖r‖²`` where the last update led.
-      refused: steps of which every trial had a higher loss, by more than rounding; the update was
-        zero and ``mu`` went up.
+      refused: steps of which every trial, up to the largest ``mu`` that changes the parameters, had
+        a higher loss by more than rounding; the update was zero.
       nonfinite: steps whose residuals, Jacobian or gradient were not finite; the update was zero
         and everything else stayed as it was.
     """
 
     count: jax.Array
     damping: jax.Array
+    relative: jax.Array
     step: jax.Array
+    norms: jax.Array
     loss: jax.Array
     refused: jax.Array
     nonfinite: jax.Array
@@ -47,6 +63,7 @@ def levenberg_marquardt(
     spread: float = 4.0,
     momenta: tuple[float, ...] = (0.0, 0.5, 0.9),
     order: int = 3,
+    scaling: float | None = None,
     chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gauss-Newton in the dual whose damping finds itself, along curves that follow the residuals.
@@ -114,80 +131,156 @@ def levenberg_marquardt(
     accelerate the optimization of neural network wavefunctions", 2024.
     """
     check_least(OWNER, "damping", damping, strict=True)
-    check_count(OWNER, "trials", trials)
+    trials, order = _size("trials", trials), _size("order", order)
     check_least(OWNER, "spread", spread, 1.0, strict=True)
     check(len(momenta) > 0, f"{OWNER}: momenta is empty; pass (0.0,) for none.")
     for b in momenta:
         check_decay(OWNER, "momenta", b, closed=True)
-    check_count(OWNER, "order", order)
+    if scaling is not None:
+        check_decay(OWNER, "scaling", scaling, closed=True)
     if chunk is not None:
-        check_count(OWNER, "chunk", chunk)
+        chunk = _size("chunk", chunk)
 
     def init(params: Any) -> LevenbergMarquardtState:
         layout = Layout.of(params, None, owner=OWNER)
+        d = sum(layout.sizes)
         zero = lambda: jnp.zeros((), jnp.int32)
         real = lambda *shape: jnp.zeros(shape, layout.dtype)
         return LevenbergMarquardtState(
-            zero(), real(), real(sum(layout.sizes)), real(), zero(), zero()
+            count=zero(),
+            damping=real(),
+            relative=real(),
+            step=real(d),
+            norms=real(0 if scaling is None else d),
+            loss=real(),
+            refused=zero(),
+            nonfinite=zero(),
         )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any):
         params = need_params(OWNER, params)
         fn = require(OWNER, extra, "residuals_fn", "params -> residuals (k,)")
-        fn = _linalg.as_called(fn)
+        fn = flat_residuals(OWNER, "residuals_fn", fn)
         layout = Layout.of(params, None, owner=OWNER)
-        tree = lambda p: layout.unflatten(jnp.split(p, np.cumsum(layout.sizes)[:-1]))
+        splits = np.cumsum(layout.sizes)[:-1]
+        tree = lambda p: layout.unflatten(jnp.split(p, splits) if layout.sizes else [])
 
         def residuals(p: jax.Array) -> jax.Array:
             """At the parameters as they will be after the update ``p``, rounding included."""
-            return jnp.ravel(fn(optax.apply_updates(params, tree(p)))).astype(layout.dtype)
+            return fn(optax.apply_updates(params, tree(p))).astype(layout.dtype)
 
-        # The linear problem, decomposed, and the dampings to try.
         zero = jnp.zeros_like(state.step)
         r = residuals(zero)
+        here = jnp.sum(r**2) / 2
+        if not r.size or not zero.size:  # nothing to fit, or nothing to fit it with
+            return tree(zero), state._replace(count=_linalg.tally(state.count), loss=here)
         given = extra.get("per_example_grads")
         j = jacobian(residuals, zero, chunk) if given is None else _given(layout, given, r)
         sound = _linalg.finite(r, j, *jax.tree.leaves(updates))
-        u, s, v = jnp.linalg.svd(jnp.where(sound, j, 0), full_matrices=False)
-        eps, top = jnp.finfo(s.dtype).eps, jnp.max(s, initial=0) ** 2
-        bound = lambda mu: jnp.clip(mu, eps**2 * top, top / eps)
-        start = bound(jnp.where(state.damping > 0, state.damping, damping * top))
-        mus = start * spread ** (jnp.arange(trials) - trials // 2).astype(s.dtype)
+        j, x = jnp.where(sound, j, 0), jnp.concatenate(flat(layout, params))
 
-        # Every damping with every momentum and order: updates (trials, momenta, order, d).
-        pushed = j @ state.step
-
-        def trial(mu: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-            solve = lambda y: (_linalg.safe_divide(s, s**2 + mu) * (y @ u)) @ v
-            first = b * state.step - solve(r + b * pushed)
-            steps = jnp.stack(_curve(residuals, solve, first, order))
-            losses = jnp.sum(jax.vmap(residuals)(steps) ** 2, axis=1) / 2
-            return steps, jnp.where(jnp.isfinite(losses), losses, jnp.inf)
-
-        over = jax.vmap(jax.vmap(trial, (None, 0)), (0, None))
-        steps, losses = over(mus, jnp.array(momenta, s.dtype))
-
-        # Of losses that rounding, of their sum or of the parameters, cannot tell apart the first is
-        # taken: the least damped step without momentum, close to a minimum that of Gauss-Newton.
-        here, x = jnp.sum(r**2) / 2, jnp.concatenate(flat(layout, params))
-        noise = 4 * eps * (2 * here + jnp.linalg.norm(r[:, None] * j * x))
+        # What rounding of the losses' sum, or of the parameters, can change.
+        eps = jnp.finfo(r.dtype).eps
+        noise = 4 * eps * (2 * here + jnp.linalg.norm(r[:, None] * j * x[None]))
         noise = jnp.minimum(noise, here)  # where it overflows
-        at = jnp.unravel_index(jnp.argmax(losses <= jnp.min(losses) + noise), losses.shape)
-        better = sound & jnp.isfinite(losses[at]) & (losses[at] <= here + noise)
-        step = jnp.where(better, steps[at], 0)
-        mu = bound(jnp.where(better, mus[at[0]], start * spread**trials))
 
-        keep = lambda new, old: jnp.where(sound & jnp.isfinite(top), new, old)
-        return tree(step), LevenbergMarquardtState(
+        def search(units: jax.Array, mu: jax.Array) -> _Found:
+            """The best step when every parameter is measured in its unit, ``(d,)``."""
+            u, s, v = _linalg.thin_svd(j * units[None])
+            last = _linalg.safe_divide(state.step, units)
+            last = jnp.where(jnp.isfinite(last), last, 0)
+            pushed = j @ state.step
+            in_units = lambda p: residuals(p * units)
+            top = jnp.max(s) ** 2
+            low, high = eps**2 * top, top / eps
+            mu = jnp.clip(jnp.where(mu > 0, mu, damping * top), low, high)
+
+            def trial(mu: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+                """Steps of every order, ``(order, d)``, and their losses."""
+                solve = lambda y: (_linalg.safe_divide(s, s**2 + mu) * (y @ u)) @ v
+                first = b * last - solve(r + b * pushed)
+                steps, bend = _curve(in_units, solve, first, order)
+                losses = jnp.sum(jax.vmap(in_units)(steps) ** 2, axis=1) / 2
+                return steps, jnp.where(jnp.isfinite(losses) & ~(bend > BEND), losses, jnp.inf)
+
+            def attempt(found: _Found) -> _Found:
+                """Every damping around ``mu`` with every momentum and order."""
+                powers = spread ** jnp.arange(-(trials // 2), trials - trials // 2).astype(s.dtype)
+                mus = jnp.clip(found.mu * powers, low, high)
+                over = jax.vmap(jax.vmap(trial, (None, 0)), (0, None))
+                steps, losses = over(mus, jnp.array(momenta, s.dtype))
+                # Of losses that rounding cannot tell apart the first is taken: the least damped
+                # step without momentum, close to a minimum that of Gauss-Newton.
+                at = jnp.unravel_index(jnp.argmax(losses <= jnp.min(losses) + noise), losses.shape)
+                better = jnp.isfinite(losses[at]) & (losses[at] <= here + noise)
+                above = jnp.clip(found.mu * spread**trials, low, high)
+                return _Found(
+                    step=jnp.where(better, steps[at] * units, 0),
+                    loss=jnp.where(better, losses[at], here),
+                    mu=jnp.where(better, mus[at[0]], above),
+                    better=better,
+                    over=better | (found.mu >= high),
+                )
+
+            # The decomposition serves all dampings: as long as none lowers the loss, larger ones.
+            start = _Found(zero, here, mu, jnp.zeros_like(sound), ~sound)
+            return _linalg.repeat(lambda found: ~found.over, attempt, start)
+
+        norms = state.norms
+        if scaling is None:
+            found = search(jnp.ones_like(zero), state.damping)
+        else:
+            norms = jnp.maximum(scaling * norms, jnp.linalg.norm(j, axis=0))
+            found = search(1 / jnp.where(norms > 0, norms, 1), state.damping)
+        other = _Found(zero, here, state.relative, jnp.zeros_like(sound), jnp.array(True))
+        if scaling is None and r.size > zero.size:
+            # Where units differ a step may be a crawl: then each parameter's size is its unit.
+            size = jnp.abs(x)
+            size = jnp.where(size > 0, size, jnp.sqrt(jnp.mean(x**2)))
+            stuck = sound & ~(found.loss < STUCK * here) & (here > 0)
+            other = _linalg.repeat(
+                lambda found: ~found.over,
+                lambda found: search(size, found.mu)._replace(over=jnp.ones_like(sound)),
+                other._replace(over=~stuck),
+            )
+        swap = other.better & ~(found.better & (found.loss <= other.loss + noise))
+        best = jax.tree.map(lambda a, b: jnp.where(swap, a, b), other, found)
+
+        keep = lambda new, old: jnp.where(sound, new, old)
+        return tree(best.step), LevenbergMarquardtState(
             count=_linalg.tally(state.count),
-            damping=keep(mu, state.damping),
-            step=keep(step, state.step),
-            loss=keep(jnp.where(better, losses[at], here), state.loss),
-            refused=_linalg.tally(state.refused, sound & ~better),
+            damping=keep(found.mu, state.damping),
+            relative=keep(other.mu, state.relative),
+            step=keep(best.step, state.step),
+            norms=keep(norms, state.norms),
+            loss=keep(best.loss, state.loss),
+            refused=_linalg.tally(state.refused, sound & ~best.better),
             nonfinite=_linalg.tally(state.nonfinite, ~sound),
         )
 
     return optax.GradientTransformationExtraArgs(init, _linalg.exact(update))
+
+
+class _Found(NamedTuple):
+    """The outcome of a search: a step, its loss, ``mu``, whether it is better, and all is done."""
+
+    step: jax.Array
+    loss: jax.Array
+    mu: jax.Array
+    better: jax.Array
+    over: jax.Array
+
+
+def _size(name: str, value: Any) -> int:
+    """A number that shapes depend on, which cannot be traced."""
+    check(
+        not isinstance(value, jax.core.Tracer),
+        f"{OWNER}: {name} is traced, but shapes depend on it; pass a whole number, to "
+        f"optax.inject_hyperparams with static_args=('trials', 'order', 'chunk').",
+    )
+    value = int(value) if isinstance(value, jax.Array) and value.ndim == 0 else value
+    check_count(OWNER, name, value)
+    return value
 
 
 def _given(layout: Layout, tree: Any, r: jax.Array) -> jax.Array:
@@ -208,9 +301,13 @@ def _curve(
     solve: Callable[[jax.Array], jax.Array],
     first: jax.Array,
     order: int,
-) -> list[jax.Array]:
-    """The Taylor polynomials of the curve at ``t = 1``, from ``first`` up to ``order``."""
+) -> tuple[jax.Array, jax.Array]:
+    """The Taylor polynomials of the curve at ``t = 1``, from ``first`` up to ``order``.
+
+    And how far it bends: the second term's length relative to the first one's.
+    """
     terms, steps, size = [first], [first], jnp.linalg.norm(first)
+    bend = jnp.zeros_like(size)
 
     def along(t: jax.Array) -> jax.Array:
         path = [t**n / math.factorial(n) * c for n, c in enumerate(terms, 1)]
@@ -218,9 +315,11 @@ def _curve(
 
     for n in range(2, order + 1):
         c = -solve(_derivative(along, n, first.dtype))
-        terms.append(jnp.minimum(1, _linalg.safe_divide(size, jnp.linalg.norm(c))) * c)
+        length = jnp.linalg.norm(c)
+        bend = _linalg.safe_divide(length, size) if n == 2 else bend
+        terms.append(jnp.minimum(1, _linalg.safe_divide(size, length)) * c)
         steps.append(steps[-1] + terms[-1] / math.factorial(n))
-    return steps
+    return jnp.stack(steps), bend
 
 
 def _derivative(fn: Callable[[jax.Array], jax.Array], n: int, dtype: Any) -> jax.Array:

@@ -17,7 +17,7 @@ MODULES = {
 LAYERS = (
     {"_types"},
     {"_linalg"},
-    {"_tree"},
+    {"_functions", "_tree"},
     {"curvature", "basis", "inner", "spectral", "diagnose"},
     {"transform", "online"},
     {"matrix", "least_squares"},

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_optax import _linalg
-from lowrank_optax._linalg import as_called
+from lowrank_optax._functions import example_losses, flat_residuals
 from lowrank_optax._tree import Layout, cast_like, stack, write
 from lowrank_optax._types import Correction, Vector, check, fix_size, require
 from lowrank_optax.curvature._curvature import (
@@ -89,7 +89,8 @@ class EmpiricalFisher(Examples):
 
     def vector_fn(self, evidence: Evidence) -> Callable[[Any], jax.Array]:
         meaning = "params -> losses (k,); or per_example_grads, a tree of (k, ...)"
-        return as_called(require("EmpiricalFisher", evidence.extra, "losses_fn", meaning))
+        fn = require("EmpiricalFisher", evidence.extra, "losses_fn", meaning)
+        return example_losses("EmpiricalFisher", "losses_fn", fn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,8 @@ class GaussNewton(Examples):
 
     def vector_fn(self, evidence: Evidence) -> Callable[[Any], jax.Array]:
         meaning = "params -> residuals (k,); or per_example_grads, a tree of (k, ...)"
-        return as_called(require("GaussNewton", evidence.extra, "residuals_fn", meaning))
+        fn = require("GaussNewton", evidence.extra, "residuals_fn", meaning)
+        return flat_residuals("GaussNewton", "residuals_fn", fn)
 
 
 class History(NamedTuple):
@@ -208,8 +210,11 @@ class UnrolledGaussNewton(Collecting):
 
 
 def jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> Any:
-    """The gradient of every entry of ``fn(params)``, a tree with a leading axis; in chunks."""
-    values, pull = jax.vjp(lambda x: jnp.ravel(fn(x)), params)
+    """The gradient of every entry of ``fn(params)``, ``(k,)``, a tree with a leading axis; in chunks.
+
+    Outside of a trace the chunks are a loop of Python: see `lowrank_optax._linalg.repeat`.
+    """
+    values, pull = jax.vjp(fn, params)
     k = values.shape[0]
     back = jax.vmap(lambda e: pull(e)[0])
     if chunk is None or chunk >= k:
@@ -217,5 +222,9 @@ def jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> 
     # `lax.map` has a batch_size, which fails on leaves without entries.
     blocks = -(-k // chunk)
     padded = jnp.eye(blocks * chunk, k, dtype=values.dtype)
-    rows = lax.map(back, jnp.reshape(padded, (blocks, chunk, k)))
+    padded = jnp.reshape(padded, (blocks, chunk, k))
+    if _linalg.traced(values):
+        rows = lax.map(back, padded)
+    else:
+        rows = jax.tree.map(lambda *x: jnp.stack(x), *map(back, padded))
     return jax.tree.map(lambda x: jnp.reshape(x, (blocks * chunk, *x.shape[2:]))[:k], rows)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_optax import _linalg
+from lowrank_optax._functions import scalar_loss
 from lowrank_optax._tree import Layout, stack
 from lowrank_optax._types import Correction, Vector, check, check_least, require
 from lowrank_optax.curvature._curvature import (
@@ -332,7 +333,9 @@ def _check_is(owner: str, name: str, value: Any, kind: type, what: str) -> None:
 def _loss(owner: str, evidence: Evidence):
     """``value_fn`` and the parameters."""
     return (
-        _linalg.as_called(require(owner, evidence.extra, "value_fn", "params -> loss")),
+        scalar_loss(
+            owner, "value_fn", require(owner, evidence.extra, "value_fn", "params -> loss")
+        ),
         need_params(owner, evidence.params),
     )
 
