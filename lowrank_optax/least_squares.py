@@ -170,7 +170,7 @@ def levenberg_marquardt(
         # Of losses that rounding, of their sum or of the parameters, cannot tell apart the first is
         # taken: the least damped step without momentum, close to a minimum that of Gauss-Newton.
         here, x = jnp.sum(r**2) / 2, jnp.concatenate(flat(layout, params))
-        noise = 4 * eps * (2 * here + jnp.linalg.norm(r[:, None] * j * x))
+        noise = 4 * eps * (2 * here + jnp.linalg.norm(r[:, None] * j * x[None]))
         noise = jnp.minimum(noise, here)  # where it overflows
         at = jnp.unravel_index(jnp.argmax(losses <= jnp.min(losses) + noise), losses.shape)
         better = sound & jnp.isfinite(losses[at]) & (losses[at] <= here + noise)
