@@ -170,7 +170,9 @@ def tally(counter: jax.Array, n: jax.Array | int = 1, period: jax.Array | int = 
 
 
 def safe_divide(a: jax.Array | float, b: jax.Array) -> jax.Array:
-    """``a / b``, and 0 where ``b`` is 0."""
+    """``a / b``, and 0 where ``b`` is 0; an array ``b`` of fewer axes divides along the last."""
+    if 0 < jnp.ndim(b) < jnp.ndim(a):
+        b = jnp.expand_dims(b, tuple(range(jnp.ndim(a) - jnp.ndim(b))))
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
@@ -263,7 +265,7 @@ def matrix_power(
         abs=abs,
     )
     powers = jnp.where(live, jnp.where(live, lam, 1) ** power, 0)
-    return (vectors.T * powers) @ vectors
+    return (vectors.T * powers[None]) @ vectors
 
 
 def orthonormalize(t: jax.Array, gram: jax.Array) -> jax.Array:
@@ -283,8 +285,8 @@ def cholesky_inverse(gram: jax.Array, shift: float = 0.0) -> jax.Array:
     scale = safe_divide(1.0, jnp.sqrt(jnp.diagonal(gram)))
     live = scale > 0
     fill = jnp.where(live, shift * r * jnp.finfo(gram.dtype).eps, 1)
-    inverse = _cholesky_inverse(gram * scale[:, None] * scale + jnp.diag(fill))
-    return jnp.where(live[:, None], inverse * scale, 0)
+    inverse = _cholesky_inverse(gram * scale[:, None] * scale[None] + jnp.diag(fill))
+    return jnp.where(live[:, None], inverse * scale[None], 0)
 
 
 @one_by_one
@@ -330,10 +332,10 @@ def lean(
     """
     size, v = eigh(symmetrize(rho.T @ rho))
     root = jnp.sqrt(jnp.maximum(size, 0))
-    n = (g @ v.T) * root  # g rho^T = N E with orthonormal rows E
+    n = (g @ v.T) * root[None]  # g rho^T = N E with orthonormal rows E
     size, u = eigh(symmetrize(n.T @ n))
     s = jnp.sqrt(jnp.maximum(size, 0))
     left = safe_divide(n @ u.T, s)
     right = u @ safe_divide(v @ rho.T, root[:, None])
     theta = angle(s)
-    return rows + (left * (jnp.cos(theta) - 1)) @ (left.T @ rows) + (left * jnp.sin(theta)) @ right
+    return rows + (left * (jnp.cos(theta) - 1)[None]) @ (left.T @ rows) + (left * jnp.sin(theta)[None]) @ right

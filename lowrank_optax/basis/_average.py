@@ -35,7 +35,7 @@ class Average(Frame):
             "GGT or FullMatrix.",
         )
         decay, gain = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
-        return decay if seen.start else 1.0, seen.y * jnp.sqrt(gain * seen.weights)
+        return decay if seen.start else 1.0, seen.y * jnp.sqrt(gain * seen.weights)[None]
 
     def eigenvalues(self, lam: jax.Array, memory: Any) -> jax.Array:
         """Those of one group's basis before the correction for the start."""

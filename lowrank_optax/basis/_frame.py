@@ -76,9 +76,9 @@ class Seen(NamedTuple):
     def seated(self, rank: int) -> jax.Array:
         """The old basis in ``[Q, fresh]``, fresh directions in dead slots: ``(rank, r + k)``."""
         live = self.live[:rank, None]
-        turn = jnp.cumsum(~live)[:, None] == jnp.cumsum(self.fresh)
+        turn = jnp.cumsum(~live)[:, None] == jnp.cumsum(self.fresh)[None]
         old = jnp.eye(rank, self.live.shape[0], dtype=bool) & live
-        return jnp.concatenate([old, ~live & self.fresh & turn], axis=1).astype(self.y.dtype)
+        return jnp.concatenate([old, ~live & self.fresh[None] & turn], axis=1).astype(self.y.dtype)
 
 
 class Turn(NamedTuple):
@@ -303,7 +303,7 @@ class Frame(Basis, Spectrum):
             A step of Newton and Schulz, as in `_linalg.orthonormalize`.
             """
             gram = layout.gram(vectors)
-            unit = 1.5 * jnp.eye(slots.shape[1], dtype=layout.dtype) - 0.5 * gram
+            unit = 1.5 * jnp.eye(slots.shape[1], dtype=layout.dtype)[None] - 0.5 * gram
             s = jnp.where(used, layout.dot(rows, vectors) @ transposed(unit), 0)
             return unit, unit @ gram @ transposed(unit), s
 
@@ -328,8 +328,8 @@ class Frame(Basis, Spectrum):
         """One group: ``s = W Y`` is ``(m, k)``, of columns scaled by ``scale``."""
         r, m, k = self.slots, self.slots + self.capacity, weights.shape[0]
         used, on = jnp.diagonal(old.gram) > 0, weights != 0
-        s = jnp.where(used[:, None] & on, s, 0)
-        gram = jnp.where(on[:, None] & on, gram, 0)
+        s = jnp.where(used[:, None] & on[None], s, 0)
+        gram = jnp.where(on[:, None] & on[None], gram, 0)
         a = old.t @ s
         a = a + old.t @ (s - old.gram @ (old.t.T @ a))  # twice is enough
         alpha = old.t.T @ a
@@ -395,6 +395,6 @@ def _remeasure(gram, t, slots, s, corner):
     place = jax.nn.one_hot(slots, gram.shape[0], dtype=gram.dtype)
     keep = 1 - jnp.sum(place, axis=0)
     cross = keep[:, None] * (s @ place)
-    new = keep[:, None] * gram * keep + cross + cross.T + place.T @ corner @ place
+    new = keep[:, None] * gram * keep[None] + cross + cross.T + place.T @ corner @ place
     hit = jnp.any(slots < gram.shape[0])  # a group without refined rows may hold NaN here
     return jnp.where(hit, new, gram), jnp.where(hit, _linalg.orthonormalize(t, new), t)

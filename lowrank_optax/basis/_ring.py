@@ -117,7 +117,7 @@ class Ring(Basis):
         incoming = place.T @ jnp.where(taken[:, None], s.T, 0)
         cross = keep[:, None] * old.gram + incoming  # W_new W_old^T
         after = keep[:, None] * s + place.T @ jnp.where(taken[:, None], gram, 0)  # W_new Y
-        k = cross * keep + jnp.where(taken, after, 0) @ place
+        k = cross * keep[None] + jnp.where(taken, after, 0) @ place
         put = lambda w, y: keep[:, None] * w + place.T @ jnp.where(taken[:, None], y, 0)
         new = old._replace(
             rows=jax.tree.map(put, old.rows, y),
@@ -155,7 +155,7 @@ def window_eigh(gram: jax.Array, scale: jax.Array, window: Any) -> tuple[jax.Arr
     which squares no condition number; there are ``d``, and the other rows are zero.
     """
     if isinstance(window, tuple):
-        return _linalg.eigh(scale[:, None] * gram * scale)
+        return _linalg.eigh(scale[:, None] * gram * scale[None])
     s, v = _linalg.svd(scale[:, None] * window)
     more = len(gram) - len(s)
     return jnp.pad(s**2, (0, more)), jnp.pad(v, ((0, more), (0, 0)))
@@ -171,10 +171,10 @@ def spectral_factor(
         # W^T S W with S = diag(sign w): S in the window's own orthonormal coordinates.
         live = spectrum.stored(lam, lam > 0)[1]
         half = jnp.where(live, jnp.sqrt(jnp.where(live, lam, 1)), 0)[:, None] * v
-        t = jnp.where(live, jax.lax.rsqrt(jnp.where(live, lam, 1)), 0)[:, None] * v * scale
+        t = jnp.where(live, jax.lax.rsqrt(jnp.where(live, lam, 1)), 0)[:, None] * v * scale[None]
         lam, z = _linalg.eigh_by_size((half * jnp.sign(weights)) @ half.T)
         lam, live = spectrum.stored(lam, lam != 0)
         return lam, jnp.where(live[:, None], z @ t, 0)
     kept, live = spectrum.stored(lam, lam > 0)
     inverse = jnp.where(live, jax.lax.rsqrt(jnp.where(live, lam, 1)), 0)
-    return kept, inverse[:, None] * v * scale
+    return kept, inverse[:, None] * v * scale[None]

@@ -73,7 +73,7 @@ class Eigen(Frame):
         old = (decay if seen.start else 1.0) * jnp.concatenate(
             [lam, jnp.where(seen.fresh, seen.initial, 0)]
         )
-        b = jnp.diag(old) + gain * (seen.y * seen.weights) @ seen.y.T
+        b = jnp.diag(old) + gain * (seen.y * seen.weights[None]) @ seen.y.T
         lam, z = self.decompose(_linalg.symmetrize(b), signed, seen.key)
         lam, z = lam[: self.rank], z[: self.rank]
         some = lam != 0 if signed else lam > 0

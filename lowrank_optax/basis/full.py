@@ -100,7 +100,7 @@ class FullMatrix(Dense, Spectrum):
 
     def init(self, layout: Layout, key: jax.Array) -> FullMatrixState:
         d = self.coordinates(layout)
-        real = jnp.arange(d) < jnp.asarray(layout.dims)[:, None]
+        real = jnp.arange(d)[None] < jnp.asarray(layout.dims)[:, None]
         square = lambda: jnp.zeros((layout.n, d, d), layout.dtype)
         matrix = jax.vmap(jnp.diag)(real.astype(layout.dtype))
         lam, updates = jnp.zeros((layout.n, d), layout.dtype), jnp.zeros(layout.n, jnp.int32)
@@ -173,7 +173,7 @@ class FullMatrix(Dense, Spectrum):
     def _blend(self, old: FullMatrixState, y, weights, start):
         gain, decay = (1.0, 1.0) if self.beta is None else (1 - self.beta, self.beta)
         first = ~jnp.any(old.lam != 0)
-        return decay * jnp.where(first, start, 1) * old.matrix + gain * (y.T * weights) @ y
+        return decay * jnp.where(first, start, 1) * old.matrix + gain * (y.T * weights[None]) @ y
 
     def _factor(self, matrix: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
         """Eigenvalues, 0 where they are dropped, and all eigenvectors but the dropped ones."""

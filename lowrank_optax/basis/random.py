@@ -90,7 +90,7 @@ class Random(Basis):
     ) -> Absorbed:
         due = is_due(state.updates, self.redraw)
         drawn = accept & due
-        live = jnp.arange(self.rank) < jnp.asarray(layout.dims)[:, None]
+        live = jnp.arange(self.rank)[None] < jnp.asarray(layout.dims)[:, None]
         each = layout.spread(live)
 
         def draw(leaf: int, at: jax.Array, block: jax.Array) -> jax.Array:

@@ -207,7 +207,7 @@ class TopK(Selection):
     def choose(self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array):
         decay, gain = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
         rows = [
-            decay * v + gain * _weigh(w, jnp.square(y.astype(layout.dtype)))
+            decay * v + gain * _weigh(w, jnp.square(y.astype(layout.dtype)))[None]
             for v, w, y in zip(
                 layout.stored(state.rows),
                 layout.spread(correction.weights),
@@ -360,7 +360,7 @@ class Histogram(Basis):
         share = (1 - self.beta) * _linalg.safe_divide(on, jnp.sum(on, axis=1, keepdims=True))
         old, before = layout.stored(state.rows), layout.stored(state.mean)
         mean = [
-            self.beta * x + _weigh(w, y.astype(layout.dtype))
+            self.beta * x + _weigh(w, y.astype(layout.dtype))[None]
             for x, w, y in zip(before, layout.spread(share), correction.columns, strict=True)
         ]
         low, high = _extremes(layout, mean)

@@ -129,7 +129,7 @@ class CommonDirections(Ring):
         scale = _linalg.safe_divide(state.weights, jnp.sqrt(jnp.diagonal(state.gram)))
         lam, v = window_eigh(state.gram, scale, state.rows)
         lam, live = _linalg.regularize(lam, lam > 0, eig_tol=self.eig_tol)
-        t = jnp.where(live, lax.rsqrt(jnp.where(live, lam, 1)), 0)[:, None] * v * scale
+        t = jnp.where(live, lax.rsqrt(jnp.where(live, lam, 1)), 0)[:, None] * v * scale[None]
         return live.astype(lam.dtype), t
 
 
@@ -276,8 +276,8 @@ class LowRankFactor(Ring, Spectrum):
     def _cut(self, old: RingState, s, gram, weights, accept, *, keep, signed):
         """One group's eigenpairs with the new columns, all of them or those that are kept."""
         m, on = self.rank, weights != 0
-        corner = jnp.where(on[:, None] & on, gram, 0)
-        beside = jnp.where(on, s, 0)
+        corner = jnp.where(on[:, None] & on[None], gram, 0)
+        beside = jnp.where(on[None], s, 0)
         whole = jnp.block([[old.gram, beside], [beside.T, corner]])
         lam, t = spectral_factor(self, whole, jnp.concatenate([old.weights, weights]), signed)
         full = jnp.sum(on) > jnp.sum(old.weights == 0)
@@ -288,10 +288,10 @@ class LowRankFactor(Ring, Spectrum):
         slots = jnp.where(ok, self.place(old, gram, weights), m)
         place = jax.nn.one_hot(slots, m, dtype=s.dtype)
         stay = 1 - jnp.sum(place, axis=0)
-        seated = place.T @ beside.T * stay
+        seated = place.T @ beside.T * stay[None]
         root = jnp.sqrt(jnp.abs(lam))
         added = old._replace(
-            gram=stay[:, None] * old.gram * stay + seated + seated.T + place.T @ corner @ place,
+            gram=stay[:, None] * old.gram * stay[None] + seated + seated.T + place.T @ corner @ place,
             weights=stay * old.weights + place.T @ weights,
             lam=lam,
             t=t[:, :m] + t[:, m:] @ place,

@@ -192,7 +192,7 @@ class UnrolledGaussNewton(Collecting):
         slots = jnp.where(good, memory.fill % self.history, self.history)[:, None]
         columns = layout.stored(memory.columns)
         columns = write(columns, layout, slots, cast_like(stack(seen.g), columns))
-        here = slots == jnp.arange(self.history)
+        here = slots == jnp.arange(self.history)[None]
         losses = jnp.where(here, (value - base)[:, None], memory.losses)
         return History(
             layout.store(columns),

@@ -274,7 +274,7 @@ def _outer_sum(context: Context) -> tuple[jax.Array, jax.Array]:
     """``sum_i w_i a_i a_i^T`` of the correction's columns in the basis, and ``sum_i w_i``."""
     columns, weights = context.columns, context.weights
     assert columns is not None and weights is not None
-    return (columns * weights) @ columns.T, jnp.sum(weights)
+    return (columns * weights[None]) @ columns.T, jnp.sum(weights)
 
 
 def _damped_solve(matrix: jax.Array, u: jax.Array, damping, rdamping) -> jax.Array:
@@ -369,7 +369,7 @@ def _third_order_step(g, hessian, tensor, sigma, iterations: int) -> jax.Array:
             hessian + ty + sigma * ((y @ y) * jnp.eye(n, dtype=g.dtype) + 2 * jnp.outer(y, y))
         )
         step = _linalg.matrix_power(curvature, -1.0, abs=True) @ slope
-        tries = y - lengths[:, None] * step
+        tries = y[None] - lengths[:, None] * step[None]
         return tries[jnp.argmin(jax.vmap(model)(tries))]
 
     return lax.fori_loop(0, iterations, body, jnp.zeros_like(g))

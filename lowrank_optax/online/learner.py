@@ -151,7 +151,8 @@ class Learner:
 
         Args:
           state: the state.
-          vectors: shaped like the example, or with a leading axis ``k``.
+          vectors: shaped like the example, or with a leading axis ``k``; with ``k = 0`` the state
+            stays as it is and losses are 0.
           next: what follows each vector; by default the next one in the order of passing.
           extra: further streams that purposes ask for, shaped like ``vectors``, any number each.
 
@@ -186,7 +187,12 @@ class Learner:
             after is None or not stream or after[0].shape == stream[0].shape,
             "learner.update: next holds another number of vectors; pass one for each.",
         )
-        return self.step(state, stream, after, {k: columns(v) for k, v in extra.items()})
+        others = {name: columns(vectors) for name, vectors in extra.items()}
+        if stream and stream[0].shape[0] == 0:
+            nothing = jnp.zeros((), layout.dtype)
+            same = jnp.eye(self.rank, dtype=layout.dtype)
+            return state, Info(nothing, (nothing,) * len(self.purposes), nothing != 0, same)
+        return self.step(state, stream, after, others)
 
     @_linalg.exact
     def step(
@@ -230,7 +236,7 @@ class Learner:
             p.remember(m, view._replace(memory=m), rate)
             for p, m in zip(self.purposes, state.memory, strict=True)
         )
-        h = (1 - rate) * old.h + rate * (view.codes.T * stream.weights) @ view.codes
+        h = (1 - rate) * old.h + rate * (view.codes.T * stream.weights[None]) @ view.codes
         rows, gram, c, moved = self._retract(old, layout.leaves(steps[0]), ok & (size > 0))
         new = LearnerState(
             dataclasses.replace(

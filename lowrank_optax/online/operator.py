@@ -257,6 +257,8 @@ def signed_pca(rank: int, *streams: tuple[float, Any]) -> Operator:
     """
     check_count("signed_pca", "rank", rank)
     check(streams, "signed_pca: no streams; pass pairs (weight, vectors).")
+    sizes = [jnp.shape(x)[:1] for _, vectors in streams for x in jax.tree.leaves(vectors)]
+    check((0,) not in sizes, "signed_pca: a stream holds no vectors; pass one at least, or none.")
     layout = Layout.of(jax.tree.map(lambda x: x[0], streams[0][1]), None, owner="signed_pca")
     parts = [layout.columns(vectors, "signed_pca")[0] for _, vectors in streams]
     stacked = [jnp.concatenate(columns) for columns in zip(*parts, strict=True)]
@@ -284,7 +286,7 @@ def _dual(
     _, live = _linalg.regularize(size, size > 0)
     root = jnp.sqrt(jnp.where(live, size, 0))
     # In the orthonormal coordinates Λ^{-1/2} U^T X the matrix is Λ^{1/2} U^T D U Λ^{1/2}.
-    lam, v = _linalg.eigh(_linalg.symmetrize((root[:, None] * u * weights) @ (u.T * root)))
+    lam, v = _linalg.eigh(_linalg.symmetrize((root[:, None] * u * weights[None]) @ (u.T * root[None])))
     order = jnp.argsort(-jnp.where(jnp.abs(v) @ live > 0.5, lam, -jnp.inf))[:rank]
     out = layout.combine(((v[order] * _linalg.safe_divide(1.0, root)) @ u)[None], stacked)
     return lam[order], out
@@ -295,7 +297,7 @@ def _primal(
 ) -> tuple[jax.Array, Columns]:
     """Leading eigenpairs of ``X^T D X``, which is smaller than ``X X^T``."""
     x = jnp.concatenate([c.astype(layout.dtype) for c in stacked], axis=1)
-    lam, v = _linalg.eigh(_linalg.symmetrize((x.T * weights) @ x))
+    lam, v = _linalg.eigh(_linalg.symmetrize((x.T * weights[None]) @ x))
     splits = [int(i) for i in np.cumsum(layout.sizes)[:-1]]
     return lam[:rank], jnp.split(v[:rank], splits, axis=1)
 

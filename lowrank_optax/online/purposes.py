@@ -437,10 +437,10 @@ class EditLocality(Purpose):
         (keys, weights), codes = _of(view, self.stream)
         outside = _less(keys, view.operator.columns(codes))
         along = layout.dot(outside, view.stream.columns)[0]  # (e, k)
-        q = jnp.sum(along**2 * view.stream.weights, axis=1)
+        q = jnp.sum(along**2 * view.stream.weights[None], axis=1)
         s = _inner(view, outside, keys)
         value = jnp.sum(weights * _linalg.safe_divide(q, s**2))
-        ck = layout.combine((along * view.stream.weights)[None], view.stream.columns)
+        ck = layout.combine((along * view.stream.weights[None])[None], view.stream.columns)
         # The cotangent of A^T A k is that of k_⊥ with the other sign.
         one = -2 * weights * _linalg.safe_divide(1.0, s**2)
         two = 2 * weights * _linalg.safe_divide(q, s**3)
@@ -543,7 +543,7 @@ class Custom(Purpose):
         def loss(rows):
             op = dataclasses.replace(old, rows=rows)
             codes = op.codes(view.stream.columns)
-            h = through(old.h, (codes.T * view.stream.weights) @ codes)
+            h = through(old.h, (codes.T * view.stream.weights[None]) @ codes)
             gram = through(old.gram, layout.gram(layout.leaves(rows))[0])
             own = _linalg.as_called(self.function)
             return own(dataclasses.replace(op, h=h, gram=gram), batch)

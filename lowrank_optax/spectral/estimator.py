@@ -1,11 +1,13 @@
 """The interface of scikit-learn."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import optax
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from lowrank_optax._types import check
@@ -27,7 +29,8 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
       optimizer: as for `fit`.
       steps: as for `fit`.
       batch_size: as for `fit`.
-      random_state: the seed of the fit.
+      random_state: the seed of the fit, as in scikit-learn: a number; a ``numpy.random.RandomState``
+        or ``numpy.random.Generator`` to draw it from; or ``None`` to draw it from numpy's own.
 
     Attributes:
       decomposition_: the `Decomposition`, after Rayleigh-Ritz.
@@ -35,7 +38,11 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
       errors_: ``(L,)`` standard errors of the eigenvalues.
 
     Raises:
-      ValueError: by ``fit``, for an operator that is not a function of the data.
+      ValueError: by ``fit``, for an operator that is not a function of the data, or a
+        ``random_state`` of another kind.
+
+    A fitted estimator pickles where its functions do: ``operator``, a kernel and the like have to
+    be functions of a module, not lambdas.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -58,7 +65,7 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
         optimizer: optax.GradientTransformation | None = None,
         steps: int = 2000,
         batch_size: int = 512,
-        random_state: int = 0,
+        random_state: int | np.random.RandomState | np.random.Generator | None = 0,
     ):
         self.operator = operator
         self.n_components = n_components
@@ -80,7 +87,7 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
             optimizer=self.optimizer,
             steps=self.steps,
             batch_size=self.batch_size,
-            seed=self.random_state,
+            seed=_seed(self.random_state),
         ).ritz()
         self.eigenvalues_ = self.decomposition_.eigenvalues
         self.errors_ = self.decomposition_.errors
@@ -90,3 +97,17 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
         """The modes at data ``(n, d)``: ``(n, L)``."""
         check_is_fitted(self)
         return self.decomposition_(validate_data(self, X, dtype=np.float32, reset=False))
+
+
+def _seed(random_state: Any) -> int:
+    """The seed that a ``random_state`` stands for; a generator draws a new one every time."""
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(2**31))
+    if isinstance(random_state, numbers.Integral):
+        return int(random_state)
+    check(
+        random_state is None or isinstance(random_state, np.random.RandomState),
+        f"SpectralEmbedding: random_state is {random_state!r}; pass a number, a "
+        "numpy.random.RandomState, a numpy.random.Generator, or None.",
+    )
+    return int(check_random_state(random_state).randint(2**31 - 1))

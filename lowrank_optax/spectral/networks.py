@@ -12,6 +12,16 @@ from lowrank_optax._types import check, check_count
 from lowrank_optax.spectral.operators import Operator
 
 
+def softplus(x: jax.Array) -> jax.Array:
+    """``log(1 + e^x)``, as `jax.nn.softplus`, in a function that pickles."""
+    return nn.softplus(x)
+
+
+def tanh(x: jax.Array) -> jax.Array:
+    """The hyperbolic tangent, as `jax.numpy.tanh`, in a function that pickles."""
+    return jnp.tanh(x)
+
+
 class ScaleFeatures(nn.Module):
     r"""Coordinates on several scales at once, bounded whatever the size of the domain, and waves.
 
@@ -42,7 +52,7 @@ class ScaleFeatures(nn.Module):
         square = jnp.sum(x**2)
         rows = jnp.concatenate([x, _length(square)[None]]) if self.kink else x
         s = jnp.asarray(self.scales)[:, None]
-        scaled = (rows / jnp.sqrt(s**2 + square)).ravel()
+        scaled = (rows[None] / jnp.sqrt(s**2 + square)).ravel()
         waves = FourierFeatures(self.waves, self.frequency, self.seed)
         return jnp.concatenate([scaled, waves(scaled)])
 
@@ -99,7 +109,8 @@ class MLP(nn.Module):
     Attributes:
       modes: ``L``.
       widths: of the hidden layers.
-      activation: twice differentiable, for differential operators.
+      activation: twice differentiable, for differential operators. `softplus` and `tanh` of this
+        module pickle; those of `jax.nn` are compiled functions, which do not.
       features: a module before the first layer, or ``None``.
       shared: one trunk for all modes; otherwise every mode has a network of its own, all in one
         batched product.
@@ -111,7 +122,7 @@ class MLP(nn.Module):
 
     modes: int
     widths: tuple[int, ...] = (64, 64, 64)
-    activation: Callable[[jax.Array], jax.Array] = nn.softplus
+    activation: Callable[[jax.Array], jax.Array] = softplus
     features: nn.Module | None = None
     shared: bool = False
     envelope: nn.Module | None = None
@@ -182,7 +193,7 @@ def _fitting(points: Any, modes: int, shared: bool) -> MLP:
     scales = tuple(unit * 2.0**k for k in range(1, -6, -1))
     features = ScaleFeatures(scales, kink=points.shape[1] > 1)
     widths = (128 if shared else 64,) * 3
-    return MLP(modes, widths, nn.tanh, features, shared)
+    return MLP(modes, widths, tanh, features, shared)
 
 
 class Trunk(nn.Module):

@@ -80,13 +80,16 @@ class Tracker(abc.ABC):
     def update(self, state: TrackerState, v: Any) -> TrackerState:
         """Takes in a vector shaped like the example, or ``k`` along a leading axis of every leaf.
 
-        Vectors that are not finite are left out and counted.
+        Vectors that are not finite are left out and counted. No vectors at all, ``k = 0``, leave
+        the state as it is.
 
         Raises:
           ValueError: for another structure or other shapes than the example's.
         """
         self.check_state(state)
         columns, _ = state.layout.columns(v, type(self).__name__)
+        if columns[0].shape[0] == 0:
+            return state
         return self._update(state, columns)
 
     @abc.abstractmethod

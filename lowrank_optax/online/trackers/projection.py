@@ -120,7 +120,7 @@ class PETRELS(Forgetting):
 
     def step(self, layout, rows, small, v, weight, there):
         (rows, inverse), (moments, unit) = rows, small
-        seen = [w * t for w, t in zip(rows, there, strict=True)]
+        seen = [w * t[None] for w, t in zip(rows, there, strict=True)]
         a = _solve(layout.dot(rows, seen)[0], layout.dot(rows, v)[0])
         # Inverses are in units of a first code's square, so that they start as the identity.
         many = jnp.maximum(sum(jnp.sum(t) for t in there), 1)

@@ -95,7 +95,7 @@ class NeuralEF(MomentLoss):
     def loss(self, grams, cross):
         square = jnp.diagonal(grams[0])
         size = safe_divide(1.0, jnp.sqrt(square))
-        scale = jax.lax.stop_gradient(size)[:, None] * size
+        scale = jax.lax.stop_gradient(size)[:, None] * size[None]
         own = safe_divide(jnp.diagonal(cross), square)
-        quotient = jnp.where(jnp.eye(len(cross), dtype=bool), own, cross * scale)
+        quotient = jnp.where(jnp.eye(len(cross), dtype=bool), own[None], cross * scale)
         return jnp.sum(jnp.triu(self.penalty(quotient, grams[0] * scale), 1)) - jnp.sum(own)

@@ -62,7 +62,7 @@ class VariationalEnergy(MomentMethod):
         weights = jnp.ones_like(values)
         if self.floor is not None:
             weights = safe_divide(1.0, jnp.hypot(values, self.floor * values[-1]))
-        metric = 2 * ritz * weights @ ritz.T
+        metric = 2 * ritz * weights[None] @ ritz.T
         return ((-metric, whiten @ (whiten.T @ m.cross) @ metric),)
 
 

@@ -184,7 +184,7 @@ class SpIN(MomentMethod):
         whiten = whitening(memory[0] / memory[1])  # L^{-T}
         size = jnp.diagonal(whiten)  # 1 / D
         between = whiten.T @ symmetrize(seen[0].cross) @ whiten
-        return ((-2 * whiten * size, 2 * whiten @ jnp.triu(between * size)),)
+        return ((-2 * whiten * size[None], 2 * whiten @ jnp.triu(between * size[None])),)
 
 
 @dataclasses.dataclass(frozen=True)

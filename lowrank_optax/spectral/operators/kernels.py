@@ -101,7 +101,7 @@ class NeuralTangentKernel(KernelIntegral):
         def mode(weights: jax.Array) -> jax.Array:
             # The trace over outputs: one direction of the parameters for each.
             def output(unit: jax.Array) -> jax.Array:
-                (along,) = back(weights[:, None] * unit)
+                (along,) = back(weights[:, None] * unit[None])
                 return jax.jvp(at(x), (self.params,), (along,))[1] @ unit
 
             return jnp.sum(jax.vmap(output)(jnp.eye(many)), 0)

@@ -129,7 +129,7 @@ class MultiScale(Proposal):
         which, normal = jax.random.split(key)
         k = jax.random.categorical(which, state.log_weights, shape=(size,))
         noise = jax.random.normal(normal, (size, self.dimension))
-        return self._center + jnp.asarray(self.scales)[k][:, None] * noise
+        return self._center[None] + jnp.asarray(self.scales)[k][:, None] * noise
 
     def log_density(self, x: jax.Array, state: Adapted) -> jax.Array:
         return jax.nn.logsumexp(self._terms(x, state))
