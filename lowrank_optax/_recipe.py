@@ -42,7 +42,7 @@ def recipe(
         visible = None if params is None else wide(params)
         step, new = chain.update(step, old, visible, **extra)
         step = [jnp.where(ok, x, 0) for ok, x in zip(on, layout.leaves(step), strict=True)]
-        new = advance(chain, layout.tree(on), new, old)
+        new = advance(chain, layout, on, new, old)
         return layout.unflatten(step, updates), (first, *new)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -588,26 +588,33 @@ def wide(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def advance(tx: Any, on: Any, new: Any, old: Any) -> Any:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Opaque:
+    """Whether a leaf's step was taken, in a container that may look at the shapes of arrays."""
+
+    taken: Any
+
+
+def advance(tx: Any, layout: Layout, taken: Sequence[Any], new: Any, old: Any) -> Any:
     """The new state of an optax transformation where the leaves' steps were taken, else the old.
 
-    ``on`` has a boolean for every leaf of the parameters. What belongs to no leaf, such as a count,
-    moves where any leaf does.
+    ``taken`` has a boolean for every leaf of the layout, or `optax.MaskedNode`. What belongs to no
+    leaf, such as a count, moves where any leaf does.
     """
-    flags = jax.tree.leaves(on)
+    hidden = lambda x: isinstance(x, optax.MaskedNode)
+    flags = [x for x in taken if not hidden(x)]
     if not flags:
         return old
     some = jnp.any(jnp.stack(flags))
-    hidden = lambda x: isinstance(x, optax.MaskedNode)
     which = optax.tree.map_params(
         tx,
         lambda x, flag: x if hidden(x) else flag,
         old,
-        on,
-        transform_non_params=lambda _: some,
+        layout.tree([x if hidden(x) else _Opaque(x) for x in taken]),
+        transform_non_params=lambda _: _Opaque(some),
         is_leaf=hidden,
     )
-    pick = lambda flag, *pair: jax.tree.map(partial(jnp.where, flag), *pair)
+    pick = lambda flag, *pair: jax.tree.map(partial(jnp.where, flag.taken), *pair)
     return jax.tree.map(pick, which, new, old)
 
 

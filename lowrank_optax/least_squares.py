@@ -175,7 +175,7 @@ def levenberg_marquardt(
         if not r.size or not zero.size:  # nothing to fit, or nothing to fit it with
             return tree(zero), state._replace(count=_linalg.tally(state.count), loss=here)
         given = extra.get("per_example_grads")
-        j = jacobian(residuals, zero, chunk) if given is None else _given(layout, given, r)
+        j = jacobian(residuals, zero, chunk)[0] if given is None else _given(layout, given, r)
         sound = _linalg.finite(r, j, *jax.tree.leaves(updates))
         j, x = jnp.where(sound, j, 0), jnp.concatenate(flat(layout, params))
 
@@ -285,7 +285,7 @@ def _size(name: str, value: Any) -> int:
 
 def _given(layout: Layout, tree: Any, r: jax.Array) -> jax.Array:
     """The residuals' gradients side by side, ``(k, d)``."""
-    j = jnp.concatenate([x.astype(layout.dtype) for x in rows_of(layout, tree)], axis=1)
+    j = jnp.concatenate([x.astype(layout.dtype) for x in rows_of(layout, layout.leaves(tree))], axis=1)
     shape = r.shape[0], sum(layout.sizes)
     check(
         j.shape == shape,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _linalg
+from lowrank_optax._derivatives import undifferentiated
 from lowrank_optax._entry import attend
 from lowrank_optax._tree import (
     Layout,
@@ -447,6 +448,7 @@ class MatrixEngine:
     @_linalg.exact
     def step(self, updates: Any, state: Any, params: Any, extra: dict[str, Any]):
         """Updates, state, and which leaves were dropped for something that is not finite."""
+        updates = undifferentiated(OWNER, updates)
         params, extra = attend(OWNER, updates, params, extra)
         check_kind(OWNER, state, ScaleByMatrixLREState)
         layout = self.layout(updates, state, params)
@@ -543,8 +545,8 @@ class MatrixEngine:
         ]
         whole = _linalg.finite(*burst, jnp.zeros(()))
         sound = {i: ok & whole & _linalg.finite(step[i]) for i, ok in sound.items()}
-        on = layout.tree([sound.get(i, optax.MaskedNode()) for i in range(len(views))])
-        state = advance(self.rest, on, new, old)
+        on = [sound.get(i, optax.MaskedNode()) for i in range(len(views))]
+        state = advance(self.rest, layout, on, new, old)
         step = {i: jnp.where(ok, jnp.reshape(step[i], -1), 0) for i, ok in sound.items()}
         return step, state, {i: ~ok for i, ok in sound.items()}
 
@@ -715,11 +717,11 @@ class MatrixEngine:
         )
         step, new = tx.update(tree, old, None if params is None else theirs(params), **extra)
         sound = {i: ~dropped[i] for i in apart}
-        on = layout.tree([sound.get(i, optax.MaskedNode()) for i in range(len(views))])
+        on = [sound.get(i, optax.MaskedNode()) for i in range(len(views))]
         step = layout.leaves(step)
         return leaves | {
             i: leaves[i] + jnp.where(ok, jnp.reshape(step[i], -1), 0) for i, ok in sound.items()
-        }, advance(tx, on, new, old)
+        }, advance(tx, layout, on, new, old)
 
     def _eigenbasis(self, kind: _Matrices, short: Any, long: Any) -> Eigenbasis:
         """Those of both sides multiplied, ``(n, r_S r_L)``; of one side spread over the other."""

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from lowrank_optax import _linalg
+from lowrank_optax._derivatives import undifferentiated
 from lowrank_optax._entry import attend
 from lowrank_optax._tree import (
     Layout,
@@ -343,6 +344,7 @@ class VectorEngine:
     @_linalg.exact
     def step(self, updates: Any, state: Any, params: Any, extra: dict[str, Any]):
         """Updates, state, and which leaves were dropped for something that is not finite."""
+        updates = undifferentiated(OWNER, updates)
         params, extra = attend(OWNER, updates, params, extra)
         check_kind(OWNER, state, ScaleByLREState)
         layout = self.layout(updates, state, params)
@@ -535,7 +537,7 @@ class VectorEngine:
             b[0] + jnp.where(a, jnp.reshape(x, -1), 0)
             for a, b, x in zip(on, both, layout.leaves(apart), strict=True)
         ]
-        return step, advance(complement, layout.tree(on), rest, state)
+        return step, advance(complement, layout, on, rest, state)
 
 
 def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement: Any) -> None:

@@ -2,7 +2,17 @@
 
 import optax
 
-from lowrank_optax import SCALAR, SECOND_MOMENT, VECTOR, basis, curvature, inner, online
+import lowrank_optax as lro
+from lowrank_optax import (
+    SCALAR,
+    SECOND_MOMENT,
+    VECTOR,
+    basis,
+    curvature,
+    inner,
+    online,
+    per_leaf,
+)
 
 CURVATURES = {
     "covariance": curvature.Covariance(),
@@ -106,3 +116,40 @@ def provider(kept, inside):
         part.provides
     )
     return next(name for name, c in CURVATURES.items() if needs <= c.provides)
+
+
+# Recipes ----------------------------------------------------------------------------------------
+
+RECIPES = {
+    "lre": {"learning_rate": 1e-2},
+    "ggt": {"learning_rate": 1e-1, "rank": 5},
+    "full_matrix_adam": {"learning_rate": 1e-2, "rank": 5},
+    "whiten": {"rank": 5},
+    "whitened_adam": {"learning_rate": 1e-2, "rank": 5},
+    "lowrank_newton": {"learning_rate": 0.3, "rank": 5},
+    "adahessian": {"learning_rate": 3e-2, "rank": 5},
+    "sophia_h": {"learning_rate": 1e-2, "rank": 5, "update_every": 2},
+    "natural_gradient": {"learning_rate": 0.1, "rank": 5},
+    "gauss_newton": {"learning_rate": 0.5, "batch": 24, "damping": 1e-1},
+    "galore": {"learning_rate": 1e-2, "rank": 2},
+    "soap": {"learning_rate": 1e-2},
+    "polar_soap": {"learning_rate": 1e-2},
+    "levenberg_marquardt": {},
+}
+"""Every public recipe, with arguments that keep it small."""
+
+FURTHER = {
+    "original": ("lre", {"learning_rate": 1.0, "basis": basis.GGT(5)}),
+    "per_leaf": ("lre", {"learning_rate": 1.0, "basis": basis.Eigen(3), "groups": per_leaf}),
+    "soap_low_rank": ("soap", {"learning_rate": 1e-2, "rank": 2}),
+}
+"""Recipes with other arguments, to which the same applies."""
+
+
+def recipe(name, **options):
+    """The optimizer of that name, which takes extra arguments."""
+    maker, kwargs = FURTHER.get(name) or (name, RECIPES[name])
+    tx = getattr(lro, maker)(**kwargs | options)
+    # Whitening alone turns a gradient and takes no step.
+    tx = optax.chain(tx, optax.scale(-1e-1)) if name == "whiten" else tx
+    return optax.with_extra_args_support(tx)

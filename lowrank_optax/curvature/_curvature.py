@@ -1,7 +1,7 @@
 """What every curvature offers the engine, and what it may look at."""
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -143,9 +143,9 @@ def params_row(layout: Layout) -> Any:
     )
 
 
-def rows_of(layout: Layout, tree: Any) -> Columns:
-    """A tree whose leaves have a leading axis of columns, as columns."""
+def rows_of(layout: Layout, leaves: Sequence[jax.Array]) -> Columns:
+    """Leaves with a leading axis of columns, as columns."""
     return [
         jnp.reshape(x, (x.shape[0], -1)).astype(t)
-        for x, t in zip(layout.leaves(tree), layout.rows, strict=True)
+        for x, t in zip(leaves, layout.rows, strict=True)
     ]

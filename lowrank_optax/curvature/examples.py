@@ -45,7 +45,7 @@ class Examples(Curvature):
             fn = self.vector_fn(evidence)
             params = need_params(type(self).__name__, evidence.params)
             return Correction(rows_of(layout, jacobian(fn, params, self.chunk))), state
-        columns = rows_of(layout, given)
+        columns = rows_of(layout, layout.leaves(given))
         for name, column, size in zip(layout.names, columns, layout.sizes, strict=True):
             check(
                 column.shape == (columns[0].shape[0], size),
@@ -210,11 +210,13 @@ class UnrolledGaussNewton(Collecting):
 
 
 def jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> Any:
-    """The gradient of every entry of ``fn(params)``, ``(k,)``, a tree with a leading axis; in chunks.
+    """The gradient of every entry of ``fn(params)``, ``(k,)``: leaves with a leading axis; in chunks.
 
+    Leaves and no tree, as the parameters' containers may look at the shapes of what they hold.
     Outside of a trace the chunks are a loop of Python: see `lowrank_optax._linalg.repeat`.
     """
-    values, pull = jax.vjp(fn, params)
+    leaves, treedef = jax.tree.flatten(params)
+    values, pull = jax.vjp(lambda x: fn(treedef.unflatten(x)), leaves)
     k = values.shape[0]
     back = jax.vmap(lambda e: pull(e)[0])
     if chunk is None or chunk >= k:
