@@ -190,9 +190,8 @@ def test_no_type_of_the_state_changes_in_a_loop(name, dtype):
 @every_recipe
 def test_accumulation_in_16_bits(name):
     """`optax.MultiSteps` has two branches, whose types have to agree."""
-    for dtype in (jnp.bfloat16, jnp.float32):
-        params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
-        tx = optax.MultiSteps(OPTIMIZERS[name], 2)
+    tx = optax.MultiSteps(OPTIMIZERS[name], 2)
+    for params in (PARAMS, jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)):
         state = tx.init(params)
         new = jax.eval_shape(functools.partial(one_step, tx), params, state)
         assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(
