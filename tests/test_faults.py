@@ -15,6 +15,7 @@ from lowrank_optax import _linalg, inner
 
 COVARIANCE = lro.curvature.Covariance()
 PARAMS = {"a": jnp.zeros(5), "b": jnp.zeros((2, 3))}
+ROTATION_FREE = (inner.EMA(debias=True), inner.ClipNormByEMA(normalize=True))
 HUGE = 1e6
 """A gradient of this size is what the doctored parts below fail on."""
 
@@ -111,9 +112,13 @@ def test_a_bad_step_leaves_no_trace(basis, options, monkeypatch):
 @pytest.mark.parametrize("options", ["default", "every3", "warmup", "optax"])
 @pytest.mark.parametrize("basis", BASES)
 def test_only_the_bad_group_skips(basis, options, monkeypatch, x64):
-    """In float64: two programs round differently, and Adam divides by what is nearly zero."""
+    """In float64: two programs round differently, and Adam divides by what is nearly zero.
+
+    A full matrix has repeated eigenvalues of zero at first, whose eigenvectors are rounding alone:
+    there the inner parts are some that do not depend on them.
+    """
     monkeypatch.setattr(_linalg, "eigh", failing_eigh)
-    parts = COVARIANCE, BASES[basis], STEADY
+    parts = COVARIANCE, BASES[basis], ROTATION_FREE if basis == "full" else STEADY
     tx = lro.scale_by_lre(*parts, groups=lro.per_leaf, **OPTIONS[options])
     alone = lro.scale_by_lre(*parts, **OPTIONS[options])
     update, separate = jax.jit(tx.update), jax.jit(alone.update)
