@@ -8,7 +8,7 @@ import numpy as np
 
 
 def undifferentiated(owner: str, tree: Any) -> Any:
-    """The tree itself; whoever differentiates through it gets a ``ValueError`` that names ``owner``.
+    """The tree itself; who differentiates through it gets a ``ValueError`` that names ``owner``.
 
     Eigenvectors of repeated eigenvalues have no derivative, and every basis starts with such. Left
     to JAX, forward mode gives NaN and reverse mode fails deep inside a loop. So an engine passes

@@ -338,4 +338,8 @@ def lean(
     left = safe_divide(n @ u.T, s)
     right = u @ safe_divide(v @ rho.T, root[:, None])
     theta = angle(s)
-    return rows + (left * (jnp.cos(theta) - 1)[None]) @ (left.T @ rows) + (left * jnp.sin(theta)[None]) @ right
+    return (
+        rows
+        + (left * (jnp.cos(theta) - 1)[None]) @ (left.T @ rows)
+        + (left * jnp.sin(theta)[None]) @ right
+    )

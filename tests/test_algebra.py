@@ -285,14 +285,19 @@ STREAMS = [(300, 4, 1), (1500, 10, 100)]
 
 
 @pytest.mark.parametrize(
-    "basis",
-    [EIGEN(16), EIGEN(16, None, eig_tol=1e-8), lro.basis.GGT(16, eig_tol=1e-2)],
+    "basis, bound",
+    [
+        (EIGEN(16), 3e-6),
+        (EIGEN(16, None, eig_tol=1e-8), 3e-6),
+        # What a Gram matrix resolves of the weakest direction that is kept: eps / eig_tol.
+        (lro.basis.GGT(16, eig_tol=1e-2), 2e2 * np.finfo(np.float32).eps),
+    ],
     ids=["eigen", "eigen_sum", "ggt"],
 )
 @pytest.mark.parametrize("stream", STREAMS, ids=str)
-def test_orthonormal(basis, stream):
+def test_orthonormal(basis, bound, stream):
     errors, _ = orthogonality(basis, *stream)
-    assert (errors <= 1e-5).all(), errors
+    assert (errors <= bound).all(), errors
 
 
 @pytest.mark.parametrize("stream", STREAMS, ids=str)

@@ -146,8 +146,9 @@ def test_draws_go_on_after_the_counters_have_ended(name):
 
 # Streams ----------------------------------------------------------------------------------------
 
-BOUNDS = {"eigen": 1.5e-6, "ggt": 5e-2, "opast": 3e-6, "subspace_iteration": 3e-6, "cayley": 1e-6}
-"""``|Q^T Q - I|``: of `GGT` what a Gram matrix resolves at ``eig_tol=1e-5``."""
+BOUNDS = {"eigen": 1.5e-6, "ggt": 5e-2, "opast": 3e-6, "subspace_iteration": 3e-6, "cayley": 2e-6}
+"""``|Q^T Q - I|``: of `GGT` what a Gram matrix resolves at ``eig_tol=1e-5``, else a few tens of
+float32's roundings, of which every processor has its own."""
 
 
 @pytest.mark.parametrize("name", BOUNDS)

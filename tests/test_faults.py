@@ -15,6 +15,7 @@ from lowrank_optax import _linalg, inner
 
 COVARIANCE = lro.curvature.Covariance()
 PARAMS = {"a": jnp.zeros(5), "b": jnp.zeros((2, 3))}
+ROTATION_FREE = (inner.EMA(debias=True), inner.ClipNormByEMA(normalize=True))
 HUGE = 1e6
 """A gradient of this size is what the doctored parts below fail on."""
 
@@ -110,27 +111,33 @@ def test_a_bad_step_leaves_no_trace(basis, options, monkeypatch):
 
 @pytest.mark.parametrize("options", ["default", "every3", "warmup", "optax"])
 @pytest.mark.parametrize("basis", BASES)
-def test_only_the_bad_group_skips(basis, options, monkeypatch):
+def test_only_the_bad_group_skips(basis, options, monkeypatch, x64):
+    """In float64: two programs round differently, and Adam divides by what is nearly zero.
+
+    A full matrix has repeated eigenvalues of zero at first, whose eigenvectors are rounding alone:
+    there the inner parts are some that do not depend on them.
+    """
     monkeypatch.setattr(_linalg, "eigh", failing_eigh)
-    parts = COVARIANCE, BASES[basis], STEADY
+    parts = COVARIANCE, BASES[basis], ROTATION_FREE if basis == "full" else STEADY
     tx = lro.scale_by_lre(*parts, groups=lro.per_leaf, **OPTIONS[options])
     alone = lro.scale_by_lre(*parts, **OPTIONS[options])
     update, separate = jax.jit(tx.update), jax.jit(alone.update)
+    params = jax.tree.map(lambda x: x.astype(float), PARAMS)
     for name in ("nan", "zero", "eigh"):
         event, spoil = FAULTS[name]
-        grads = [good(i) for i in range(7)]
+        grads = [jax.tree.map(lambda x: x.astype(float), good(i)) for i in range(7)]
         bad = 4 if options == "optax" else 3  # a step at which the basis is due
         grads[bad] = {"a": spoil(grads[bad])["a"], "b": grads[bad]["b"]}
-        steps = history(update, tx.init(PARAMS), grads)
+        steps = history(update, tx.init(params), grads)
         last = steps[-1][1]
         assert getattr(last.events, event).tolist() == [1, 0]
         assert still(steps[bad][0]["a"]) and (options == "warmup" or not still(steps[bad][0]["b"]))
-        for leaf in PARAMS:
+        for leaf in params:
             mine = [{leaf: g[leaf]} for i, g in enumerate(grads) if leaf == "b" or i != bad]
-            theirs = history(separate, alone.init({leaf: PARAMS[leaf]}), mine)
+            theirs = history(separate, alone.init({leaf: params[leaf]}), mine)
             ours = [u for i, (u, _) in enumerate(steps) if leaf == "b" or i != bad]
             for x, (y, _) in zip(ours, theirs, strict=True):
-                np.testing.assert_allclose(x[leaf], y[leaf], rtol=1e-4, atol=1e-6)
+                np.testing.assert_allclose(x[leaf], y[leaf], rtol=1e-7, atol=1e-9)
 
 
 @dataclasses.dataclass(frozen=True)

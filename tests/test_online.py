@@ -422,6 +422,26 @@ def test_successors_are_those_of_the_stream_or_those_given(x64):
     np.testing.assert_allclose(later.memory[0].lag, expected, rtol=1e-9)
 
 
+def test_no_vectors_are_no_step():
+    """Of a learner, a tracker and an operator; of a closed form they are refused."""
+    none = jnp.zeros((0, 6))
+    learn = online.learner(2, (online.OldTask(1.0), online.Dynamics(1.0)))
+    state = learn.init(jax.random.key(0), jnp.zeros(6))
+    same, info = learn.update(state, none, old=jnp.ones((3, 6)))
+    jax.tree.map(np.testing.assert_array_equal, same, state)
+    assert info.loss == 0 and not info.moved and len(info.values) == 3
+    assert jnp.isfinite(learn.update(state, jnp.ones((2, 6)), old=none)[1].loss)
+    for tracker in (online.trackers.Brand(2), online.trackers.PETRELS(2)):
+        state = tracker.init(jax.random.PRNGKey(0), jnp.zeros(6))
+        jax.tree.map(np.testing.assert_array_equal, tracker.update(state, none), state)
+    op = online.Operator.of(jnp.eye(2, 6), jnp.eye(2))
+    assert op.encode(none).shape == (0, 2) and op.decode(jnp.zeros((0, 2))).shape == (0, 6)
+    for out in (op(none), op.power(none, -0.5), op.solve(none, 1.0), op.project(none)):
+        assert out.shape == (0, 6)
+    with pytest.raises(ValueError, match="signed_pca: a stream holds no vectors"):
+        online.signed_pca(1, (1.0, none))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_vectors_that_are_not_finite_are_skipped(bad):
     learn = online.learner(2, (online.Dynamics(1.0),), optax.adam(1e-2))

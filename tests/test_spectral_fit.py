@@ -1,6 +1,7 @@
 """The fit: faults, resuming, stopping, what it gives back."""
 
 import dataclasses
+import pickle
 import subprocess
 import sys
 import warnings
@@ -241,6 +242,36 @@ def test_estimator_is_a_transformer():
     )
     assert z.shape == (128, 2) and fitted.eigenvalues_.shape == fitted.errors_.shape == (2,)
     np.testing.assert_allclose(z.T @ z / 128, np.eye(2), atol=0.25)
+
+
+def gaussian_kernel(x, y):
+    return jnp.exp(-jnp.sum((x - y) ** 2) / 4)
+
+
+def kernel_operator(x):
+    return ops.KernelIntegral(gaussian_kernel, x)
+
+
+def test_a_fitted_estimator_pickles_and_takes_the_random_states_of_scikit_learn():
+    x = np.random.default_rng(0).normal(size=(32, 2)).astype(np.float32)
+    embed = lambda state: s.estimator.SpectralEmbedding(
+        kernel_operator, steps=2, batch_size=16, random_state=state
+    )
+    fitted = embed(np.random.default_rng(3)).fit(x)
+    back = pickle.loads(pickle.dumps(fitted))
+    np.testing.assert_array_equal(back.transform(x), fitted.transform(x))
+    np.testing.assert_array_equal(back.errors_, fitted.errors_)
+    assert fitted.decomposition_(x[:0]).shape == (0, 2)
+    seeds = [
+        s.estimator._seed(make(i))
+        for make in (np.random.default_rng, np.random.RandomState)
+        for i in (0, 0, 1)
+    ]
+    assert seeds[0] == seeds[1] != seeds[2] and seeds[3] == seeds[4] != seeds[5]
+    assert s.estimator._seed(np.int64(7)) == 7
+    assert isinstance(s.estimator._seed(None), int)
+    with pytest.raises(ValueError, match="random_state is 'now'; pass a number"):
+        embed("now").fit(x)
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,10 @@ class LowRankFactor(Ring, Spectrum):
         seated = place.T @ beside.T * stay[None]
         root = jnp.sqrt(jnp.abs(lam))
         added = old._replace(
-            gram=stay[:, None] * old.gram * stay[None] + seated + seated.T + place.T @ corner @ place,
+            gram=stay[:, None] * old.gram * stay[None]
+            + seated
+            + seated.T
+            + place.T @ corner @ place,
             weights=stay * old.weights + place.T @ weights,
             lam=lam,
             t=t[:, :m] + t[:, m:] @ place,

@@ -286,7 +286,9 @@ def _dual(
     _, live = _linalg.regularize(size, size > 0)
     root = jnp.sqrt(jnp.where(live, size, 0))
     # In the orthonormal coordinates Λ^{-1/2} U^T X the matrix is Λ^{1/2} U^T D U Λ^{1/2}.
-    lam, v = _linalg.eigh(_linalg.symmetrize((root[:, None] * u * weights[None]) @ (u.T * root[None])))
+    lam, v = _linalg.eigh(
+        _linalg.symmetrize((root[:, None] * u * weights[None]) @ (u.T * root[None]))
+    )
     order = jnp.argsort(-jnp.where(jnp.abs(v) @ live > 0.5, lam, -jnp.inf))[:rank]
     out = layout.combine(((v[order] * _linalg.safe_divide(1.0, root)) @ u)[None], stacked)
     return lam[order], out

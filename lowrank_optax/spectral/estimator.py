@@ -29,8 +29,9 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
       optimizer: as for `fit`.
       steps: as for `fit`.
       batch_size: as for `fit`.
-      random_state: the seed of the fit, as in scikit-learn: a number; a ``numpy.random.RandomState``
-        or ``numpy.random.Generator`` to draw it from; or ``None`` to draw it from numpy's own.
+      random_state: the seed of the fit, as in scikit-learn: a number; a
+        ``numpy.random.RandomState`` or ``numpy.random.Generator`` to draw it from; or ``None`` to
+        draw it from numpy's own.
 
     Attributes:
       decomposition_: the `Decomposition`, after Rayleigh-Ritz.
