@@ -448,9 +448,7 @@ class _Engine:
         if not isinstance(complement, optax.GradientTransformation):
             if isinstance(complement, LPower):
                 own = "outside" in self.curvature.provides
-                part, state_of = (
-                    (self.curvature, new.curvature) if own else (self.basis, new.basis)
-                )
+                part, state_of = (self.curvature, new.curvature) if own else (self.basis, new.basis)
                 curvature = part.outside(state_of)
                 # Where nothing was ever seen outside, there is nothing but rounding to scale.
                 some = curvature > 0
