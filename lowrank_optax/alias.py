@@ -138,7 +138,7 @@ def ggt(
         remembers larger ones than the window does is not scaled down with them.
       b1: decay of the momentum.
       eps: in units of the gradient's norm: well below it, or the step becomes ``g/eps``, but not
-        below rounding, ``1e-3`` of it in float32.
+        below rounding, ``1e-3`` of it in float32. Multiply it along with the loss.
       **options: the keywords of `lre` and `scale_by_lre`.
 
     Raises:
@@ -174,9 +174,9 @@ def full_matrix_adam(
 
     .. math:: x \leftarrow x - \eta\, Q\,(\hat M + \epsilon I)^{-1/2}\, \hat m
 
-    with ``M`` the average of ``u u^T`` and ``m`` that of ``u = Q^T g``, both from zero and corrected
-    for it, and the pseudo-inverse of the root: what no gradient has shown does not move. The
-    original starts ``M`` as the identity: that is ``lre`` with ``inner=FullMatrixAdam()``.
+    with ``M`` the average of ``u u^T`` and ``m`` that of ``u = Q^T g``, both from zero and
+    corrected for it, and the pseudo-inverse of the root: what no gradient has shown does not move.
+    The original starts ``M`` as the identity: that is ``lre`` with ``inner=FullMatrixAdam()``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro

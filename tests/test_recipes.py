@@ -133,7 +133,7 @@ def test_full_matrix_adam_is_the_root_of_what_was_seen(x64, unit):
 
 
 def test_natural_gradient_is_the_damped_inverse_of_the_whole_matrix(x64):
-    """``(F_hat + mu I)^{-1} g`` on a basis too small for the space: damping was mu / (1 - beta^n)."""
+    """``(F_hat + mu I)^{-1} g`` in a space larger than the basis: mu was mu / (1 - beta^n)."""
     random, d, rank, beta, mu = np.random.default_rng(8), 6, 4, 0.99, 0.3
     tx = lro.natural_gradient(1.0, rank, beta=beta, damping=mu)
     state, update = tx.init(jnp.zeros(d)), jax.jit(tx.update)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import enable_x64
+from dense import absorbed, spectrum, vectors
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
@@ -390,6 +391,20 @@ def test_robust_steps_see_what_was_cut():
         robust.measured(state) - plain.measured(state), state.memory[0] / 2, rtol=1e-6
     )
     np.testing.assert_allclose(robust.eigenbasis(state).lam, robust.measured(state))
+
+
+def test_opast_takes_the_gain_of_its_new_moments(x64):
+    """``polar(Q + rho g^T)`` with ``g = (1 - beta) S a``: with ``S a`` it would turn ten times."""
+    rng, rank, beta = np.random.default_rng(14), 3, 0.9
+    x = rng.normal(size=(12, 1, 8)) * np.geomspace(2, 0.5, 8)
+    state = absorbed(OPAST(rank, beta), x, np.ones((12, 1)))
+    q, lam = vectors(state), spectrum(state)
+    for t in range(rank, 12):
+        a = q[t - 1] @ x[t, 0]
+        rho = x[t, 0] - q[t - 1].T @ a
+        s = np.linalg.inv(beta * np.diag(lam[t - 1]) + (1 - beta) * np.outer(a, a))
+        want = np.linalg.qr(q[t - 1].T + np.outer(rho, (1 - beta) * s @ a))[0]
+        np.testing.assert_allclose(q[t].T @ q[t], want @ want.T, atol=1e-9)
 
 
 # Small algebra ----------------------------------------------------------------------------------

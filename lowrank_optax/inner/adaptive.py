@@ -311,8 +311,8 @@ def ema(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
 
 def average(old: jax.Array, new: jax.Array, decay: float, count: jax.Array) -> jax.Array:
     """`ema` of terms corrected for its start, from the corrected one before; ``count`` has it."""
-    decay = jnp.asarray(decay, old.dtype)
-    return old + (1 - decay) / (1 - decay**count) * (new - old)
+    b = jnp.asarray(decay, old.dtype)
+    return old + (1 - b) / (1 - b**count) * (new - old)
 
 
 def debias(average: jax.Array, decay: float, count: jax.Array) -> jax.Array:

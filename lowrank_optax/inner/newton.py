@@ -125,10 +125,10 @@ class ThirdOrder:
               - 3\,\mathrm{sym}(Es \otimes s \otimes s) + (s^T E s)\, s \otimes s \otimes s
 
     An option for deterministic problems of few directions: it needs eigenvalues that are those of
-    the Hessian here and now (``GaussNewton`` on ``GGT(batch, renew=True)``, a ``FullMatrix(beta=None)`` of
-    exact products, not an average over batches), and a learning rate of 1, for the way gone is
-    taken to be the sum of the updates. From minibatch estimates it is worse than `CubicNewton`,
-    which has most of the gain at ``r²`` times less.
+    the Hessian here and now (``GaussNewton`` on ``GGT(batch, renew=True)``, a
+    ``FullMatrix(beta=None)`` of exact products, not an average over batches), and a learning rate
+    of 1, for the way gone is taken to be the sum of the updates. From minibatch estimates it is
+    worse than `CubicNewton`, which has most of the gain at ``r²`` times less.
 
     Args:
       sigma: of the regularisation, in units of curvature by squared length.
