@@ -1,5 +1,6 @@
 """Small dense algebra: pure functions of arrays, one group at a time."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -167,6 +168,11 @@ def transport(law: Law, c: Change, state: Any) -> Any:
         moved = _along(factors, 1, mean, 0)
         spread = _along(factors, 2, jnp.maximum(second - mean**2, 0), 0)
         return type(state)(moved, spread + moved**2)
+    if law.surrounded:
+        inside, outside = state
+        apart = outside * jnp.eye(len(inside), dtype=inside.dtype) if law.axes > 1 else outside
+        law = dataclasses.replace(law, surrounded=False)
+        return type(state)(transport(law, c, inside - apart) + apart, outside)
     for axis in range(law.axes):
         state = _along(factors, law.power, state, axis)
     return state
