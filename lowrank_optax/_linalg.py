@@ -1,5 +1,6 @@
 """Small dense algebra: pure functions of arrays, one group at a time."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -194,6 +195,11 @@ def transport(law: Law, c: Change, state: Any) -> Any:
         moved = _along(factors, 1, mean, 0)
         # Averages of different decays may have a mean above the root: the size is LDAdam's way.
         return type(state)(moved, jnp.abs(_along(factors, 2, second - mean**2, 0) + moved**2))
+    if law.surrounded:
+        inside, outside = state
+        apart = outside * jnp.eye(len(inside), dtype=inside.dtype) if law.axes > 1 else outside
+        law = dataclasses.replace(law, surrounded=False)
+        return type(state)(transport(law, c, inside - apart) + apart, outside)
     for axis in range(law.axes):
         state = _along(factors, law.power, state, axis)
     return state

@@ -44,6 +44,9 @@ class Correction(NamedTuple):
       initial: ``(n,)`` curvature assumed in directions that no correction has touched, or ``None``
         for zero.
       probe: a pair of vectors ``(z, H z)`` for the inner parts that use them, or ``None``.
+      independent: whether that ``z`` was drawn apart from the columns (static). Only then does the
+        pair also tell of the curvature outside the basis: of a pair that the basis has absorbed
+        nothing is left there.
     """
 
     columns: Columns | None
@@ -52,6 +55,7 @@ class Correction(NamedTuple):
     signed: bool = False
     initial: jax.Array | None = None
     probe: tuple[Vector, Vector] | None = None
+    independent: bool = False
 
 
 class Increment(NamedTuple):
@@ -78,12 +82,15 @@ class Law:
 
     The elementwise ``power`` of ``C`` is applied along the first ``axes`` axes; a state of no
     axes is a scalar and stays. A ``centred`` law moves a pair of first and second moments, each
-    corrected for its start: it subtracts the square of the one from the other.
+    corrected for its start: it subtracts the square of the one from the other. A
+    ``surrounded`` law moves a pair of a state and the scalar ``s`` that stands for it outside the
+    basis: directions that enter bring ``s`` along, where they would come with a zero.
     """
 
     axes: int
     power: int = 1
     centred: bool = False
+    surrounded: bool = False
 
 
 SCALAR = Law(0)
@@ -100,6 +107,27 @@ TENSOR = Law(3)
 """Full third moments: ``einsum('ai,bj,ck,ijk->abc', C, C, C, T)``."""
 MOMENTS = Law(1, 2, centred=True)
 """The pair ``(m, v)``, corrected for its start: ``C m`` and ``|(C∘C)(v - m²) + (C m)²|``."""
+SURROUNDED_DIAGONAL = Law(1, 2, surrounded=True)
+"""The pair ``(v, s)``: ``(C∘C) v + s (1 - (C∘C) 1) = diag(C diag(v) C^T + s (I - C C^T))``."""
+SURROUNDED_MATRIX = Law(2, surrounded=True)
+"""The pair ``(M, s)``: ``C M C^T + s (I - C C^T)``."""
+
+
+class Outside(NamedTuple):
+    """A probe and its product, as far as they lie outside the basis: three inner products.
+
+    Without a probe that is independent of the basis, and where the basis spans everything, all are
+    zero: then nothing is known.
+
+    Attributes:
+      probe: ``z·z``.
+      cross: ``z·Hz``; over ``z·z`` an estimate of the mean eigenvalue.
+      product: ``Hz·Hz``; over ``z·z`` an estimate of the eigenvalues' mean square.
+    """
+
+    probe: jax.Array
+    cross: jax.Array
+    product: jax.Array
 
 
 class Context(NamedTuple):
@@ -114,6 +142,7 @@ class Context(NamedTuple):
       weights: ``(k,)`` their weights.
       probe: ``(r,)`` a probe ``z`` of the curvature in the basis, ``None`` where it gives none.
       product: ``(r,)`` the curvature times the probe, likewise.
+      outside: `Outside` of the same pair, likewise.
     """
 
     g: jax.Array
@@ -123,6 +152,7 @@ class Context(NamedTuple):
     weights: jax.Array | None = None
     probe: jax.Array | None = None
     product: jax.Array | None = None
+    outside: Outside | None = None
 
 
 class Absorbed(NamedTuple):

@@ -285,7 +285,9 @@ def _size(name: str, value: Any) -> int:
 
 def _given(layout: Layout, tree: Any, r: jax.Array) -> jax.Array:
     """The residuals' gradients side by side, ``(k, d)``."""
-    j = jnp.concatenate([x.astype(layout.dtype) for x in rows_of(layout, layout.leaves(tree))], axis=1)
+    j = jnp.concatenate(
+        [x.astype(layout.dtype) for x in rows_of(layout, layout.leaves(tree))], axis=1
+    )
     shape = r.shape[0], sum(layout.sizes)
     check(
         j.shape == shape,

@@ -32,11 +32,13 @@ from lowrank_optax._tree import (
 )
 from lowrank_optax._types import (
     NEEDS,
+    Columns,
     Context,
     Correction,
     Increment,
     Inner,
     Law,
+    Outside,
     Vector,
     check,
     check_count,
@@ -121,7 +123,7 @@ def scale_by_lre(
     *,
     update_every: int | Callable[[jax.Array], jax.Array] = 1,
     warmup_steps: int = 0,
-    symmetrize: bool = True,
+    symmetrize: bool = False,
     complement: Complement | None = None,
     groups: Callable[[Any], Hashable] | None = None,
     dtype: Any = None,
@@ -166,7 +168,9 @@ def scale_by_lre(
         taken. The first step always updates.
       warmup_steps: first steps that build the basis and return zeros.
       symmetrize: a correction ``y z^T`` enters as ``((y+z)/2)((y+z)/2)^T``, one column, as the
-        original does; otherwise as the exact ``(y z^T + z y^T)/2``, two columns.
+        original has it; that depends on the units of ``y`` and ``z``, and on average it is
+        ``(I + H)²/4`` for ``y = H z``. By default it enters as the exact ``(y z^T + z y^T)/2``, two
+        columns, in any units the same.
       complement: what becomes of ``g - Q Q^T g``: dropped (``None``), scaled by a number, passed
         through an optax transformation, or multiplied by a power (``lro.inner.LInv()``) of the
         curvature that a quasi-Newton curvature assumes there, or that `FrequentDirections` finds.
@@ -288,6 +292,7 @@ class _Refreshed(NamedTuple):
     weights: jax.Array
     probe: jax.Array | None
     product: jax.Array | None
+    outside: Outside | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -402,6 +407,7 @@ class VectorEngine:
             new.weights,
             new.probe,
             new.product,
+            new.outside,
         )
         inside = jax.vmap(partial(carry, self.inner))(new.c, moved, state.inner)
         u, inside, fine = jax.vmap(partial(step_inside, self.inner))(
@@ -478,20 +484,19 @@ class VectorEngine:
             return basis.unproject(layout, old, basis.project(layout, old, v))
 
         measure, turn = jax.random.split(key)
+        probed = "probe" in _needs(self.inner)
+        probed = probed or (self.curvature.learns and bool(_outside(self.complement)))
         correction, curvature = self.curvature.correct(
-            layout, curvature, Evidence(g, due, params, extra, measure, apply, project)
+            layout, curvature, Evidence(g, due, params, extra, measure, apply, project, probed)
         )
         known = _symmetric(layout, correction, g, self.symmetrize, params)
         weights = known.weights
         # A correction without weight, such as a skipped quasi-Newton pair, leaves the basis alone.
         done = basis.absorb(layout, old, known, due & jnp.any(weights != 0, axis=1), turn)
-        probe = product = None
-        if correction.probe is not None and "probe" in _needs(self.inner):
-            pair = [
-                jnp.stack([z, hz.astype(z.dtype)]) for z, hz in zip(*correction.probe, strict=True)
-            ]
-            both = basis.project(layout, done.state, pair)
-            probe, product = both[..., 0], both[..., 1]
+        probe = product = outside = None
+        if correction.probe is not None and probed:
+            probe, product, outside = self._measured(layout, done.state, correction)
+            curvature = self.curvature.learn(layout, curvature, due & ~done.failed, outside)
         new = _Refreshed(
             done.state,
             curvature,
@@ -501,6 +506,7 @@ class VectorEngine:
             weights[:, -done.u.shape[-1] :],
             probe,
             product,
+            outside,
         )
         # Of a column that is switched off a basis need not know the coordinates.
         plain = correction.columns is None and correction.weights is None
@@ -513,6 +519,22 @@ class VectorEngine:
         if "outside" in self.basis.provides:
             return self.basis.outside(new.basis)
         return self.basis.bound(self.basis.measured(new.basis))  # pyright: ignore
+
+    def _measured(self, layout, basis, correction):
+        """The correction's probe and product in the basis, and what they show outside it."""
+        z, hz = correction.probe
+        pair = [jnp.stack([a, b.astype(a.dtype)]) for a, b in zip(z, hz, strict=True)]
+        both = self.basis.project(layout, basis, pair)
+        probe, product = both[..., 0], both[..., 1]
+        if not correction.independent:
+            return probe, product, Outside(*jnp.zeros((3, layout.n), layout.dtype))
+        whole = layout.gram(pair)
+        apart = whole - jnp.einsum("nrk,nrl->nkl", both, both)
+        # Below that the difference is rounding: the basis spans the probe.
+        floor = 1e3 * jnp.finfo(layout.dtype).eps
+        some = (apart[:, 0, 0] > floor * whole[:, 0, 0]) & (apart[:, 1, 1] > floor * whole[:, 1, 1])
+        seen = Outside(apart[:, 0, 0], apart[:, 0, 1], apart[:, 1, 1])
+        return probe, product, Outside(*(jnp.where(some, x, 0) for x in seen))
 
     def _unproject(self, layout, new, state, g, u, u0, active, params, extra):
         """``Q u`` plus what becomes of ``g - Q Q^T g``; a scale costs no pass of its own."""
@@ -542,7 +564,7 @@ class VectorEngine:
 
 def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement: Any) -> None:
     """Refuses combinations in which a part's needs are met by no other."""
-    outside = frozenset({"outside"} if isinstance(complement, LPower) else ())
+    outside = _outside(complement)
     offers = curvature.provides | basis.provides
     if isinstance(basis, Spectrum):
         offers = offers | {"outside"}
@@ -561,6 +583,11 @@ def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement:
             )
 
 
+def _outside(complement: Any) -> frozenset[str]:
+    """What a complement needs."""
+    return frozenset({"outside"} if isinstance(complement, LPower) else ())
+
+
 def _needs(inner: Inner) -> frozenset[str]:
     return getattr(inner, "needs", frozenset())
 
@@ -576,6 +603,9 @@ def _symmetric(
     if weights is None:
         weights = jnp.ones((layout.n, columns[0].shape[0]), layout.dtype)
     if right is not None:
+        if not symmetrize:
+            # The same matrix with columns of one length: what is far shorter would be rounded.
+            columns, right = _balanced(layout, columns, right)
         plus = [(y + z) / 2 for y, z in zip(columns, right, strict=True)]
         minus = [(y - z) / 2 for y, z in zip(columns, right, strict=True)]
         columns = plus
@@ -584,6 +614,23 @@ def _symmetric(
             columns = [jnp.concatenate(pair) for pair in zip(plus, minus, strict=True)]
             weights, signed = jnp.concatenate([weights, -weights], axis=1), True
     return Increment(columns, weights, signed, correction.initial, params)
+
+
+def _balanced(layout: Layout, left: Columns, right: Columns) -> tuple[Columns, Columns]:
+    """Columns ``c y`` and ``z / c`` with ``c² = ‖z‖/‖y‖``, which have one length."""
+    size = lambda columns: jnp.stack(
+        [
+            jnp.sqrt(layout.inner(one, one))
+            for one in ([x[i] for x in columns] for i in range(columns[0].shape[0]))
+        ],
+        axis=1,
+    )
+    ratio = _linalg.safe_divide(size(right), size(left))
+    c = jnp.sqrt(jnp.where(ratio > 0, ratio, 1))
+    grow = lambda by, columns: [
+        f[:, None].astype(x.dtype) * x for f, x in zip(layout.spread(by), columns, strict=True)
+    ]
+    return grow(c, left), grow(1 / c, right)
 
 
 def carry(inner: Inner, c: Any, moved: jax.Array, state: Any) -> Any:
@@ -613,7 +660,7 @@ def _move(c: Any, moved: jax.Array, law: Law, state: Any) -> Any:
     if law.axes == 0:
         return state
     to = partial(_linalg.transport, law, c)
-    new = to(state) if law.centred else jax.tree.map(to, state)
+    new = to(state) if law.centred or law.surrounded else jax.tree.map(to, state)
     return jax.tree.map(lambda a, b: jnp.where(moved, a, b), new, state)
 
 

@@ -182,6 +182,69 @@ def test_quasi_newton_minimises(part, x64):
     np.testing.assert_allclose(x, jnp.linalg.solve(h, b), atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["bfgs", "sr1"])
+@pytest.mark.parametrize(
+    "kept", [basis.Eigen, lambda *a, **k: basis.RandomizedEigen(*a, oversample=9, **k)]
+)
+def test_truncation_keeps_what_differs_most_from_gamma(kind, kept, x64):
+    """A direction that is dropped goes back to ``gamma``; the dense ``B`` is cut the same way."""
+    gamma, rank = 9.0, 3
+    h, _, loss = quadratic()
+    probe = curvature.GradientProbe()
+    part = (
+        curvature.BFGS(probe=probe, gamma=gamma)
+        if kind == "bfgs"
+        else curvature.SR1(probe=probe, gamma=gamma)
+    )
+    init, update = optimizer(part, kept(rank, None, eig_tol=0.0, update_damping=0.0), inner.LInv())
+    update, rng = update(value_fn=loss), np.random.default_rng(2)
+    state, b = init(jnp.zeros(D)), gamma * np.eye(D)
+    for _ in range(10):
+        s = rng.normal(size=D)
+        _, state = update(jnp.asarray(s), state, jnp.zeros(D))
+        y, bs = np.asarray(h @ s), b @ s
+        if kind == "bfgs":
+            assert s @ y >= 0.2 * s @ bs  # so far from it that nothing is damped
+            b = b + np.outer(y, y) / (y @ s) - np.outer(bs, bs) / (s @ bs)
+        else:
+            b = b + np.outer(y - bs, y - bs) / ((y - bs) @ s)
+        lam, q = np.linalg.eigh(b - gamma * np.eye(D))
+        lam[np.argsort(-np.abs(lam))[rank:]] = 0
+        b = gamma * np.eye(D) + (q * lam) @ q.T
+        np.testing.assert_allclose(dense(state, gamma), b, atol=1e-8)
+    assert np.min(state.basis.lam) < gamma < np.max(state.basis.lam)  # both kinds were kept
+
+
+@pytest.mark.parametrize("part, most", [(curvature.BFGS(), 1e-7), (curvature.SR1(), 1e-5)])
+def test_truncated_quasi_newton_minimises(part, most, x64):
+    """A tenth of the directions of a quadratic at condition 1e3, 200 steps."""
+    d, rng = 100, np.random.default_rng(0)
+    q = np.linalg.qr(rng.normal(size=(d, d)))[0]
+    h = jnp.asarray((q * np.geomspace(1, 1e3, d)) @ q.T)
+    loss = lambda x: x @ h @ x / 2
+    tx = lro.lowrank_newton(rank=10, curvature=part)
+
+    def step(carry, _):
+        x, state = carry
+        updates, state = tx.update(h @ x, state, x, value_fn=loss)
+        return (x + updates, state), loss(x)
+
+    x = jnp.asarray(rng.normal(size=d))
+    values = jax.jit(lambda x: jax.lax.scan(step, (x, tx.init(x)), None, length=200))(x)[1]
+    assert values[-1] < most * values[0]
+
+
+def test_first_step_of_negative_curvature_descends():
+    """The first correction's eigenvalues are not regularised, but they lose their sign."""
+    loss = lambda x: -2 * x[0] ** 2 + 0.1 * x[0] ** 4 + 0.5 * x[1] ** 2
+    x = jnp.array([0.5, 0.1])
+    tx = lro.lowrank_newton(rank=2, curvature=curvature.SR1())
+    g = jax.grad(loss)(x)
+    updates, state = tx.update(g, tx.init(x), x, value_fn=loss)
+    assert np.min(lro.diagnose.find(state).basis.lam) < 0  # as measured
+    assert g @ updates < 0 and loss(x + updates) < loss(x)
+
+
 def test_product_that_is_not_finite_is_counted(x64):
     loss = lambda x: jnp.sum(jnp.sqrt(x))
     for part in (curvature.BFGS(), curvature.SR1(), curvature.HutchinsonHessian()):

@@ -46,7 +46,12 @@ def residuals(x, matrix, y):
 CURVATURES = {
     "covariance": (curvature.Covariance(), given, "g", {}),
     "covariance_every3": (curvature.Covariance(), given, "g", {"update_every": 3}),
-    "hutchinson": (curvature.HutchinsonHessian(curvature.GradientProbe()), quadratic, "Ab", {}),
+    "hutchinson": (
+        curvature.HutchinsonHessian(curvature.GradientProbe(), within=False),
+        quadratic,
+        "Ab",
+        {"symmetrize": True},
+    ),
     "fisher": (curvature.EmpiricalFisher(), losses, "Xy", {}),
     "gauss_newton": (curvature.GaussNewton(), residuals, "Xy", {}),
 }

@@ -22,8 +22,10 @@ class Eigen(Frame):
               \begin{bmatrix} a \\ ‖\rho‖ \end{bmatrix}
               \begin{bmatrix} a \\ ‖\rho‖ \end{bmatrix}^T
 
-    where ``gamma`` is the curvature assumed outside the basis, zero but for quasi-Newton ones. The
-    rows themselves are rotated once in ``buffer`` columns, see `Frame`.
+    where ``gamma`` is the curvature assumed outside the basis, zero but for quasi-Newton ones. A
+    direction that is dropped goes back to ``gamma``, so the eigenpairs with the largest
+    ``|lam - gamma|`` stay, in that order. The rows themselves are rotated once in ``buffer``
+    columns, see `Frame`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -43,7 +45,8 @@ class Eigen(Frame):
       damp_first: whether the step's damping comes before the correction for the start, as in the
         original, which makes it ``damping / (1 - beta^n)`` and leaves the first correction's
         eigenvalues without. ``False`` damps what was corrected, from the first correction on.
-      eig_tol: eigenvalues below ``eig_tol * max`` are dropped, but for the first correction's.
+      eig_tol: eigenvalues below ``eig_tol * max`` are dropped, but for the first correction's,
+        which do lose their signs where ``abs`` or ``update_abs`` asks for it.
       update_damping: added to the eigenvalues for the step alone. For the others see `GGT`.
 
     Raises:
@@ -74,15 +77,22 @@ class Eigen(Frame):
             [lam, jnp.where(seen.fresh, seen.initial, 0)]
         )
         b = jnp.diag(old) + gain * (seen.y * seen.weights[None]) @ seen.y.T
-        lam, z = self.decompose(_linalg.symmetrize(b), signed, seen.key)
-        lam, z = lam[: self.rank], z[: self.rank]
-        some = lam != 0 if signed else lam > 0
-        whole, kept = _linalg.regularize(lam, some), self.stored(lam, some)
+        # A direction that is dropped goes back to gamma, so what is lost with it is lam - gamma.
+        gamma = jnp.where(jnp.concatenate([seen.live, seen.fresh]), seen.initial, 0)
+        beyond, z = self.decompose(_linalg.symmetrize(b - jnp.diag(gamma)), signed, seen.key)
+        beyond, z = beyond[: self.rank], z[: self.rank]
+        some = _linalg.regularize(beyond, beyond != 0)[1]
+        lam = jnp.where(some, beyond + seen.initial, 0)
+        some = some & ((lam != 0) if signed else (lam > 0))
+        whole, kept = _linalg.regularize(lam, some, abs=self.abs), self.stored(lam, some)
         lam = jnp.where(seen.first, whole[0], kept[0])
         return Turn(jnp.where(jnp.where(seen.first, whole[1], kept[1])[:, None], z, 0), lam, memory)
 
     def decompose(self, b: jax.Array, signed: bool, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """At least ``rank`` leading eigenvalues of ``b`` and eigenvectors as rows."""
+        """At least ``rank`` leading eigenvalues of ``b`` and eigenvectors as rows.
+
+        ``b`` is what the curvature has beyond the ``gamma`` that is assumed outside.
+        """
         return (_linalg.eigh_by_size if signed else _linalg.eigh)(b)
 
     def measured(self, state: FrameState) -> jax.Array:
@@ -93,8 +103,9 @@ class Eigen(Frame):
             return super().eigenbasis(state)
 
         def view(lam, terms, updates):
+            first = jnp.abs(lam) if self.update_abs else lam
             used, live = self.used(lam)
-            used, live = jnp.where(updates > 1, used, lam), jnp.where(updates > 1, live, lam != 0)
+            used, live = jnp.where(updates > 1, used, first), jnp.where(updates > 1, live, lam != 0)
             return self._debias(used, terms), live
 
         return Eigenbasis(*jax.vmap(view)(state.lam, self._terms(state), state.updates))

@@ -24,6 +24,7 @@ from lowrank_optax.curvature.hessian import (
     MixedProbe,
     NormalProbe,
     RademacherProbe,
+    SquaredHessian,
     StepProbe,
 )
 from lowrank_optax.curvature.quasi_newton import BFGS, SR1, ShorR
@@ -50,6 +51,7 @@ __all__ = [
     "RademacherProbe",
     "SR1",
     "ShorR",
+    "SquaredHessian",
     "StepProbe",
     "UnrolledGaussNewton",
     "Updates",

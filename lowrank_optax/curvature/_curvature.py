@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._tree import Layout
-from lowrank_optax._types import Columns, Correction, Vector, check
+from lowrank_optax._types import Columns, Correction, Outside, Vector, check
 
 
 class Observation(NamedTuple):
@@ -39,6 +39,8 @@ class Evidence(NamedTuple):
       apply: ``(vector, gamma) -> B v``, with the basis as it is, its eigenvalues unregularised, and
         ``gamma``, ``(n,)``, as the curvature outside it. Two passes over the rows.
       project: ``vector -> Q Q^T v``, likewise two passes.
+      probed: whether the correction's ``probe`` will be read, by an inner part or by
+        `Curvature.learn` (static).
     """
 
     g: Vector
@@ -48,6 +50,7 @@ class Evidence(NamedTuple):
     key: jax.Array
     apply: Callable[[Vector, jax.Array], Vector]
     project: Callable[[Vector], Vector]
+    probed: bool = False
 
 
 class Curvature(abc.ABC):
@@ -58,6 +61,8 @@ class Curvature(abc.ABC):
 
     provides: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset()
+    learns: ClassVar[bool] = False
+    """Whether `outside` comes from `learn`."""
 
     def init(self, layout: Layout, window: int) -> Any:
         """A fresh state; at most ``window`` observations are collected between two updates."""
@@ -81,6 +86,13 @@ class Curvature(abc.ABC):
     def gradient(self, layout: Layout, state: Any, g: Vector) -> Vector:
         """The gradient that the step is to follow: ``g`` itself, but for unrolled residuals."""
         return g
+
+    def learn(self, layout: Layout, state: Any, due: jax.Array, seen: Outside) -> Any:
+        """The state after the groups that are ``due`` absorbed their correction.
+
+        ``seen``, ``(n,)`` each, is what the correction's ``probe`` shows outside the new basis.
+        """
+        return state
 
     def outside(self, state: Any) -> jax.Array:
         """The curvature assumed outside the basis, ``(n,)``; for those that provide ``outside``."""
@@ -146,6 +158,5 @@ def params_row(layout: Layout) -> Any:
 def rows_of(layout: Layout, leaves: Sequence[jax.Array]) -> Columns:
     """Leaves with a leading axis of columns, as columns."""
     return [
-        jnp.reshape(x, (x.shape[0], -1)).astype(t)
-        for x, t in zip(leaves, layout.rows, strict=True)
+        jnp.reshape(x, (x.shape[0], -1)).astype(t) for x, t in zip(leaves, layout.rows, strict=True)
     ]

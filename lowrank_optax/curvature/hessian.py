@@ -11,7 +11,7 @@ from jax import lax
 from lowrank_optax import _linalg
 from lowrank_optax._functions import scalar_loss
 from lowrank_optax._tree import Layout, stack
-from lowrank_optax._types import Correction, Vector, check, check_least, require
+from lowrank_optax._types import Correction, Outside, Vector, check, check_least, require
 from lowrank_optax.curvature._curvature import (
     Curvature,
     Evidence,
@@ -30,6 +30,8 @@ class Probe(abc.ABC):
 
     steps: ClassVar[bool] = False
     """Whether it reads the step that was taken."""
+    random: ClassVar[bool] = True
+    """Whether a second draw of one step is another vector."""
 
     @abc.abstractmethod
     def draw(self, layout: Layout, key: jax.Array, g: Vector, step: Vector | None) -> Vector:
@@ -66,6 +68,7 @@ class StepProbe(Probe):
     """
 
     steps: ClassVar[bool] = True
+    random: ClassVar[bool] = False
 
     def draw(self, layout: Layout, key: jax.Array, g: Vector, step: Vector | None) -> Vector:
         return g if step is None else select(layout, layout.inner(step, step) > 0, step, g)
@@ -74,6 +77,8 @@ class StepProbe(Probe):
 @dataclasses.dataclass(frozen=True)
 class GradientProbe(Probe):
     """``z = g``."""
+
+    random: ClassVar[bool] = False
 
     def draw(self, layout: Layout, key: jax.Array, g: Vector, step: Vector | None) -> Vector:
         return [x.astype(layout.dtype) for x in g]
@@ -101,6 +106,10 @@ class MixedProbe(Probe):
     @property
     def steps(self) -> bool:
         return any(probe.steps for probe in self.probes)
+
+    @property
+    def random(self) -> bool:
+        return any(probe.random for probe in self.probes)
 
     def draw(self, layout: Layout, key: jax.Array, g: Vector, step: Vector | None) -> Vector:
         which, key = jax.random.split(key)
@@ -223,6 +232,11 @@ class Last(NamedTuple):
 class Probing(Curvature):
     """A curvature made from pairs ``(z, H z)``, one for each update of the basis.
 
+    A basis leans towards the pair it absorbs, and along that lean the pair shows ``d/r`` times what
+    there is. Inner parts that average the curvature themselves, such as `HutchinsonAdam`, therefore
+    get a second pair, for which a random probe is drawn again; the second product is computed for
+    such parts alone. A probe that is not random gives them the one pair there is.
+
     With several groups one product serves them all, so that what the other groups' parts of ``z``
     contribute is in it, as it is in a difference of gradients.
     """
@@ -282,21 +296,89 @@ class Probing(Curvature):
             z = scale(layout, (layout.inner(rest, rest) > floor).astype(layout.dtype), rest)
         return z, self.product.multiply(owner, layout, evidence, z), new
 
+    def probed(
+        self, layout: Layout, evidence: Evidence, correction: Correction, pair: tuple[Vector, ...]
+    ) -> Correction:
+        """The correction with the pair that is handed to inner parts; ``pair`` is its own."""
+        z, hz = pair
+        if not evidence.probed or self.product.differences or not self.probe.random:
+            return correction._replace(probe=(z, hz))
+        key = jax.random.fold_in(evidence.key, 1)
+        g = scale(layout, evidence.due.astype(layout.dtype), evidence.g)
+        z = self.probe.draw(layout, key, g, None)
+        z = scale(layout, evidence.due.astype(layout.dtype), z)
+        hz = self.product.multiply(type(self).__name__, layout, evidence, z)
+        return correction._replace(probe=(z, hz), independent=True)
+
+
+class Hessian(NamedTuple):
+    """State of `HutchinsonHessian` and `SquaredHessian`.
+
+    Attributes:
+      last: the last update of the basis.
+      square: ``(n,)`` average of the mean squared eigenvalue outside the basis.
+      estimates: ``(n,)`` how many estimates are in it.
+    """
+
+    last: Last
+    square: jax.Array
+    estimates: jax.Array
+
+
+class _Averaged(Probing):
+    """What the two below share: an estimate of the Hessian outside the basis, for a complement."""
+
+    learns: ClassVar[bool] = True
+
+    def init(self, layout: Layout, window: int) -> Hessian:
+        return Hessian(
+            self.start(layout),
+            jnp.zeros(layout.n, layout.dtype),
+            jnp.zeros(layout.n, jnp.int32),
+        )
+
+    def learn(self, layout: Layout, state: Hessian, due: jax.Array, seen: Outside) -> Hessian:
+        some = due & (seen.probe > 0)
+        new = _KEEP * state.square + (1 - _KEEP) * _linalg.safe_divide(seen.product, seen.probe)
+        return state._replace(
+            square=jnp.where(some, new, state.square),
+            estimates=_linalg.tally(state.estimates, some),
+        )
+
+    def outside(self, state: Hessian) -> jax.Array:
+        known = 1 - jnp.asarray(_KEEP, state.square.dtype) ** state.estimates
+        size = jnp.sqrt(_linalg.safe_divide(state.square, known))
+        return jnp.where(size > 0, size, 1)
+
+
+_KEEP = 0.99
+"""Decay of what is known of the Hessian outside the basis, an update."""
+
 
 @dataclasses.dataclass(frozen=True)
-class HutchinsonHessian(Probing):
-    r"""The Hessian by random products: the correction is the symmetrised ``H z z^T``.
+class HutchinsonHessian(_Averaged):
+    r"""The Hessian by random products: the correction is the symmetric part of ``H z z^T``.
 
     .. math:: \mathbb{E}[H z z^T] = H \quad\text{for}\quad \mathbb{E}[z z^T] = I
 
-    With the engine's ``symmetrize=True`` it enters as the one column ``(z + Hz)/2``, as in the
-    original LRE; with ``symmetrize=False`` as the exact ``(H z z^T + z z^T H)/2``, of rank two and
-    unbiased, whose eigenvalues can be negative.
+    What of ``z`` lies outside the span of the basis and ``H z`` has mean zero there and is noise:
+    ``‖z‖ ‖H z‖`` is about ``sqrt(d) ‖H‖_F``, far beyond any eigenvalue. So it is left out, and the
+    correction is
+
+    .. math:: (H z\,z^T P + P z\,z^T H)/2, \quad P\ \text{the projector on}\ [Q, H z]
+
+    Eigenvalues can be negative, so it goes with `Eigen`, `RandomizedEigen`, `GGT` and `FullMatrix`.
+    They are those of ``H`` but for the noise of an average over about ``1/(1 - beta)`` products;
+    for Newton's step take a ``beta`` of .99 or more. `SquaredHessian` finds the same directions
+    sooner, at less cost and in every basis.
+
+    Outside the basis (``complement=lro.inner.LInv()``) the curvature is taken to be the root mean
+    square eigenvalue there, from one more product an update.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> curvature = lro.curvature.HutchinsonHessian(probe=lro.curvature.NormalProbe())
-      >>> tx = lro.scale_by_lre(curvature, lro.basis.Eigen(3), lro.inner.LInv(), symmetrize=False)
+      >>> tx = lro.scale_by_lre(curvature, lro.basis.Eigen(3), lro.inner.LInv())
       >>> loss = lambda x: jnp.sum(x**4)
       >>> x = jnp.ones(5); state = tx.init(x)
       >>> updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
@@ -307,23 +389,92 @@ class HutchinsonHessian(Probing):
         (params -> loss) and ``params`` in ``update``.
       orthogonalize: take out of ``z`` what the basis already spans, at two more passes over the
         rows. A probe that lies in the basis corrects nothing.
+      within: leave out of ``z`` what neither the basis nor ``H z`` spans, at six more passes over
+        the rows; ``False`` keeps all of it, unbiased in every entry. The original LRE has
+        ``within=False`` and the engine's ``symmetrize=True``.
 
     Raises:
       ValueError: for parts that do not fit together, and by ``update`` for a missing argument.
 
-    Cost: one product on the steps that update the basis, and none on the others.
+    Cost: one product on the steps that update the basis, and none on the others; a second one for
+    inner parts that read products and for a complement that does.
 
     Source: Martens, Sutskever and Swersky, "Estimating the Hessian by Back-propagating Curvature",
     ICML 2012; Hutchinson, "A stochastic estimator of the trace", 1990.
     """
 
-    def init(self, layout: Layout, window: int) -> Last:
-        return self.start(layout)
+    within: bool = dataclasses.field(default=True, kw_only=True)
+    provides: ClassVar[frozenset[str]] = frozenset({"probe", "outside"})
 
-    def correct(self, layout: Layout, state: Last, evidence: Evidence) -> tuple[Correction, Last]:
-        z, hz, state = self.pair(layout, state, evidence)
+    def correct(self, layout: Layout, state: Hessian, evidence: Evidence):
+        z, hz, last = self.pair(layout, state.last, evidence)
         some = (layout.inner(z, z) > 0).astype(layout.dtype)
-        return Correction(stack(z), right=stack(hz), weights=some[:, None], probe=(z, hz)), state
+        right = _inside(layout, evidence, z, hz) if self.within else z
+        correction = Correction(stack(hz), right=stack(right), weights=some[:, None])
+        return self.probed(layout, evidence, correction, (z, hz)), state._replace(last=last)
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredHessian(_Averaged):
+    r"""The square of the Hessian by random products: the correction is ``(H z)(H z)^T``.
+
+    .. math:: \mathbb{E}[H z\,(H z)^T] = H^2 \quad\text{for}\quad \mathbb{E}[z z^T] = I
+
+    Its eigenvectors are those of ``H``, leading by size, and its eigenvalues the squares: a step
+    with ``LInvSqrt()`` is ``|H|^{-1} g``, in which negative curvature is no way up. One column,
+    which is never negative, goes with every basis; directions that stand out do so with the square
+    of their eigenvalue. With a probe that is not random it is still made of curvature alone.
+
+    Outside the basis (``complement=lro.inner.LInvSqrt()``) the square is taken to be the mean
+    square eigenvalue there, from one more product an update.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.scale_by_lre(
+      ...     lro.curvature.SquaredHessian(), lro.basis.Eigen(3), lro.inner.LInvSqrt())
+      >>> loss = lambda x: jnp.sum(x**4)
+      >>> x = jnp.ones(5); state = tx.init(x)
+      >>> updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
+
+    Args:
+      probe: how ``z`` is chosen.
+      product: how ``H z`` is computed. All but `GradientDifference` need ``value_fn``
+        (params -> loss) and ``params`` in ``update``.
+      orthogonalize: take out of ``z`` what the basis already spans, at two more passes over the
+        rows.
+
+    Raises:
+      ValueError: for parts that do not fit together, and by ``update`` for a missing argument.
+
+    Cost: one product on the steps that update the basis, and none on the others; a second one for
+    inner parts that read products and for a complement that does.
+
+    Source: the range finder of Halko, Martinsson and Tropp, "Finding structure with randomness",
+    SIAM Review 2011, as a running average.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"probe", "outside"})
+
+    def correct(self, layout: Layout, state: Hessian, evidence: Evidence):
+        z, hz, last = self.pair(layout, state.last, evidence)
+        some = (layout.inner(z, z) > 0).astype(layout.dtype)
+        correction = Correction(stack(hz), weights=some[:, None])
+        return self.probed(layout, evidence, correction, (z, hz)), state._replace(last=last)
+
+    def outside(self, state: Hessian) -> jax.Array:
+        return super().outside(state) ** 2
+
+
+def _inside(layout: Layout, evidence: Evidence, z: Vector, hz: Vector) -> Vector:
+    """What of ``z`` lies in the span of the basis and ``H z``."""
+    less = lambda a, b: [x - y for x, y in zip(a, b, strict=True)]
+    known = evidence.project(z)
+    rest = less(hz, evidence.project(hz))
+    rest = less(rest, evidence.project(rest))  # twice is enough
+    size = layout.inner(rest, rest)
+    some = size > 1e3 * jnp.finfo(layout.dtype).eps * layout.inner(hz, hz)
+    along = jnp.where(some, _linalg.safe_divide(layout.inner(rest, z), size), 0)
+    return [a + b for a, b in zip(known, scale(layout, along, rest), strict=True)]
 
 
 def _check_is(owner: str, name: str, value: Any, kind: type, what: str) -> None:

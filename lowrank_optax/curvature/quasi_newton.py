@@ -79,13 +79,13 @@ class QuasiNewton(Probing):
         weights = jnp.where(layout.inner(s, s)[:, None] > 0, weights, 0)
         on = [(weights[:, j] != 0).astype(layout.dtype) for j in range(len(columns))]
         parts = [scale(layout, c, column) for c, column in zip(on, columns, strict=True)]
-        return Correction(
+        correction = Correction(
             [jnp.stack(leaf) for leaf in zip(*parts, strict=True)],
             weights=weights,
             signed=True,
             initial=gamma,
-            probe=(s, y),
-        ), state
+        )
+        return self.probed(layout, evidence, correction, (s, y)), state
 
     @abc.abstractmethod
     def difference(

@@ -12,8 +12,27 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import _linalg
-from lowrank_optax._types import MATRIX, SCALAR, SECOND_MOMENT, VECTOR, Context, check_least
+from lowrank_optax._types import (
+    SCALAR,
+    SURROUNDED_DIAGONAL,
+    SURROUNDED_MATRIX,
+    VECTOR,
+    Context,
+    check_least,
+)
 from lowrank_optax.inner.adaptive import check_moments, debias, ema, identity_at_first
+
+
+class Surrounded(NamedTuple):
+    """An average inside the basis, and the scalar that stands for it outside.
+
+    Attributes:
+      inside: ``(r,)`` or ``(r, r)``.
+      outside: what directions bring along that enter the basis.
+    """
+
+    inside: jax.Array
+    outside: jax.Array
 
 
 class HutchinsonAdamState(NamedTuple):
@@ -23,13 +42,13 @@ class HutchinsonAdamState(NamedTuple):
       count: steps.
       estimates: how many of them measured a product.
       mean: ``(r,)`` average of the gradients.
-      diagonal: ``(r,)`` average of the diagonal's estimates, or of their squares.
+      diagonal: average of the diagonal's estimates, or of their squares.
     """
 
     count: jax.Array
     estimates: jax.Array
     mean: jax.Array
-    diagonal: jax.Array
+    diagonal: Surrounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +108,12 @@ class HutchinsonAdam:
 
     def init(self, rank: int, dtype: Any) -> HutchinsonAdamState:
         zero = jnp.zeros((), jnp.int32)
-        return HutchinsonAdamState(zero, zero, jnp.zeros(rank, dtype), jnp.zeros(rank, dtype))
+        diagonal = Surrounded(jnp.zeros(rank, dtype), jnp.zeros((), dtype))
+        return HutchinsonAdamState(zero, zero, jnp.zeros(rank, dtype), diagonal)
 
     @property
     def laws(self) -> HutchinsonAdamState:
-        return HutchinsonAdamState._make((SCALAR, SCALAR, VECTOR, SECOND_MOMENT))
+        return HutchinsonAdamState._make((SCALAR, SCALAR, VECTOR, SURROUNDED_DIAGONAL))
 
     def update(self, u: jax.Array, state: HutchinsonAdamState, context: Context):
         count = _linalg.tally(state.count)
@@ -101,9 +121,10 @@ class HutchinsonAdam:
         z, hz = _pair(context)
         v = z * hz
         v = v * v if self.gamma is None else v
-        diagonal = jnp.where(context.moved, ema(state.diagonal, v, self.b2), state.diagonal)
+        diagonal = _averaged(state.diagonal, v, context, self.b2, square=self.gamma is None)
         mean = ema(state.mean, u, self.b1)
         new = HutchinsonAdamState(count, estimates, mean, diagonal)
+        diagonal = diagonal.inside
         if self.debias:
             mean = debias(mean, self.b1, count)
             diagonal = debias(diagonal, self.b2, jnp.maximum(estimates, 1))
@@ -120,13 +141,13 @@ class FullMatrixHessianState(NamedTuple):
       count: steps.
       estimates: how many of them measured a product.
       mean: ``(r,)`` average of the gradients.
-      hessian: ``(r, r)`` average of the Hessian's estimates.
+      hessian: average of the Hessian's estimates.
     """
 
     count: jax.Array
     estimates: jax.Array
     mean: jax.Array
-    hessian: jax.Array
+    hessian: Surrounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,22 +164,21 @@ class _FullMatrixHessian(abc.ABC):
 
     def init(self, rank: int, dtype: Any) -> FullMatrixHessianState:
         zero = jnp.zeros((), jnp.int32)
-        return FullMatrixHessianState(
-            zero, zero, jnp.zeros(rank, dtype), jnp.zeros((rank, rank), dtype)
-        )
+        hessian = Surrounded(jnp.zeros((rank, rank), dtype), jnp.zeros((), dtype))
+        return FullMatrixHessianState(zero, zero, jnp.zeros(rank, dtype), hessian)
 
     @property
     def laws(self) -> FullMatrixHessianState:
-        return FullMatrixHessianState._make((SCALAR, SCALAR, VECTOR, MATRIX))
+        return FullMatrixHessianState._make((SCALAR, SCALAR, VECTOR, SURROUNDED_MATRIX))
 
     def update(self, u: jax.Array, state: FullMatrixHessianState, context: Context):
         count = _linalg.tally(state.count)
         estimates = _linalg.tally(state.estimates, context.moved)
         mean = ema(state.mean, u, self.b1)
-        old = identity_at_first(state.hessian, state.count, context)
-        new = ema(old, self._estimate(old, *_pair(context)), self.b2)
-        hessian = jnp.where(context.moved, new, old)
-        m = debias(hessian, self.b2, jnp.maximum(estimates, 1))
+        old = identity_at_first(state.hessian.inside, state.count, context)
+        estimate = self._estimate(old, *_pair(context))
+        hessian = _averaged(state.hessian._replace(inside=old), estimate, context, self.b2)
+        m = debias(hessian.inside, self.b2, jnp.maximum(estimates, 1))
         u = self._inverse(m + self.eps * jnp.eye(u.shape[0], dtype=u.dtype)) @ debias(
             mean, self.b1, count
         )
@@ -242,6 +262,24 @@ class FullMatrixBFGSAdam(_FullMatrixHessian):
 
     def _inverse(self, matrix: jax.Array) -> jax.Array:
         return _linalg.matrix_power(matrix, -1.0, eig_tol=0.0, damping=0.0, rdamping=0.0)
+
+
+def _averaged(
+    old: Surrounded, estimate: jax.Array, context: Context, decay: float, square: bool = False
+) -> Surrounded:
+    """The average after an update of the basis.
+
+    Outside it takes in the mean eigenvalue there or, where estimates are squared, the mean square.
+    """
+    outside = context.outside
+    known = context.moved & (outside is not None and outside.probe > 0)
+    seen = old.outside
+    if outside is not None:
+        seen = _linalg.safe_divide(outside.product if square else outside.cross, outside.probe)
+    return Surrounded(
+        jnp.where(context.moved, ema(old.inside, estimate, decay), old.inside),
+        jnp.where(known, ema(old.outside, seen, decay), old.outside),
+    )
 
 
 def _pair(context: Context) -> tuple[jax.Array, jax.Array]:
