@@ -68,6 +68,8 @@ def one_by_one(f: Callable[..., Any]) -> Callable[..., Any]:
         ]
         if size == 1:
             out = jax.tree.map(lambda x: x[None], single(*(x[0] for x in arrays)))
+        elif not traced(arrays):
+            out = jax.tree.map(lambda *x: jnp.stack(x), *map(single, *arrays))
         else:
             loop = lambda *arrays: lax.map(lambda each: single(*each), arrays)
             out = lax.platform_dependent(*arrays, cpu=loop, default=jax.vmap(f))
@@ -115,8 +117,9 @@ def thin_svd(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def traced(tree: Any) -> bool:
-    """Whether an array of the tree is an unknown of a trace."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    """Whether an array of the tree is an unknown of a trace, or a trace is going on."""
+    leaves = [*jax.tree.leaves(tree), jnp.zeros(())]
+    return any(isinstance(x, jax.core.Tracer) for x in leaves)
 
 
 def repeat(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any) -> Any:
@@ -129,6 +132,15 @@ def repeat(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: A
         return lax.while_loop(condition, body, carry)
     while condition(carry):
         carry = body(carry)
+    return carry
+
+
+def loop(start: int, stop: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """`jax.lax.fori_loop`, and outside of a trace a loop of Python, for the reason of `repeat`."""
+    if traced(carry):
+        return lax.fori_loop(start, stop, body, carry)
+    for i in range(start, stop):
+        carry = body(i, carry)
     return carry
 
 

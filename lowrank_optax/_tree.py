@@ -634,8 +634,13 @@ def repeat(times: jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) 
     The engine's only form of "now and then": `lax.cond` makes XLA copy big buffers through both of
     its branches, a loop updates its carry in place and costs nothing when it does not run. Under
     `jax.vmap` it runs as often as any of the batch asks for, since separate counts would copy the
-    carry: ``body`` leaves alone what does not ask, as it has to for groups.
+    carry: ``body`` leaves alone what does not ask, as it has to for groups. Outside of a trace it is
+    a loop of Python, as XLA would compile the body at every call.
     """
+    if not _linalg.traced((times, carry)):
+        for i in range(int(times)):
+            carry = body(jnp.int32(i), carry)
+        return carry
     start, treedef = jax.tree.flatten(carry)
 
     def flat(i, *leaves):
@@ -678,7 +683,7 @@ def write(rows: Columns, layout: Layout, slots: jax.Array, columns: Columns) -> 
             new = jnp.where(at[j] < w.shape[0], lax.dynamic_slice_in_dim(c, j, 1, 0), old)
             return lax.dynamic_update_slice_in_dim(w, new, row, 0)
 
-        return one(0, w) if c.shape[0] == 1 else lax.fori_loop(0, c.shape[0], one, w)
+        return one(0, w) if c.shape[0] == 1 else _linalg.loop(0, c.shape[0], one, w)
 
     return [
         put(w, at, c)

@@ -261,6 +261,7 @@ def matrix_engine(
         rest is None or isinstance(rest, optax.GradientTransformation),
         f"{OWNER}: rest is {rest!r}; pass an optax.GradientTransformation.",
     )
+    told = any(isinstance(tx, optax.GradientTransformationExtraArgs) for tx in (rest, complement))
     called = lambda tx: optax.with_extra_args_support(
         tx._replace(update=_linalg.as_called(tx.update))
     )
@@ -284,6 +285,7 @@ def matrix_engine(
         None if largest is None else as_size(OWNER, "largest", largest),
         dtype,
         seed,
+        told,
     )
 
 
@@ -390,6 +392,7 @@ class MatrixEngine:
     largest: Any
     dtype: Any
     seed: Any
+    told: bool
 
     @_linalg.exact
     def init(self, params: Any) -> ScaleByMatrixLREState:
@@ -455,6 +458,8 @@ class MatrixEngine:
         if not layout.names:
             return updates, state._replace(count=_linalg.tally(state.count)), []
         check_fits(OWNER, state, self.init, (layout.example,), self._known, but="rest")
+        if not self.told:  # what nobody reads need not keep a step from being compiled
+            extra = {}
         return step_alike(self._step, updates, state, params, extra)
 
     @cached_property

@@ -263,6 +263,7 @@ def vector_engine(
         f"scale_by_lre: complement is {complement!r}; pass a number, an optax transformation, or a "
         "power such as lowrank_optax.inner.LInv().",
     )
+    told = isinstance(complement, optax.GradientTransformationExtraArgs)
     if isinstance(complement, optax.GradientTransformation):
         complement = optax.with_extra_args_support(complement)
         complement = complement._replace(update=_linalg.as_called(complement.update))
@@ -278,6 +279,7 @@ def vector_engine(
         groups,
         dtype,
         seed,
+        told,
     )
 
 
@@ -309,6 +311,7 @@ class VectorEngine:
     groups: Any
     dtype: Any
     seed: Any
+    told: bool
 
     @property
     def every_step(self) -> bool:
@@ -357,6 +360,9 @@ class VectorEngine:
             return updates, state._replace(count=_linalg.tally(state.count)), []
         # The complement's state is the user's own.
         check_fits(OWNER, state, self.init, (layout.example,), self._known, but="complement")
+        read = self.curvature.functions
+        if not self.told and read is not None:  # what nobody reads keeps no step from compiling
+            extra = {name: x for name, x in extra.items() if name in read or not callable(x)}
         return step_alike(self._step, updates, state, params, extra)
 
     @cached_property

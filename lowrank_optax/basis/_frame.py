@@ -189,7 +189,7 @@ class Frame(Basis, Spectrum):
         done = done._replace(u=jnp.pad(done.u, ((0, 0), (0, 0), (0, max(0, count - size)))))
         whole, rest = divmod(count, size)
         if whole > 1:
-            done = lax.fori_loop(1, whole, more, done)
+            done = _linalg.loop(1, whole, more, done)
         if rest and whole:
             done = more(whole, done, rest)
         state = done.state

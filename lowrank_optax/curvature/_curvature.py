@@ -56,11 +56,13 @@ class Evidence(NamedTuple):
 class Curvature(abc.ABC):
     """Observes every step; gives a correction on the steps that update the basis.
 
-    ``provides`` and ``needs`` hold names from `NEEDS`.
+    ``provides`` and ``needs`` hold names from `NEEDS`, ``functions`` the extra arguments of
+    ``update`` that it reads and that are functions; ``None`` stands for all that come.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset()
+    functions: ClassVar[frozenset[str] | None] = None
     learns: ClassVar[bool] = False
     """Whether `outside` comes from `learn`."""
 

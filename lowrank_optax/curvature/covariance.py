@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class Collecting(Curvature):
     where that is less: they are collected in ``min(k, rank)`` further rows. With ``k = 1`` nothing
     is collected.
     """
+
+    functions: ClassVar[frozenset[str] | None] = frozenset()
 
     def start(self, layout: Layout) -> Any:
         """The memory before the first step."""

@@ -30,6 +30,7 @@ class Examples(Curvature):
     chunk: int | None = None
 
     provides: ClassVar[frozenset[str]] = frozenset({"examples"})
+    functions: ClassVar[frozenset[str] | None] = frozenset({"losses_fn", "residuals_fn"})
 
     def __post_init__(self):
         if self.chunk is not None:
@@ -210,7 +211,7 @@ class UnrolledGaussNewton(Collecting):
 
 
 def jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> Any:
-    """The gradient of every entry of ``fn(params)``, ``(k,)``: leaves with a leading axis; in chunks.
+    """The gradient of every entry of ``fn(params)``, ``(k,)``, in chunks: leaves with a first axis.
 
     Leaves and no tree, as the parameters' containers may look at the shapes of what they hold.
     Outside of a trace the chunks are a loop of Python: see `lowrank_optax._linalg.repeat`.

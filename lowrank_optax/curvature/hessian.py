@@ -246,6 +246,7 @@ class Probing(Curvature):
     orthogonalize: bool = False
 
     provides: ClassVar[frozenset[str]] = frozenset({"probe"})
+    functions: ClassVar[frozenset[str] | None] = frozenset({"value_fn"})
 
     def __post_init__(self):
         owner = type(self).__name__
