@@ -65,6 +65,24 @@ def attend(owner: str, updates: Any, params: Any, extra: dict[str, Any]) -> tupl
     return params, extra | {name: bind(extra[name]) for name in functions}
 
 
+def check_one_replica(owner: str, extra: dict[str, Any]) -> None:
+    """Raises ``ValueError`` for functions of the parameters where every device runs on its own.
+
+    In `jax.pmap` and `jax.shard_map` a Hessian product is that of a device's own examples, also
+    where the loss is a mean over the devices: the transpose of that mean is local again. The
+    replicas would drift apart without a word.
+    """
+    functions = [name for name in (*FUNCTIONS, *TREES) if extra.get(name) is not None]
+    axes = tuple(jax.sharding.get_abstract_mesh().manual_axes) if functions else ()
+    if axes:
+        raise ValueError(
+            f"{owner}: {functions[0]} came inside jax.pmap or jax.shard_map over {axes}, where each "
+            "device would measure its own examples and the replicas drift apart. Pass "
+            f"axis_name={axes if len(axes) > 1 else axes[0]!r} to the optimizer and a function of "
+            "the device's own examples, or axis_name=() where replicas are to differ."
+        )
+
+
 def _nothing(x: Any) -> bool:
     """Whether a place in a gradient's tree has nothing to optimize."""
     return x is None or isinstance(x, optax.MaskedNode)

@@ -18,7 +18,7 @@ import optax
 
 from lowrank_optax import _linalg
 from lowrank_optax._derivatives import undifferentiated
-from lowrank_optax._entry import attend
+from lowrank_optax._entry import attend, check_one_replica
 from lowrank_optax._tree import (
     Layout,
     Step,
@@ -127,6 +127,7 @@ def scale_by_lre(
     complement: Complement | None = None,
     groups: Callable[[Any], Hashable] | None = None,
     dtype: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs ``inner`` in the low-rank eigenbasis ``Q diag(lam) Q^T`` of a curvature.
@@ -179,6 +180,10 @@ def scale_by_lre(
         Groups are independent: the result is that of as many separate optimizers.
       dtype: of the stored rows; by default the leaf's. The gradient is rounded to it. The small
         algebra is float32 at least.
+      axis_name: the axes of `jax.pmap` or `jax.shard_map` over which the devices have parts of a
+        batch. Functions such as ``value_fn`` then give the loss of a device's own part: products
+        are averaged over the axes and per-example gradients gathered, so that replicas stay alike.
+        ``()`` says that every device is to go its own way.
       seed: of the randomness of curvatures and bases.
 
     Returns:
@@ -213,6 +218,7 @@ def scale_by_lre(
         complement=complement,
         groups=groups,
         dtype=dtype,
+        axis_name=axis_name,
         seed=seed,
     )
     return optax.GradientTransformationExtraArgs(engine.init, engine.update)
@@ -229,6 +235,7 @@ def vector_engine(
     complement=None,
     groups=None,
     dtype=None,
+    axis_name=None,
     seed=0,
 ) -> "VectorEngine":
     """The engine of `scale_by_lre`, its arguments checked."""
@@ -278,6 +285,7 @@ def vector_engine(
         complement,
         groups,
         dtype,
+        axis_name,
         seed,
         told,
     )
@@ -310,6 +318,7 @@ class VectorEngine:
     complement: Any
     groups: Any
     dtype: Any
+    axis_name: Any
     seed: Any
     told: bool
 
@@ -363,6 +372,8 @@ class VectorEngine:
         read = self.curvature.functions
         if not self.told and read is not None:  # what nobody reads keeps no step from compiling
             extra = {name: x for name, x in extra.items() if name in read or not callable(x)}
+        if self.axis_name is None:
+            check_one_replica(OWNER, extra)
         return step_alike(self._step, updates, state, params, extra)
 
     @cached_property
@@ -492,9 +503,8 @@ class VectorEngine:
         measure, turn = jax.random.split(key)
         probed = "probe" in _needs(self.inner)
         probed = probed or (self.curvature.learns and bool(_outside(self.complement)))
-        correction, curvature = self.curvature.correct(
-            layout, curvature, Evidence(g, due, params, extra, measure, apply, project, probed)
-        )
+        evidence = Evidence(g, due, params, extra, measure, apply, project, probed, self.axis_name)
+        correction, curvature = self.curvature.correct(layout, curvature, evidence)
         known = _symmetric(layout, correction, g, self.symmetrize, params)
         weights = known.weights
         # A correction without weight, such as a skipped quasi-Newton pair, leaves the basis alone.

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lowrank_optax._tree import Layout
 from lowrank_optax._types import Columns, Correction, Outside, Vector, check
@@ -41,6 +42,8 @@ class Evidence(NamedTuple):
       project: ``vector -> Q Q^T v``, likewise two passes.
       probed: whether the correction's ``probe`` will be read, by an inner part or by
         `Curvature.learn` (static).
+      axis_name: axes of `jax.pmap` or `jax.shard_map` over which functions of the parameters
+        differ, or ``None``; see `across` and `gathered`.
     """
 
     g: Vector
@@ -51,6 +54,7 @@ class Evidence(NamedTuple):
     apply: Callable[[Vector, jax.Array], Vector]
     project: Callable[[Vector], Vector]
     probed: bool = False
+    axis_name: Any = None
 
 
 class Curvature(abc.ABC):
@@ -103,6 +107,20 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def correct(self, layout: Layout, state: Any, evidence: Evidence) -> tuple[Correction, Any]:
         """The correction of a step that updates the basis, after `observe`."""
+
+
+def across(evidence: Evidence, vector: Vector) -> Vector:
+    """The mean of a vector that every device has of its own part of the batch."""
+    if not evidence.axis_name:
+        return vector
+    return [lax.pmean(x, evidence.axis_name) for x in vector]
+
+
+def gathered(evidence: Evidence, columns: Columns) -> Columns:
+    """The columns of all devices, of which every one has those of its own part of the batch."""
+    if not evidence.axis_name:
+        return columns
+    return [lax.all_gather(c, evidence.axis_name, tiled=True) for c in columns]
 
 
 def need_params(owner: str, params: Any) -> Any:

@@ -17,6 +17,7 @@ from lowrank_optax.curvature._curvature import (
     Curvature,
     Evidence,
     Observation,
+    gathered,
     need_params,
     rows_of,
 )
@@ -45,8 +46,9 @@ class Examples(Curvature):
         if given is None:
             fn = self.vector_fn(evidence)
             params = need_params(type(self).__name__, evidence.params)
-            return Correction(rows_of(layout, jacobian(fn, params, self.chunk))), state
-        columns = rows_of(layout, layout.leaves(given))
+            columns = rows_of(layout, jacobian(fn, params, self.chunk))
+            return Correction(gathered(evidence, columns)), state
+        columns = gathered(evidence, rows_of(layout, layout.leaves(given)))
         for name, column, size in zip(layout.names, columns, layout.sizes, strict=True):
             check(
                 column.shape == (columns[0].shape[0], size),

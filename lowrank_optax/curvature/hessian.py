@@ -15,6 +15,7 @@ from lowrank_optax._types import Correction, Outside, Vector, check, check_least
 from lowrank_optax.curvature._curvature import (
     Curvature,
     Evidence,
+    across,
     flat,
     need_params,
     params_row,
@@ -295,7 +296,7 @@ class Probing(Curvature):
             rest = [a - b for a, b in zip(z, evidence.project(z), strict=True)]
             floor = jnp.finfo(layout.dtype).eps * layout.inner(z, z)
             z = scale(layout, (layout.inner(rest, rest) > floor).astype(layout.dtype), rest)
-        return z, self.product.multiply(owner, layout, evidence, z), new
+        return z, across(evidence, self.product.multiply(owner, layout, evidence, z)), new
 
     def probed(
         self, layout: Layout, evidence: Evidence, correction: Correction, pair: tuple[Vector, ...]
@@ -308,7 +309,7 @@ class Probing(Curvature):
         g = scale(layout, evidence.due.astype(layout.dtype), evidence.g)
         z = self.probe.draw(layout, key, g, None)
         z = scale(layout, evidence.due.astype(layout.dtype), z)
-        hz = self.product.multiply(type(self).__name__, layout, evidence, z)
+        hz = across(evidence, self.product.multiply(type(self).__name__, layout, evidence, z))
         return correction._replace(probe=(z, hz), independent=True)
 
 
