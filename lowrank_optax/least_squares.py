@@ -193,7 +193,8 @@ def levenberg_marquardt(
             in_units = lambda p: residuals(p * units)
             top = jnp.max(s) ** 2
             low, high = eps**2 * top, top / eps
-            mu = jnp.clip(jnp.where(mu > 0, mu, damping * top), low, high)
+            # After a refused step, which is at the largest one, it starts as it did at first.
+            mu = jnp.clip(jnp.where((mu > 0) & (mu < high), mu, damping * top), low, high)
 
             def trial(mu: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
                 """Steps of every order, ``(order, d)``, and their losses."""
@@ -211,8 +212,11 @@ def levenberg_marquardt(
                 steps, losses = over(mus, jnp.array(momenta, s.dtype))
                 # Of losses that rounding cannot tell apart the first is taken: the least damped
                 # step without momentum, close to a minimum that of Gauss-Newton.
-                at = jnp.unravel_index(jnp.argmax(losses <= jnp.min(losses) + noise), losses.shape)
-                better = jnp.isfinite(losses[at]) & (losses[at] <= here + noise)
+                least = jnp.min(losses)
+                at = jnp.unravel_index(jnp.argmax(losses <= least + noise), losses.shape)
+                # A larger damping than that of the last step has to earn its place.
+                better = jnp.where(found.mu > mu, least < here, least <= here + noise)
+                better = better & jnp.isfinite(least)
                 above = jnp.clip(found.mu * spread**trials, low, high)
                 return _Found(
                     step=jnp.where(better, steps[at] * units, 0),
