@@ -171,7 +171,7 @@ def test_a_refused_trial_costs_no_decomposition():
         jax.make_jaxpr(lambda s: tx.update(x, s, x, residuals_fn=lambda x: x**2))(tx.init(x))
     )
     assert text.count("svd[") == 1
-    assert "svd[" not in text[text.index(" while["):]
+    assert "svd[" not in text[text.index(" while[") :]
 
 
 @pytest.mark.parametrize("where", ["gradient", "residuals", "jacobian"])
@@ -246,3 +246,100 @@ def test_missing_and_misshapen_arguments_are_named():
         tx.update(x, state, residuals_fn=lambda x: x)
     with pytest.raises(ValueError, match="3 rows of 2 entries for 2 residuals"):
         tx.update(x, state, x, residuals_fn=lambda x: x, per_example_grads=jnp.ones((3, 2)))
+
+
+# An ordinary optax transformation -----------------------------------------------------------------
+
+RESIDUALS = lambda p: jnp.tanh(p["a"]) @ jnp.arange(6.0).reshape(3, 2) + p["b"] - 0.3
+PARAMS = {"a": jnp.array([0.5, -1.0, 0.2]), "b": jnp.array([0.1, 0.2])}
+QUICK = {"trials": 2, "momenta": (0.0,), "order": 2}
+
+
+def one(tx, params, grads=None, fn=RESIDUALS):
+    grads = params if grads is None else grads
+    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p, residuals_fn=fn)[0])(grads, params)
+
+
+def test_dtypes_of_gradients_and_numpy_do_not_matter():
+    cast = lambda dtype: jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    tx = lro.levenberg_marquardt(**QUICK)
+    want = one(tx, PARAMS)
+    for params, grads in [("bfloat16", "float32"), ("float32", "float16"), ("float16", "float32")]:
+        got = one(tx, cast(params), cast(grads))
+        assert all(x.dtype == params for x in jax.tree.leaves(got))
+        close = lambda a, b: np.testing.assert_allclose(a.astype("float32"), b, atol=0.02)
+        jax.tree.map(close, got, want)
+    doubles = jax.tree.map(lambda x: np.asarray(x, "float64"), PARAMS)
+    updates, _ = tx.update(doubles, tx.init(doubles), doubles, residuals_fn=RESIDUALS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), updates, want)
+
+
+def test_injected_numbers_can_be_changed_and_sizes_are_static():
+    make = optax.inject_hyperparams(lro.levenberg_marquardt, static_args=("trials", "order"))
+    tx = make(scaling=1.0, **QUICK)
+    plain = lro.levenberg_marquardt(scaling=1.0, **QUICK)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        one(tx, PARAMS),
+        one(plain, PARAMS),
+    )
+    state = tx.init(PARAMS)
+    update = jax.jit(lambda s: tx.update(PARAMS, s, PARAMS, residuals_fn=RESIDUALS))
+    before, _ = update(state)
+    state.hyperparams["damping"] *= 1e4
+    after, _ = update(state)
+    assert optax.tree.norm(after) < 0.5 * optax.tree.norm(before)
+    with pytest.raises(ValueError, match="static_args"):
+        one(optax.inject_hyperparams(lro.levenberg_marquardt)(), PARAMS)
+
+
+def test_concrete_arrays_pass_for_numbers():
+    numbers = {"trials": jnp.array(2), "order": np.int32(2), "momenta": (jnp.array(0.0),)}
+    tx = lro.levenberg_marquardt(damping=jnp.array(1e-3), spread=np.float32(4), **numbers)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        one(tx, PARAMS),
+        one(lro.levenberg_marquardt(**QUICK), PARAMS),
+    )
+
+
+def test_many_fits_at_once():
+    tx = lro.levenberg_marquardt(scaling=1.0, **QUICK)
+    many = jax.tree.map(lambda x: jnp.stack([x, 2 * x, x - 1]), PARAMS)
+    step = lambda p: tx.update(p, tx.init(p), p, residuals_fn=RESIDUALS)[0]
+    got = jax.jit(jax.vmap(step))(many)
+    for i in range(3):
+        want = one(tx, jax.tree.map(lambda x, i=i: x[i], many))
+        close = lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-3, atol=1e-5)
+        jax.tree.map(close, got, want)
+
+
+def test_ranks_are_not_promoted():
+    fn = lambda p: jnp.tanh(p["a"]) + jnp.sum(p["b"])
+    with jax.numpy_rank_promotion("raise"):
+        for scaling in (None, 1.0):
+            tx = lro.levenberg_marquardt(scaling=scaling, chunk=2, **QUICK)
+            one(tx, PARAMS, fn=lambda p: {"x": fn(p), "y": 2 * fn(p)})
+
+
+def test_calls_outside_of_jit_compile_once():
+    compiled = []
+    listen = lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    fn = lambda p: jnp.concatenate([RESIDUALS(p), jnp.sin(p["a"]), p["b"] ** 2])
+    tx, params = lro.levenberg_marquardt(chunk=2, **QUICK), PARAMS
+    state, counts = tx.init(params), []
+    for _ in range(4):
+        updates, state = tx.update(params, state, params, residuals_fn=fn)
+        params = optax.apply_updates(params, updates)
+        counts.append(len(compiled))
+    assert counts[0] > 0
+    assert counts[3] == counts[1]
+
+
+def test_params_in_the_state_are_none():
+    """The step is one vector over all leaves, so `optax.tree.map_params` leaves everything."""
+    tx = lro.levenberg_marquardt(scaling=0.0)
+    state = tx.init(PARAMS)
+    mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
+    jax.tree.map(np.testing.assert_array_equal, mapped, state)
