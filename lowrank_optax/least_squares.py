@@ -26,7 +26,7 @@ Where it bends more the residuals are not linear over the step, and the loss may
 away, where parameters run off to infinity. The number is that of Transtrum and Sethna.
 """
 
-STUCK = 0.99
+STUCK = 0.9
 """A step that leaves more than this part of the loss is tried in other units too."""
 
 
@@ -94,7 +94,7 @@ def levenberg_marquardt(
 
     By default, networks are served best, whose weights are of similar size: ``D = I``. Fits of
     curves, with fewer parameters than residuals, get two guards. A step that lowers the loss by
-    less than a hundredth is tried once more with ``D_j = 1/|x_j|``, and the better one is taken. A
+    less than a tenth is tried once more with ``D_j = 1/|x_j|``, and the better one is taken. A
     curve whose second term is longer than 0.75 of the first is not followed, since parameters that
     run off to infinity begin like this. The default fits NIST's 27 problems from both starts.
 
@@ -135,22 +135,22 @@ def levenberg_marquardt(
       chunk: residuals that are pulled back at a time, which bounds the memory; ``None`` for all.
 
     Raises:
-      ValueError: for values out of range, or ``trials``, ``order`` and ``chunk`` that are traced: to
-        `optax.inject_hyperparams` pass ``static_args=("trials", "order", "chunk")``. By ``update``
+      ValueError: for values out of range; for ``trials``, ``order`` or ``chunk`` that is traced (to
+        `optax.inject_hyperparams` pass ``static_args=("trials", "order", "chunk")``); by ``update``
         without params or ``residuals_fn``, for residuals that are not floating-point or complex,
         and for ``per_example_grads`` of other shapes.
 
     Cost: with ``m = min(k, d)``, memory ``2 k d`` in a step and ``d`` between steps, ``2 d`` with
     ``scaling``; ``k`` backward passes, a singular value decomposition of about ``6 k d m + 20 m³``
     flops, and for every trial the residuals ``order`` times and their derivatives along a line, up
-    to that order. A second try decomposes twice. The Jacobian
-    is one array: this is for as many parameters as fit ``k`` times into one device.
+    to that order. A second try decomposes twice. The Jacobian is one array: this is for as many
+    parameters as fit ``k`` times into one device.
 
     Source: Levenberg, 1944, and Marquardt, 1963; Moré, "The Levenberg-Marquardt algorithm:
-    implementation and theory", 1978, for the norms' maximum; acceleration and its bound are those of Transtrum and Sethna,
-    "Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares minimization",
-    2012; the momentum that of Goldshlager, Abrahamsen and Lin, "A Kaczmarz-inspired approach to
-    accelerate the optimization of neural network wavefunctions", 2024.
+    implementation and theory", 1978, for the norms' maximum; acceleration and its bound are those
+    of Transtrum and Sethna, "Improvements to the Levenberg-Marquardt algorithm for nonlinear
+    least-squares minimization", 2012; the momentum that of Goldshlager, Abrahamsen and Lin, "A
+    Kaczmarz-inspired approach to accelerate the optimization of neural network wavefunctions", 2024.
     """
     check_least(OWNER, "damping", damping, strict=True)
     trials, order = _size("trials", trials), _size("order", order)

@@ -209,9 +209,9 @@ class UnrolledGaussNewton(Collecting):
 
 
 def jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> Any:
-    """The gradient of every entry of ``fn(params)``, ``(k,)``, a tree with a leading axis; in chunks.
+    """The gradient of every entry of ``fn(params)``, ``(k,)``: a tree with a leading axis.
 
-    Outside of a trace the chunks are a loop of Python: see `lowrank_optax._linalg.repeat`.
+    It is computed in chunks, in a loop of Python outside of a trace, as in `_linalg.repeat`.
     """
     values, pull = jax.vjp(fn, params)
     k = values.shape[0]
