@@ -24,7 +24,7 @@ def scalar_loss(owner: str, name: str, fn: Any) -> Function:
 
     def read(out: Any) -> jax.Array:
         loss = _array(out[0] if _is_pair(out) else out)
-        fits = loss is not None and loss.size == 1 and jnp.issubdtype(loss.dtype, jnp.floating)
+        fits = loss.size == 1 and jnp.issubdtype(loss.dtype, jnp.floating)
         _expect(fits, owner, name, out, meaning)
         return jnp.reshape(loss, ())
 
@@ -40,7 +40,7 @@ def example_losses(owner: str, name: str, fn: Any) -> Function:
 
     def read(out: Any) -> jax.Array:
         losses = _array(out[0] if _is_pair(out) else out)
-        fits = losses is not None and jnp.issubdtype(losses.dtype, jnp.floating)
+        fits = jnp.issubdtype(losses.dtype, jnp.floating)
         fits = fits and losses.ndim > 0 and losses.size in (0, *losses.shape)
         _expect(fits, owner, name, out, meaning)
         return jnp.ravel(losses)
@@ -61,7 +61,7 @@ def flat_residuals(owner: str, name: str, fn: Any) -> Function:
 
     def read(out: Any) -> jax.Array:
         leaves = [_array(x) for x in jax.tree.leaves(out)]
-        fits = [x is not None and jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+        fits = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
         _expect(fits and all(fits), owner, name, out, meaning)
         parts = []
         for x in leaves:
@@ -83,12 +83,12 @@ def _is_pair(out: Any) -> bool:
     return isinstance(out, tuple) and len(out) == 2
 
 
-def _array(x: Any) -> Any:
-    """What a user returned as an array, and ``None`` where it is none."""
+def _array(x: Any) -> jax.Array:
+    """What a user returned as an array; one of booleans, which nothing takes, where it is none."""
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError):
-        return None
+        return jnp.zeros(0, bool)
 
 
 def _expect(condition: Any, owner: str, name: str, out: Any, meaning: str) -> None:

@@ -150,7 +150,8 @@ def levenberg_marquardt(
     implementation and theory", 1978, for the norms' maximum; acceleration and its bound are those
     of Transtrum and Sethna, "Improvements to the Levenberg-Marquardt algorithm for nonlinear
     least-squares minimization", 2012; the momentum that of Goldshlager, Abrahamsen and Lin, "A
-    Kaczmarz-inspired approach to accelerate the optimization of neural network wavefunctions", 2024.
+    Kaczmarz-inspired approach to accelerate the optimization of neural network wavefunctions",
+    2024.
     """
     check_least(OWNER, "damping", damping, strict=True)
     trials, order = _size("trials", trials), _size("order", order)
