@@ -1,8 +1,8 @@
 """Functions that users pass to ``update``: what they may return, checked when they are called.
 
-Each wrapper returns a function of the parameters alone. It raises ``ValueError`` with the argument's
-name for anything else than what is described; values that are not finite pass, as those are known
-only when the program runs.
+Each wrapper returns a function of the parameters alone. For anything else than what it describes it
+raises ``ValueError`` with the argument's name. Values that are not finite pass: they are known only
+when the program runs.
 """
 
 import functools
@@ -24,8 +24,8 @@ def scalar_loss(owner: str, name: str, fn: Any) -> Function:
 
     def read(out: Any) -> jax.Array:
         loss = _array(out[0] if _is_pair(out) else out)
-        _expect(loss is not None and loss.size == 1, owner, name, out, meaning)
-        _expect(jnp.issubdtype(loss.dtype, jnp.floating), owner, name, out, meaning)
+        fits = loss.size == 1 and jnp.issubdtype(loss.dtype, jnp.floating)
+        _expect(fits, owner, name, out, meaning)
         return jnp.reshape(loss, ())
 
     return _wrap(owner, name, fn, meaning, read)
@@ -40,9 +40,9 @@ def example_losses(owner: str, name: str, fn: Any) -> Function:
 
     def read(out: Any) -> jax.Array:
         losses = _array(out[0] if _is_pair(out) else out)
-        flat = losses is not None and losses.ndim > 0 and losses.size in (0, *losses.shape)
-        _expect(flat, owner, name, out, meaning)
-        _expect(jnp.issubdtype(losses.dtype, jnp.floating), owner, name, out, meaning)
+        fits = jnp.issubdtype(losses.dtype, jnp.floating)
+        fits = fits and losses.ndim > 0 and losses.size in (0, *losses.shape)
+        _expect(fits, owner, name, out, meaning)
         return jnp.ravel(losses)
 
     return _wrap(owner, name, fn, meaning, read)
@@ -61,8 +61,8 @@ def flat_residuals(owner: str, name: str, fn: Any) -> Function:
 
     def read(out: Any) -> jax.Array:
         leaves = [_array(x) for x in jax.tree.leaves(out)]
-        good = lambda x: x is not None and jnp.issubdtype(x.dtype, jnp.inexact)
-        _expect(leaves and all(map(good, leaves)), owner, name, out, meaning)
+        fits = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+        _expect(fits and all(fits), owner, name, out, meaning)
         parts = []
         for x in leaves:
             x = jnp.ravel(x)
@@ -83,12 +83,12 @@ def _is_pair(out: Any) -> bool:
     return isinstance(out, tuple) and len(out) == 2
 
 
-def _array(x: Any) -> Any:
-    """What a user returned as an array, and ``None`` where it is none."""
+def _array(x: Any) -> jax.Array:
+    """What a user returned as an array; one of booleans, which nothing takes, where it is none."""
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError):
-        return None
+        return jnp.zeros(0, bool)
 
 
 def _expect(condition: Any, owner: str, name: str, out: Any, meaning: str) -> None:
