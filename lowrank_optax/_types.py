@@ -190,9 +190,10 @@ class Inner(Protocol):
 
 NEEDS = {
     "eigenvalues": "the basis's eigenvalues; combine it with GGT, Eigen or FullMatrix",
-    "probe": "products of the curvature with a probe; combine it with HutchinsonHessian, BFGS or "
-    "SR1",
-    "outside": "the curvature assumed outside the basis; combine it with BFGS or SR1",
+    "probe": "products of the curvature with a probe; combine it with HutchinsonHessian, "
+    "SquaredHessian, BFGS or SR1",
+    "outside": "the curvature assumed outside the basis; combine it with BFGS or SR1, or with "
+    "HutchinsonHessian or SquaredHessian, which measure it",
     "examples": "one column for every example; combine it with EmpiricalFisher or GaussNewton",
     "initial": "a basis that adds corrections to an assumed curvature; combine it with Eigen(rank, "
     "beta=None) or FullMatrix(beta=None)",

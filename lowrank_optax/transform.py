@@ -156,8 +156,8 @@ def scale_by_lre(
         ``(I + H)²/4`` for ``y = H z``. By default it enters as the exact ``(y z^T + z y^T)/2``, two
         columns, in any units the same.
       complement: what becomes of ``g - Q Q^T g``: dropped (``None``), scaled by a number, passed
-        through an optax transformation, or multiplied by a power of the curvature that a
-        quasi-Newton curvature assumes there (``lro.inner.LInv()``).
+        through an optax transformation, or multiplied by a power of the curvature outside the
+        basis (``lro.inner.LInv()``), which quasi-Newton curvatures assume and Hessians measure.
       groups: a function of a leaf's path to a label; leaves that share a label share a basis.
         `lowrank_optax.per_leaf` makes one for each leaf; by default there is one for everything.
         Groups are independent: the result is that of as many separate optimizers.
