@@ -193,10 +193,10 @@ class Inner(Protocol):
 
 NEEDS = {
     "eigenvalues": "the basis's eigenvalues; combine it with GGT, Eigen or FullMatrix",
-    "probe": "products of the curvature with a probe; combine it with HutchinsonHessian, BFGS or "
-    "SR1",
-    "outside": "the curvature outside the basis; combine it with BFGS or SR1, which assume one, or "
-    "with FrequentDirections, which measures one",
+    "probe": "products of the curvature with a probe; combine it with HutchinsonHessian, "
+    "SquaredHessian, BFGS or SR1",
+    "outside": "the curvature outside the basis; combine it with BFGS or SR1, which assume one, "
+    "HutchinsonHessian or SquaredHessian, which measure one, or a basis with eigenvalues",
     "examples": "one column for every example; combine it with EmpiricalFisher or GaussNewton",
     "initial": "a basis that adds corrections to an assumed curvature; combine it with Eigen(rank, "
     "beta=None) or FullMatrix(beta=None)",

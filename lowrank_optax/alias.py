@@ -387,18 +387,23 @@ def adahessian(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    curvature: curvatures.Curvature = curvatures.HutchinsonHessian(),
+    curvature: curvatures.Curvature = curvatures.SquaredHessian(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaHessian on the Hessian's diagonal in its own leading eigenbasis.
 
-    ``HutchinsonHessian() × Eigen(rank, eig_tol=1e-8) × HutchinsonAdam()``:
+    ``SquaredHessian() × Eigen(rank, eig_tol=1e-8) × HutchinsonAdam()``, with ``1/h`` on the
+    complement:
 
-    .. math:: x \leftarrow x - \eta\, Q\, \frac{\hat m}{\sqrt{\hat D} + \epsilon},\quad
+    .. math:: x \leftarrow x - \eta\,\Bigl(Q\, \frac{\hat m}{\sqrt{\hat D} + \epsilon}
+              + \frac{g - Q Q^T g}{h}\Bigr),\quad
               D \leftarrow b_2 D + (1-b_2)\,\bigl(Q^T z \circ Q^T H z\bigr)^2
 
     In the eigenbasis the diagonal is most of the Hessian, which along the parameters' axes it is
-    not. Needs ``value_fn`` in ``update``, and the parameters.
+    not. Outside it ``h`` is the root mean square eigenvalue there, from the same products: the
+    rule applied to one shared value. ``complement=None`` keeps to the basis, which is safe where
+    curvature outside varies by more than ``2 / learning_rate`` around ``h``. Needs ``value_fn`` in
+    ``update``, and the parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -424,8 +429,8 @@ def adahessian(
     Raises:
       ValueError: for a rank, decay or ``eps`` out of range; by ``update`` without ``value_fn``.
 
-    Cost: that of `Eigen`, and a Hessian product and one more pass over the rows on every update of
-    the basis.
+    Cost: that of `Eigen`, and two Hessian products and one more pass over the rows on every update
+    of the basis: of the first the basis is made, with the second it is measured.
 
     Source: Yao et al., "ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning", AAAI
     2021.
@@ -435,7 +440,7 @@ def adahessian(
         curvature,
         bases.Eigen(_default(rank, 20), eig_tol=1e-8),
         inners.HutchinsonAdam(b1, b2, eps),
-        **options,
+        **{"complement": _newton_outside(curvature), **options},
     )
 
 
@@ -449,19 +454,23 @@ def sophia_h(
     eps: float = 1e-12,
     gamma: float = 0.01,
     update_every: int | Callable[[jax.Array], jax.Array] = 10,
-    curvature: curvatures.Curvature = curvatures.HutchinsonHessian(),
+    curvature: curvatures.Curvature = curvatures.SquaredHessian(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sophia-H on the Hessian's diagonal in its own leading eigenbasis.
 
-    ``HutchinsonHessian() × Eigen(rank, eig_tol=1e-8) × (HutchinsonAdam(gamma=gamma, debias=False),
-    ClipValue(1))``:
+    ``SquaredHessian() × Eigen(rank, eig_tol=1e-8) × (HutchinsonAdam(gamma=gamma, debias=False),
+    ClipValue(1))``, with ``1/s`` on the complement:
 
-    .. math:: x \leftarrow x - \eta\, Q\, \mathrm{clip}\!\left(
-              \frac{m}{\max(\gamma h, \epsilon)}, 1\right),\quad
+    .. math:: x \leftarrow x - \eta\, \Bigl(Q\, \mathrm{clip}\!\left(
+              \frac{m}{\max(\gamma h, \epsilon)}, 1\right)
+              + \frac{g - Q Q^T g}{s}\Bigr),\quad
               h \leftarrow b_2 h + (1-b_2)\; Q^T z \circ Q^T H z
 
-    Needs ``value_fn`` in ``update``, and the parameters.
+    Outside the basis ``s`` is the root mean square eigenvalue there, from the same products; the
+    step is a share of Newton's and is not clipped. ``complement=None`` keeps to the basis;
+    ``complement=optax.scale_by_adam()`` has steps of the clipped ones' size, at two vectors of
+    state. Needs ``value_fn`` in ``update``, and the parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -490,8 +499,8 @@ def sophia_h(
       ValueError: for a rank, decay, ``eps`` or ``gamma`` out of range; by ``update`` without
         ``value_fn``.
 
-    Cost: that of `Eigen`, and a Hessian product and one more pass over the rows on every update of
-    the basis.
+    Cost: that of `Eigen`, and two Hessian products and one more pass over the rows on every update
+    of the basis: of the first the basis is made, with the second it is measured.
 
     Source: Liu et al., "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
     Pre-training", 2023.
@@ -502,8 +511,14 @@ def sophia_h(
         bases.Eigen(_default(rank, 20), eig_tol=1e-8),
         (inners.HutchinsonAdam(b1, b2, eps, gamma, debias=False), inners.ClipValue(1.0)),
         update_every=update_every,
-        **options,
+        **{"complement": _newton_outside(curvature), **options},
     )
+
+
+def _newton_outside(curvature: curvatures.Curvature) -> inners.LPower:
+    """The power of the curvature outside the basis that is one over the size of a Hessian's."""
+    squared = isinstance(curvature, curvatures.SquaredHessian)
+    return inners.LInvSqrt() if squared else inners.LInv()
 
 
 @collects

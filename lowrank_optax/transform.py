@@ -174,7 +174,8 @@ def scale_by_lre(
         columns, in any units the same.
       complement: what becomes of ``g - Q Q^T g``: dropped (``None``), scaled by a number, passed
         through an optax transformation, or multiplied by a power (``lro.inner.LInv()``) of the
-        curvature that a quasi-Newton curvature assumes there, or that `FrequentDirections` finds.
+        curvature outside the basis: what quasi-Newton curvatures assume there, what Hessians and
+        `FrequentDirections` measure, or the largest eigenvalue that a basis may have dropped.
       groups: a function of a leaf's path to a label; leaves that share a label share a basis.
         `lowrank_optax.per_leaf` makes one for each leaf; by default there is one for everything.
         Groups are independent: the result is that of as many separate optimizers.

@@ -22,6 +22,7 @@ CURVATURES = {
     "parameters": curvature.Parameters(),
     "unrolled_gauss_newton": curvature.UnrolledGaussNewton(history=3),
     "hutchinson": curvature.HutchinsonHessian(),
+    "squared_hessian": curvature.SquaredHessian(),
     "bfgs": curvature.BFGS(),
     "bfgs_of_gradients": curvature.BFGS(product=curvature.GradientDifference()),
     "sr1": curvature.SR1(),

@@ -340,7 +340,7 @@ def test_probes():
 
 
 def test_hutchinson_is_unbiased(x64):
-    """With ``symmetrize=False`` the mean of many exact corrections is the Hessian."""
+    """The mean of many exact corrections is the Hessian."""
     h, _, loss = quadratic(indefinite=True)
     x = jnp.ones(D)
     layout, seen = evidence(x, loss)
@@ -370,10 +370,10 @@ def test_hutchinson_is_unbiased(x64):
     ids=["eigen", "ggt", "full"],
 )
 def test_hutchinson_exact_correction(kept, x64):
-    """``symmetrize=False`` keeps ``(Hz z^T + z z^T H)/2``, negative eigenvalues and all."""
+    """``within=False`` keeps ``(Hz z^T + z z^T H)/2``, negative eigenvalues and all."""
     h, _, loss = quadratic(indefinite=True)
-    part = curvature.HutchinsonHessian(probe=curvature.GradientProbe())
-    init, update = optimizer(part, kept, inner.LPower(1.0), symmetrize=False)
+    part = curvature.HutchinsonHessian(probe=curvature.GradientProbe(), within=False)
+    init, update = optimizer(part, kept, inner.LPower(1.0))
     update, x = update(value_fn=loss), jnp.ones(D)
     state, expected = init(x), np.eye(D) * isinstance(kept, basis.FullMatrix)
     for _ in range(2):
@@ -394,7 +394,122 @@ def test_orthogonalized_probe(x64):
         _, state = update(g, state, x)
         # Each probe is a new direction; once the basis holds all, there is nothing to correct.
         assert int(jnp.sum(state.basis.lam != 0)) == min(i, D)
-        assert int(state.basis.columns[0]) == min(i, D)
+        assert int(state.basis.columns[0]) == 2 * min(i, D)
+
+
+def spiked(scale, d=200):
+    """Five eigenvalues of ``d``, the loss that has them, and the five eigenvectors as rows."""
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(d, d)))[0][:, :5]
+    h = jnp.asarray(scale * (q * SPIKES) @ q.T, jnp.float32)
+    return lambda x: x @ h @ x / 2, q.T, h
+
+
+SPIKES = np.array([100.0, 80.0, 60.0, 40.0, 20.0])
+
+
+def learned(part, kept, loss, d, steps, inside=None, **options):
+    """The state after so many updates at one point, with gradients that are noise."""
+    tx = lro.scale_by_lre(part, kept, inside or inner.LInv(), **options)
+    grads = jax.random.normal(jax.random.key(1), (steps, d))
+    step = lambda s, g: (tx.update(g, s, jnp.zeros(d), value_fn=loss)[1], None)
+    return jax.jit(lambda s: jax.lax.scan(step, s, grads)[0])(tx.init(jnp.zeros(d)))
+
+
+@pytest.mark.parametrize("scale", [1e4, 1.0, 1e-4])
+@pytest.mark.parametrize("part", [curvature.HutchinsonHessian(), curvature.SquaredHessian()])
+def test_hessian_bases_do_not_depend_on_the_unit_of_the_loss(part, scale):
+    """The leading directions are found and their eigenvalues are those of the Hessian."""
+    loss, q, _ = spiked(scale)
+    kept = basis.Eigen(10, 0.99, update_damping=0.0)
+    state = learned(part, kept, loss, q.shape[1], 400)
+    rows = np.asarray(state.basis.t[0]) @ np.asarray(state.basis.rows)
+    assert np.sum((rows @ q.T) ** 2) > 0.99 * 5
+    lam = np.asarray(kept.eigenbasis(state.basis).lam[0])[:5]
+    if isinstance(part, curvature.SquaredHessian):
+        lam = np.sqrt(lam)
+    np.testing.assert_allclose(lam / scale, SPIKES, rtol=0.3)
+
+
+def test_hutchinson_within_the_basis(x64):
+    """The correction is the dense one with what neither basis nor product spans left out of z."""
+    h, _, loss = quadratic(indefinite=True)
+    part = curvature.HutchinsonHessian(probe=curvature.GradientProbe())
+    init, update = optimizer(part, full(), inner.LInv())
+    update, rng = update(value_fn=loss), np.random.default_rng(3)
+    state, b, span = init(jnp.zeros(D)), np.zeros((D, D)), np.zeros((D, 0))
+    for i in range(D):
+        z = rng.normal(size=D)
+        _, state = update(jnp.asarray(z), state, jnp.zeros(D))
+        hz = np.asarray(h @ z)
+        span = np.linalg.qr(np.column_stack([span, hz]))[0]
+        pz = span @ (span.T @ z)
+        b = b + (np.outer(hz, pz) + np.outer(pz, hz)) / 2
+        np.testing.assert_allclose(dense(state), b, atol=1e-8)
+        assert int(jnp.sum(state.basis.lam != 0)) == i + 1
+
+
+@pytest.mark.parametrize("d", [30, 300])
+@pytest.mark.parametrize(
+    "part",
+    [
+        inner.HutchinsonAdam(b2=0.99),
+        inner.HutchinsonAdam(gamma=0.01),
+        inner.FullMatrixHutchinsonAdam(b2=0.9),
+        inner.FullMatrixBFGSAdam(b2=0.9),
+    ],
+    ids=["adahessian", "sophia", "full_hutchinson", "full_bfgs"],
+)
+def test_hutchinson_parts_of_the_identity_measure_one(part, d):
+    """Along a pair that its basis has just absorbed they would measure about d/8."""
+    kept, steps = basis.Eigen(10, eig_tol=1e-8), 80
+    loss = lambda x: jnp.sum(x**2) / 2
+    state = learned(curvature.HutchinsonHessian(), kept, loss, d, steps, part).inner
+    if isinstance(part, inner.HutchinsonAdam):
+        found = state.diagonal.inside[0] / (1 - 0.99**steps)
+        found = jnp.sqrt(found) if part.gamma is None else found
+        outside = state.diagonal.outside[0] / (1 - 0.99**steps)
+    else:
+        found = jnp.diagonal(state.hessian.inside[0])
+        outside = state.hessian.outside[0] / (1 - 0.9**steps)
+    np.testing.assert_allclose(outside, 1, rtol=1e-3)
+    np.testing.assert_allclose(np.mean(found), 1, atol=0.35)
+    assert np.max(found) < 2.5 and np.min(found) > 0.4
+
+
+def test_measured_diagonal_is_unbiased(x64):
+    """Over many probes, in the basis that each of them leaves behind."""
+    h, _, loss = quadratic()
+    part = inner.HutchinsonAdam(b2=0.0, gamma=1.0)
+    tx = lro.scale_by_lre(curvature.HutchinsonHessian(), basis.Eigen(3), part)
+    x, g = jnp.zeros(D), jnp.ones(D)
+    update = lambda state: tx.update(g, state, x, value_fn=loss)[1]
+    start, step = tx.init(x), jax.jit(update)
+    for _ in range(4):
+        start = step(start)
+
+    def error(key):
+        state = update(start._replace(key=jax.random.key_data(key)))
+        q = state.basis.t[0] @ state.basis.rows
+        return state.inner.diagonal.inside[0] - jnp.diagonal(q @ h @ q.T)
+
+    errors = jax.jit(jax.vmap(error))(jax.random.split(jax.random.key(0), 4000))
+    deviation = np.std(errors, axis=0) / len(errors) ** 0.5
+    assert np.all(deviation > 0)  # no slot was empty
+    np.testing.assert_array_less(np.abs(np.mean(errors, axis=0)), 4 * deviation)
+
+
+def test_curvature_outside_a_hessian_basis():
+    """What ``LInv()`` divides the complement by is the size of the eigenvalues outside."""
+    _, q, h = spiked(1.0)
+    h = h + 2 * (jnp.eye(len(h)) - q.T @ q)
+    loss = lambda x: x @ h.astype(x.dtype) @ x / 2
+    for part, inside in (
+        (curvature.HutchinsonHessian(), inner.LInv()),
+        (curvature.SquaredHessian(), inner.LInvSqrt()),
+    ):
+        state = learned(part, basis.Eigen(10, 0.99), loss, len(h), 200, inside, complement=inside)
+        known = part.outside(state.curvature)[0] ** -inside.p
+        assert 1.8 < known < 4  # a little of the five is outside at first
 
 
 # --- counting -------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax import Context, Eigenbasis, Law, inner
 from lowrank_optax._linalg import transport
+from lowrank_optax._types import SURROUNDED_DIAGONAL, SURROUNDED_MATRIX
+from lowrank_optax.inner.hessian import Surrounded
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -40,7 +42,9 @@ def move(part, state, c):
         if law.axes == 0:
             return x
         return (
-            transport(law, c, x) if law.centred else jax.tree.map(lambda a: transport(law, c, a), x)
+            transport(law, c, x)
+            if law.centred or law.surrounded
+            else jax.tree.map(lambda a: transport(law, c, a), x)
         )
 
     return jax.tree.map(carry, part.laws, state, is_leaf=lambda x: isinstance(x, Law))
@@ -202,7 +206,7 @@ def test_averages_wait_for_products(part):
     g, z, hz, _ = stream(4, 3)
     _, state = step(part, start(part, 4), g[0], probe=z[0], product=hz[0])
     _, after = step(part, state, g[1], probe=z[1], product=hz[1], moved=False)
-    np.testing.assert_array_equal(after[3], state[3])
+    jax.tree.map(np.testing.assert_array_equal, after[3], state[3])
     assert int(after.estimates) == 1 and int(after.count) == 2
     u, _ = step(part, start(part, 4), g[0], probe=z[0], product=hz[0], moved=False)
     assert np.all(np.isfinite(u))
@@ -440,6 +444,25 @@ def test_turning_the_basis_commutes_with_the_update(name):
         (expected, still), (u, turned) = outputs
         np.testing.assert_allclose(u, q @ expected, rtol=1e-6, atol=1e-9)
     assert np.any(expected)
+
+
+def test_directions_that_enter_bring_what_is_outside():
+    """The diagonal and the matrix of ``Q M Q^T + s (I - Q Q^T)`` in another basis, densely."""
+    random = rng(2)
+    old, new = (np.linalg.qr(random.normal(size=(7, 7)))[0][:3] for _ in range(2))
+    v, s = random.uniform(1, 2, size=3), 5.0
+    whole = (old.T * v) @ old + s * (np.eye(7) - old.T @ old)
+    diagonal, outside = transport(
+        SURROUNDED_DIAGONAL, jnp.asarray(new @ old.T), Surrounded(jnp.asarray(v), jnp.asarray(s))
+    )
+    np.testing.assert_allclose(diagonal, np.diagonal(new @ whole @ new.T))
+    matrix, _ = transport(
+        SURROUNDED_MATRIX,
+        jnp.asarray(new @ old.T),
+        Surrounded(jnp.diag(jnp.asarray(v)), jnp.asarray(s)),
+    )
+    np.testing.assert_allclose(matrix, new @ whole @ new.T)
+    assert outside == s
 
 
 def test_values_are_checked():

@@ -1,7 +1,13 @@
 """Inner parts that carry averages of the curvature itself, from products with probes.
 
 They read ``z = Q^T z`` and ``Q^T H z`` of the step's `Context`; on a step that measured no product
-the averages stay as they are.
+the averages stay as they are. A random probe is one that the basis has not absorbed (see
+`Probing`), so that estimates are right in the basis as it is now.
+
+An average has no entry for a direction that enters the basis, and with zero for it the step along
+that direction would be far too long. So the same statistic is averaged over all that lies outside
+the basis, one scalar, and a direction that enters brings it along: the average moves as that of
+``Q M Q^T + s (I - Q Q^T)``. With a probe that is not random nothing is known outside and ``s`` is 0.
 """
 
 import abc
@@ -63,8 +69,11 @@ class HutchinsonAdam:
 
     .. math:: u = m / \max(\gamma h, \epsilon),\quad h \leftarrow b_2 h + (1-b_2) v
 
-    ``D`` and ``h`` move as a diagonal second moment, ``diag(C diag(h) C^T)``. Two published
-    methods, in the coordinates of the basis:
+    ``D`` and ``h`` move as ``diag(C diag(h) C^T + s (I - C C^T))``, where ``s`` is the average over
+    what lies outside the basis: of the mean square eigenvalue there for ``D``, of the mean one for
+    ``h``. Coordinates of a random probe in a basis are nearly normal, ``E[v²] = 3 λ²`` along an
+    eigenvector, so ``sqrt(D)`` settles at ``1.7 |λ|``. Two published methods, in the coordinates of
+    the basis:
 
     * AdaHessian (without its spatial averages, which a basis has no use for):
       ``HutchinsonAdam(b2=0.999)``.
@@ -203,7 +212,8 @@ class FullMatrixHutchinsonAdam(_FullMatrixHessian):
     .. math:: H \leftarrow b_2 H + \tfrac{1-b_2}{2} Q^T (Hz\,z^T + z\,(Hz)^T) Q,\quad
               u = |\hat H + \epsilon I|^{-1} \hat m
 
-    ``H`` starts as the identity of the first basis and moves as ``C H C^T``. Eigenvalues below
+    ``H`` starts as the identity of the first basis and moves as ``C H C^T + s (I - C C^T)``, with
+    the mean eigenvalue ``s`` outside the basis. Eigenvalues below
     ``1e-12`` of the largest are dropped; the others get ``1e-8`` and ``1e-8`` of the largest added.
 
     Args:
@@ -235,7 +245,8 @@ class FullMatrixBFGSAdam(_FullMatrixHessian):
               - \frac{B s\, s^T B}{s \cdot B s}\Bigr),\quad u = (\hat B + \epsilon I)^{-1} \hat m
 
     with ``s = Q^T z`` and ``y = Q^T H z``; pairs with ``s·y < 1e-16`` leave the matrix as it is.
-    ``B`` starts as the identity of the first basis and moves as ``C B C^T``.
+    ``B`` starts as the identity of the first basis and moves as ``C B C^T + s (I - C C^T)``, with
+    the mean eigenvalue ``s`` outside the basis.
 
     Args:
       b1: decay of the mean.
