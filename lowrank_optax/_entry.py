@@ -76,8 +76,8 @@ def check_one_replica(owner: str, extra: dict[str, Any]) -> None:
     axes = tuple(jax.sharding.get_abstract_mesh().manual_axes) if functions else ()
     if axes:
         raise ValueError(
-            f"{owner}: {functions[0]} came inside jax.pmap or jax.shard_map over {axes}, where each "
-            "device would measure its own examples and the replicas drift apart. Pass "
+            f"{owner}: {functions[0]} came inside jax.pmap or jax.shard_map over {axes}, where "
+            "each device would measure its own examples and the replicas drift apart. Pass "
             f"axis_name={axes if len(axes) > 1 else axes[0]!r} to the optimizer and a function of "
             "the device's own examples, or axis_name=() where replicas are to differ."
         )

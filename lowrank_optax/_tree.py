@@ -634,8 +634,8 @@ def repeat(times: jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) 
     The engine's only form of "now and then": `lax.cond` makes XLA copy big buffers through both of
     its branches, a loop updates its carry in place and costs nothing when it does not run. Under
     `jax.vmap` it runs as often as any of the batch asks for, since separate counts would copy the
-    carry: ``body`` leaves alone what does not ask, as it has to for groups. Outside of a trace it is
-    a loop of Python, as XLA would compile the body at every call.
+    carry: ``body`` leaves alone what does not ask, as it has to for groups. Outside of a trace it
+    is a loop of Python, as XLA would compile the body at every call.
     """
     if not _linalg.traced((times, carry)):
         for i in range(int(times)):

@@ -37,8 +37,8 @@ def lre(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-rank eigenbasis optimizer; with a learning rate alone, the recipe to start from.
 
-    Without any part it is `polar_soap`: eigenbases on the sides of every matrix, Adam for everything
-    else. With one named it is `scale_by_lre` of curvature, basis and inner parts,
+    Without any part it is `polar_soap`: eigenbases on the sides of every matrix, Adam for
+    everything else. With one named it is `scale_by_lre` of curvature, basis and inner parts,
     decoupled weight decay, and the learning rate:
 
     .. math:: x \leftarrow x - \eta\,\bigl(Q\,\mathrm{inner}(Q^T g) + \lambda_{wd}\, x\bigr)

@@ -1,7 +1,7 @@
 """Nonlinear least squares, to the precision that the parameters' dtype allows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,11 @@ import numpy as np
 import optax
 
 from lowrank_optax import _linalg
+from lowrank_optax._derivatives import undifferentiated
+from lowrank_optax._entry import attend, check_one_replica
 from lowrank_optax._functions import flat_residuals
 from lowrank_optax._tree import Layout
-from lowrank_optax._types import check, check_count, check_decay, check_least, require
+from lowrank_optax._types import as_size, check, check_decay, check_least, require
 from lowrank_optax.curvature._curvature import flat, need_params, rows_of
 from lowrank_optax.curvature.examples import jacobian
 
@@ -38,7 +40,7 @@ class LevenbergMarquardtState(NamedTuple):
       damping: ``mu`` of the last step, in units of the squared singular values; 0 before it.
       relative: ``mu`` of the last step that was tried relative to the parameters' sizes; 0 before.
       step: ``(d,)`` the last update, 0 if it was refused.
-      norms: ``(d,)`` the columns' norms as ``scaling`` remembers them; ``(0,)`` without it.
+      norms: ``(d,)`` the columns' norms as ``scaling`` remembers them; ``()`` without it.
       loss: ``½ ‖r‖²`` where the last update led.
       refused: steps of which every trial, up to the largest ``mu`` that changes the parameters, had
         a higher loss by more than rounding; the update was zero.
@@ -50,7 +52,7 @@ class LevenbergMarquardtState(NamedTuple):
     damping: jax.Array
     relative: jax.Array
     step: jax.Array
-    norms: jax.Array
+    norms: Any
     loss: jax.Array
     refused: jax.Array
     nonfinite: jax.Array
@@ -59,12 +61,13 @@ class LevenbergMarquardtState(NamedTuple):
 def levenberg_marquardt(
     *,
     damping: float = 1e-3,
-    trials: int = 6,
+    trials: int | None = None,
     spread: float = 4.0,
     momenta: tuple[float, ...] = (0.0, 0.5, 0.9),
-    order: int = 3,
+    order: int | None = None,
     scaling: float | None = None,
     chunk: int | None = None,
+    axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gauss-Newton in the dual whose damping finds itself, along curves that follow the residuals.
 
@@ -125,14 +128,17 @@ def levenberg_marquardt(
 
     Args:
       damping: the first ``mu``, relative to the largest squared singular value.
-      trials: values of ``mu`` a step.
+      trials: values of ``mu`` a step, by default 6.
       spread: ratio of one to the next.
       momenta: values of ``b``, which multiply the trials; ``(0.0,)`` for none.
-      order: terms of the curve; their cost doubles from one to the next.
+      order: terms of the curve, by default 3; their cost doubles from one to the next.
       scaling: how much of the columns' norms is remembered from one step to the next, in [0, 1]: 0
         for those of the step alone (Marquardt), 1 for the largest so far (Moré); ``None`` for
         ``D = I`` with the guards above.
       chunk: residuals that are pulled back at a time, which bounds the memory; ``None`` for all.
+      axis_name: axes of `jax.pmap` or `jax.shard_map` over which the devices have residuals of
+        their own. They are gathered, with their gradients, and every device takes the same step.
+        ``()`` says that every device is to go its own way.
 
     Raises:
       ValueError: for values out of range; for ``trials``, ``order`` or ``chunk`` that is traced (to
@@ -154,7 +160,9 @@ def levenberg_marquardt(
     2024.
     """
     check_least(OWNER, "damping", damping, strict=True)
-    trials, order = _size("trials", trials), _size("order", order)
+    # None by default: `optax.inject_hyperparams` traces default numbers.
+    trials = 6 if trials is None else as_size(OWNER, "trials", trials)
+    order = 3 if order is None else as_size(OWNER, "order", order)
     check_least(OWNER, "spread", spread, 1.0, strict=True)
     check(len(momenta) > 0, f"{OWNER}: momenta is empty; pass (0.0,) for none.")
     for b in momenta:
@@ -162,7 +170,7 @@ def levenberg_marquardt(
     if scaling is not None:
         check_decay(OWNER, "scaling", scaling, closed=True)
     if chunk is not None:
-        chunk = _size("chunk", chunk)
+        chunk = as_size(OWNER, "chunk", chunk)
 
     def init(params: Any) -> LevenbergMarquardtState:
         layout = Layout.of(params, None, owner=OWNER)
@@ -174,31 +182,42 @@ def levenberg_marquardt(
             damping=real(),
             relative=real(),
             step=real(d),
-            norms=real(0 if scaling is None else d),
+            norms=() if scaling is None else real(d),
             loss=real(),
             refused=zero(),
             nonfinite=zero(),
         )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any):
+        updates = undifferentiated(OWNER, updates)
+        params, extra = attend(OWNER, updates, params, extra)
+        if axis_name is None:
+            check_one_replica(OWNER, extra)
         params = need_params(OWNER, params)
         fn = require(OWNER, extra, "residuals_fn", "params -> residuals (k,)")
         fn = flat_residuals(OWNER, "residuals_fn", fn)
         layout = Layout.of(params, None, owner=OWNER)
         splits = np.cumsum(layout.sizes)[:-1]
-        tree = lambda p: layout.unflatten(jnp.split(p, splits) if layout.sizes else [])
+        parts = lambda p: jnp.split(p, splits) if layout.sizes else []
+        tree = lambda p: layout.unflatten(parts(p))
+        updated = lambda p: layout.unflatten(parts(p), updates)
 
-        def residuals(p: jax.Array) -> jax.Array:
+        def own(p: jax.Array) -> jax.Array:
             """At the parameters as they will be after the update ``p``, rounding included."""
             return fn(optax.apply_updates(params, tree(p))).astype(layout.dtype)
+
+        gather = lambda x: jax.lax.all_gather(x, axis_name, tiled=True) if axis_name else x
+        residuals = lambda p: gather(own(p))
 
         zero = jnp.zeros_like(state.step)
         r = residuals(zero)
         here = jnp.sum(r**2) / 2
         if not r.size or not zero.size:  # nothing to fit, or nothing to fit it with
-            return tree(zero), state._replace(count=_linalg.tally(state.count), loss=here)
+            return updated(zero), state._replace(count=_linalg.tally(state.count), loss=here)
         given = extra.get("per_example_grads")
-        j = jacobian(residuals, zero, chunk)[0] if given is None else _given(layout, given, r)
+        j = jacobian(own, zero, chunk)[0] if given is None else _given(layout, given)
+        j = gather(j)
+        _check_rows(j, (r.size, zero.size))
         sound = _linalg.finite(r, j, *map(jnp.asarray, jax.tree.leaves(updates)))
         j, x = jnp.where(sound, j, 0), jnp.concatenate(flat(layout, params))
 
@@ -278,12 +297,12 @@ def levenberg_marquardt(
         best = jax.tree.map(lambda a, b: jnp.where(swap, a, b), other, found)
 
         keep = lambda new, old: jnp.where(sound, new, old)
-        return tree(best.step), LevenbergMarquardtState(
+        return updated(best.step), LevenbergMarquardtState(
             count=_linalg.tally(state.count),
             damping=keep(found.mu, state.damping),
             relative=keep(other.mu, state.relative),
             step=keep(best.step, state.step),
-            norms=keep(norms, state.norms),
+            norms=jax.tree.map(keep, norms, state.norms),
             loss=keep(best.loss, state.loss),
             refused=_linalg.tally(state.refused, sound & ~best.better),
             nonfinite=_linalg.tally(state.nonfinite, ~sound),
@@ -302,31 +321,19 @@ class _Found(NamedTuple):
     over: jax.Array
 
 
-def _size(name: str, value: Any) -> int:
-    """A number that shapes depend on, which cannot be traced."""
-    check(
-        not isinstance(value, jax.core.Tracer),
-        f"{OWNER}: {name} is traced, but shapes depend on it; pass a whole number, to "
-        f"optax.inject_hyperparams with static_args=('trials', 'order', 'chunk').",
-    )
-    value = int(value) if isinstance(value, jax.Array) and value.ndim == 0 else value
-    check_count(OWNER, name, value)
-    return value
-
-
-def _given(layout: Layout, tree: Any, r: jax.Array) -> jax.Array:
+def _given(layout: Layout, tree: Any) -> jax.Array:
     """The residuals' gradients side by side, ``(k, d)``."""
-    j = jnp.concatenate(
-        [x.astype(layout.dtype) for x in rows_of(layout, layout.leaves(tree))], axis=1
-    )
-    shape = r.shape[0], sum(layout.sizes)
+    rows = rows_of(layout, layout.leaves(tree))
+    return jnp.concatenate([x.astype(layout.dtype) for x in rows], axis=1)
+
+
+def _check_rows(j: jax.Array, shape: tuple[int, int]) -> None:
     check(
         j.shape == shape,
         f"{OWNER}: per_example_grads has {j.shape[0]} rows of {j.shape[1]} entries for {shape[0]} "
         f"residuals of {shape[1]} parameters; pass one gradient a residual, such as "
         "jax.vmap(jax.grad(residual), (None, 0))(params, batch).",
     )
-    return j
 
 
 def _curve(

@@ -494,6 +494,7 @@ def replicas(name, **options):
         for _ in range(3):
             tell = {"value_fn": lambda p: mean(jnp.sum(losses(p, x)))}
             tell["losses_fn"] = lambda p: losses(p, x) / 8
+            tell["residuals_fn"] = lambda p: losses(p, x) - 0.1
             grads = mean(jax.grad(lambda p: jnp.sum(losses(p, x)))(params))
             updates, state = tx.update(grads, state, params, **tell)
             params = optax.apply_updates(params, updates)
@@ -519,6 +520,7 @@ def replicas(name, **options):
 
 for name in ("sophia_h", "lowrank_newton", "natural_gradient"):
     CHECKS[f"replicas_{name}"] = lambda n=name: replicas(n, learning_rate=0.1, rank=3)
+CHECKS["replicas_levenberg_marquardt"] = lambda: replicas("levenberg_marquardt")
 
 
 # What the compiled step exchanges ----------------------------------------------------------------

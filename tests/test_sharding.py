@@ -25,6 +25,7 @@ EIGHT_DEVICES = (
     "replicas_sophia_h",
     "replicas_lowrank_newton",
     "replicas_natural_gradient",
+    "replicas_levenberg_marquardt",
     "basis_eigen",
     "basis_random",
     "layers_auto",
