@@ -3,11 +3,13 @@
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from lowrank_optax import _linalg
 from lowrank_optax import basis as bases
 from lowrank_optax import curvature as curvatures
 from lowrank_optax import inner as inners
@@ -735,15 +737,18 @@ def soap(
     .. math:: X \leftarrow X - \eta\,Q_L\,\mathrm{Adam}(Q_L^T G\,Q_R)\,Q_R^T,\quad
               L \leftarrow b_2 L + (1-b_2) G G^T,\ R \leftarrow b_2 R + (1-b_2) G^T G
 
-    The paper turns the bases by one QR step of power iteration, here they are eigenvectors, and
-    directions with eigenvalues that float32 cannot tell from zero are left out. There the second
-    moment stays as it is when the bases turn, here it moves as ``(C_L∘C_L) V (C_R∘C_R)^T``; the
-    mean moves in both. In both the first step only fills the bases; there a step is taken in
-    those of the steps before, here the newest gradient is in them.
+    The paper turns the bases by one QR step of power iteration, here they are eigenvectors. Both
+    are complete: a direction that no gradient has reached is there for the one that will. What is
+    not above four roundings of the gradient's norm counts as zero, or Adam would blow it up. There
+    the second moment stays as it is when the bases turn, here it moves as
+    ``(C_L∘C_L) V (C_R∘C_R)^T``; the mean moves in both. In both the first step only fills the
+    bases; there a step is taken in those of the steps before, here the newest gradient is in them.
 
     With a ``rank`` the sides are ``SubspaceIteration(rank, b2)``: as many directions of each side
-    are kept, the rest of the gradient is dropped, and of the gradients only those of the steps that
-    update the bases are averaged. All leaves that are no matrices go through Adam.
+    are kept, and of the gradients only those of the steps that update the bases are averaged. What
+    is left of a gradient outside is divided by the running root mean square of its entries, one
+    number a matrix, and scaled as Adam's mean would be if all of it were noise, by
+    ``sqrt((1 - b1) / (1 + b1))``. All leaves that are no matrices go through Adam.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -784,7 +789,8 @@ def soap(
         options = {"update_every": 1, **options}
     else:
         side = bases.SubspaceIteration(rank, b2)
-        options = {"update_every": update_every, **options}
+        quiet = optax.chain(_scale_by_leaf_rms(b2, eps), optax.scale(((1 - b1) / (1 + b1)) ** 0.5))
+        options = {"update_every": update_every, "complement": quiet, **options}
     return _matrix_recipe(
         learning_rate,
         (side, side, inners.Adam(b1, b2, eps)),
@@ -870,6 +876,34 @@ def polar_soap(
         then=orthogonalize(rms, view=options.get("view")),
         **{"warmup_steps": 1, "largest": 1024 if largest is None else largest, **options},
     )
+
+
+class _LeafRMS(NamedTuple):
+    """Of every leaf, ``(n,)`` each: steps that were not zero, the average of the mean square."""
+
+    count: jax.Array
+    square: jax.Array
+
+
+def _scale_by_leaf_rms(decay: float, eps: float) -> optax.GradientTransformation:
+    """Divides every leaf by the root of the running average of its entries' mean square."""
+
+    def init(params: Any) -> _LeafRMS:
+        n = len(jax.tree.leaves(params))
+        return _LeafRMS(jnp.zeros(n, jnp.int32), jnp.zeros(n))
+
+    def update(updates: Any, state: _LeafRMS, params: Any = None):
+        leaves, treedef = jax.tree.flatten(updates)
+        mean = jnp.stack([jnp.mean(jnp.square(x)) for x in leaves]).astype(state.square.dtype)
+        seen = mean > 0
+        count = _linalg.tally(state.count, seen)
+        square = jnp.where(seen, decay * state.square + (1 - decay) * mean, state.square)
+        whole = square / (1 - jnp.asarray(decay, square.dtype) ** jnp.maximum(count, 1))
+        size = jnp.sqrt(whole) + eps
+        scaled = [x / c.astype(x.dtype) for x, c in zip(leaves, size, strict=True)]
+        return treedef.unflatten(scaled), _LeafRMS(count, square)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _default(size: int | None, otherwise: int) -> int:

@@ -469,3 +469,51 @@ def test_diagnose_matrices():
     assert seen.dropped.tolist() == [0, 0]
     with pytest.raises(ValueError, match="holds no state of scale_by_matrix_lre"):
         lro.diagnose.matrices(optax.sgd(1.0).init(PARAMS))
+
+
+# Every direction counts ---------------------------------------------------------------------------
+
+EVERYTHING = {
+    "soap": lambda: lro.soap(1.0),
+    "polar_soap": lambda: lro.polar_soap(1.0),
+    "soap_low_rank": lambda: lro.soap(1.0, rank=4),
+}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_a_gradient_where_the_first_had_none_is_not_lost(name):
+    """Until the bases turn it lies in directions that the first gradient did not reach."""
+    tx, shape = EVERYTHING[name](), (8, 64)
+    first = noise(0, *shape, dtype=jnp.float32).at[:, 32:].set(0)
+    second = noise(1, *shape, dtype=jnp.float32).at[:, :32].set(0)
+    updates, _ = steps(tx, jnp.stack([first, second]))
+    share = jnp.sum(updates[1, :, 32:] ** 2) / jnp.sum(updates[1] ** 2)
+    assert share > 0.5
+
+
+@pytest.mark.parametrize("name", ["soap", "polar_soap"])
+def test_a_row_that_comes_back_after_a_pause_goes_downhill(name):
+    """At the first step and at every one after it, as a row of an embedding does."""
+    grads = noise(0, 312, 64, 8, dtype=jnp.float32).at[:304, 0].set(0).at[304:, 0].set(1)
+    updates, _ = steps(EVERYTHING[name](), grads)
+    rows = updates[304:, 0]
+    cosines = -jnp.sum(rows, axis=1) / (jnp.linalg.norm(rows, axis=1) * 8**0.5)
+    assert jnp.min(cosines) > 0.5
+
+
+def test_rounding_is_not_a_direction():
+    """Where a gradient is zero in truth, a basis of its own rounding is not blown up by Adam."""
+    u, v = noise(0, 12, 1, dtype=jnp.float32), noise(1, 20, 1, dtype=jnp.float32)
+    grads = jnp.stack([k * u @ v.T for k in (1.0, 0.7, 1.3, 0.9)])
+    updates, _ = steps(lro.soap(1.0), grads)
+    size = jnp.linalg.norm(u) * jnp.linalg.norm(v)
+    inside = u @ (u.T @ updates[-1] @ v) @ v.T / size**2
+    np.testing.assert_allclose(updates[-1], inside, atol=1e-4 * float(jnp.max(jnp.abs(inside))))
+
+
+def test_all_shapes_turn_in_one_loop():
+    """An accelerator waits for each loop, to know whether it runs."""
+    params = {f"layer{n}": jnp.zeros((4 + n, 9 + n)) for n in range(5)}
+    tx = lro.soap(1e-2)
+    jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params))
+    assert len(re.findall(r"\bwhile\[", str(jaxpr))) == 1

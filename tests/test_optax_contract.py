@@ -19,9 +19,9 @@ import pytest
 import lowrank_optax as lro
 
 
-def _case(wrapper=None, wrapper_kwargs=None, learning_rate=1e-2, **kwargs):
+def _case(wrapper=None, wrapper_kwargs=None, learning_rate=1e-2, name="lre", **kwargs):
     return {
-        "opt_name": "lre",
+        "opt_name": name,
         "opt_kwargs": {"learning_rate": learning_rate} | kwargs,
         "wrapper_name": wrapper,
         "wrapper_kwargs": wrapper_kwargs,
@@ -33,6 +33,13 @@ PLAIN = (
     _case(**DEFAULT),
     _case(basis=lro.basis.Eigen(rank=10)),
     _case(basis=lro.basis.FullMatrix()),
+)
+# The recipes that a gradient is enough for; those for matrices are in test_matrix.py, and what the
+# others need no wrapper of optax passes on: see test_everyday.py.
+RECIPES = (
+    _case(name="ggt", rank=10, learning_rate=1e-1),
+    _case(name="full_matrix_adam", rank=10),
+    _case(name="whitened_adam", rank=10),
 )
 WRAPPED = (
     _case("mechanize", {"weight_decay": 0.0}, 1.0, **DEFAULT),
@@ -57,7 +64,7 @@ def _common_test(name, cases):
     return module.ContribTest
 
 
-class ContribTest(_common_test("plain", PLAIN)):
+class ContribTest(_common_test("plain", PLAIN + RECIPES)):
     def skipTest(self, reason):
         self.fail(f"optax would leave this out: {reason}")
 

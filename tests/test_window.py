@@ -270,3 +270,21 @@ def test_refusals():
             make()
     assert LowRankFactor(4) == LowRankFactor(4, Reconstruct())
     assert eval(repr(LowRankFactor(4, DropSmallest()))) == LowRankFactor(4, DropSmallest())
+
+
+def test_whitening_passes_what_its_window_dropped(x64):
+    """One gradient far larger than the rest leaves one eigenvalue above the tolerance: the others'
+    part passes, scaled as the largest eigenvalue that may have been dropped."""
+    grads = np.random.default_rng(0).normal(size=(12, 30))
+    grads[3] *= 1e4
+    tx = lro.whiten(10)
+    state = tx.init(jnp.zeros(30))
+    for g in grads:
+        update, state = jax.jit(tx.update)(jnp.asarray(g), state)
+    window = grads[-10:]
+    lam, q = np.linalg.eigh(window.T @ window / 10)
+    kept = lam > 1e-5 * lam[-1]
+    assert kept.sum() == 1
+    inside = q[:, kept] @ (lam[kept] ** -0.25 * (q[:, kept].T @ grads[-1]))
+    rest = grads[-1] - q[:, kept] @ (q[:, kept].T @ grads[-1])
+    np.testing.assert_allclose(update, inside + (1e-5 * lam[-1]) ** -0.25 * rest, rtol=1e-6)
