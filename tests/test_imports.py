@@ -16,7 +16,7 @@ MODULES = {
 # A module imports only what stands in lines above its own; parts of one package each other.
 LAYERS = (
     {"_types"},
-    {"_linalg"},
+    {"_linalg", "_derivatives"},
     {"_tree"},
     {"curvature", "basis", "inner", "spectral", "diagnose"},
     {"transform", "online"},
