@@ -1,8 +1,9 @@
 """Small dense algebra: pure functions of arrays, one group at a time."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,12 +26,8 @@ def exact(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(f)
     def run(*args: Any, **kwargs: Any) -> Any:
-        token = _outside.set(jax.config.jax_default_matmul_precision)  # pyright: ignore
-        try:
-            with jax.default_matmul_precision("highest"):
-                return f(*args, **kwargs)
-        finally:
-            _outside.reset(token)
+        with _exactly():
+            return f(*args, **kwargs)
 
     return run
 
@@ -40,11 +37,33 @@ def as_called(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(f)
     def run(*args: Any, **kwargs: Any) -> Any:
-        inside = jax.config.jax_default_matmul_precision  # pyright: ignore
-        with jax.default_matmul_precision(_outside.get(inside)):
+        with _as_outside():
             return f(*args, **kwargs)
 
     return run
+
+
+# Functions of the module, which cloudpickle names; what `run` itself refers to it would pickle, and
+# a `ContextVar` it cannot.
+
+
+@contextlib.contextmanager
+def _exactly() -> Iterator[None]:
+    """The precision of `exact`, within which `as_called` knows what was set outside."""
+    token = _outside.set(jax.config.jax_default_matmul_precision)  # pyright: ignore
+    try:
+        with jax.default_matmul_precision("highest"):
+            yield
+    finally:
+        _outside.reset(token)
+
+
+@contextlib.contextmanager
+def _as_outside() -> Iterator[None]:
+    """The precision that was set outside of `exact`."""
+    inside = jax.config.jax_default_matmul_precision  # pyright: ignore
+    with jax.default_matmul_precision(_outside.get(inside)):
+        yield
 
 
 def symmetrize(a: jax.Array) -> jax.Array:

@@ -16,11 +16,11 @@ MODULES = {
 # A module imports only what stands in lines above its own; parts of one package each other.
 LAYERS = (
     {"_types"},
-    {"_linalg"},
-    {"_functions", "_tree"},
+    {"_linalg", "_derivatives"},
+    {"_functions", "_tree", "_entry"},
     {"curvature", "basis", "inner", "spectral", "diagnose"},
     {"transform", "online"},
-    {"matrix", "least_squares"},
+    {"matrix", "least_squares", "_recipe"},
     {"alias"},
     {"training"},
 )
