@@ -28,7 +28,7 @@ Where it bends more the residuals are not linear over the step, and the loss may
 away, where parameters run off to infinity. The number is that of Transtrum and Sethna.
 """
 
-STUCK = 0.9
+STUCK = 0.95
 """A step that leaves more than this part of the loss is tried in other units too."""
 
 
@@ -97,7 +97,7 @@ def levenberg_marquardt(
 
     By default, networks are served best, whose weights are of similar size: ``D = I``. Fits of
     curves, with fewer parameters than residuals, get two guards. A step that lowers the loss by
-    less than a tenth is tried once more with ``D_j = 1/|x_j|``, and the better one is taken. A
+    less than a twentieth is tried once more with ``D_j = 1/|x_j|``, and the better one is taken. A
     curve whose second term is longer than 0.75 of the first is not followed, since parameters that
     run off to infinity begin like this. The default fits NIST's 27 problems from both starts.
 
