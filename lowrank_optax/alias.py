@@ -330,6 +330,7 @@ def lowrank_newton(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     rank: int | None = None,
     *,
+    rdamping: float = 1e-3,
     curvature: curvatures.Curvature = curvatures.BFGS(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -340,8 +341,9 @@ def lowrank_newton(
     .. math:: x \leftarrow x - \eta\, B^{-1} g,\quad
               B = Q\,\mathrm{diag}(\lambda)\,Q^T + \gamma\,(I - Q Q^T)
 
-    Eigenvalues count with their size, so that `SR1`'s negative ones are no ways up. There is no
-    line search: where a full step is too long pass a smaller ``learning_rate``, or chain the result
+    Eigenvalues count with their size, so that `SR1`'s negative ones are no ways up, and with
+    ``rdamping`` times the largest on top: without, an eigenvalue that a noisy pair or `SR1` puts
+    near zero makes one step so long that the next pairs are worthless. There is no line search: where a full step is too long pass a smaller ``learning_rate``, or chain the result
     with `optax.scale_by_zoom_linesearch`. Needs ``value_fn`` in ``update``, and the parameters;
     ``curvature=BFGS(product=GradientDifference())`` needs the parameters only.
     Where the Hessian may be singular, `CubicNewton` in place of ``LInv()`` bounds the step.
@@ -361,11 +363,13 @@ def lowrank_newton(
     Args:
       learning_rate: 1 for Newton's step.
       rank: how many eigenpairs of the quasi-Newton matrix are kept.
+      rdamping: share of the largest eigenvalue that is added to all for the step; 0 for the exact
+        inverse.
       curvature: `BFGS` or `SR1`.
       **options: the keywords of `lre` and `scale_by_lre`.
 
     Raises:
-      ValueError: for a rank out of range; by ``update`` without ``value_fn``.
+      ValueError: for a rank or damping out of range; by ``update`` without ``value_fn``.
 
     Cost: that of `Eigen`, two more passes over the rows and one Hessian product an update.
 
@@ -375,7 +379,14 @@ def lowrank_newton(
     return lre(
         learning_rate,
         curvature,
-        bases.Eigen(_default(rank, 20), None, eig_tol=1e-8, update_damping=0.0, update_abs=True),
+        bases.Eigen(
+            _default(rank, 20),
+            None,
+            eig_tol=1e-8,
+            update_damping=0.0,
+            update_rdamping=rdamping,
+            update_abs=True,
+        ),
         inners.LInv(),
         **{"complement": inners.LInv(), **options},
     )

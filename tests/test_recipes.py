@@ -161,11 +161,47 @@ def test_newton_with_a_full_basis_minimises_a_quadratic_in_one_step(x64):
     h, b = h @ h.T + np.eye(d), np.arange(1.0, d + 1)
     fn = lambda x: x @ jnp.asarray(h) @ x / 2 - jnp.asarray(b) @ x
     tx = lro.lowrank_newton(
-        rank=d, curvature=curvature.SR1(probe=curvature.NormalProbe()), warmup_steps=d
+        rank=d,
+        rdamping=0.0,
+        curvature=curvature.SR1(probe=curvature.NormalProbe()),
+        warmup_steps=d,
     )
     values, x = minimise(tx, jnp.zeros(d), d + 1, fn, value_fn=fn)
     np.testing.assert_array_equal(values[: d + 1], values[0])
     np.testing.assert_allclose(x, np.linalg.solve(h, b), rtol=1e-6)
+
+
+def test_what_lies_outside_the_basis_is_not_dropped():
+    """Twenty directions of 300 hold little of this gradient; the rest has to be followed, too."""
+    d, rng = 300, np.random.default_rng(0)
+    q = np.linalg.qr(rng.normal(size=(d, d)))[0]
+    h = jnp.asarray((q * np.geomspace(1e-2, 1e2, d)) @ q.T, jnp.float32)
+    fn = lambda x: x @ h @ x / 2
+    start = jnp.asarray(rng.normal(size=d), jnp.float32)
+    for tx, most in ((lro.adahessian(0.3), 0.02), (lro.sophia_h(0.03), 0.2)):
+        values, _ = minimise(tx, start, 150, fn, value_fn=fn)
+        assert values[-1] < most * values[0]
+
+
+def test_newton_survives_pairs_that_put_an_eigenvalue_near_zero():
+    """Every gradient and product is of another sample; undamped, one step goes far out."""
+    d, rng = 60, np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(256, d)) * np.geomspace(0.1, 3, d), jnp.float32)
+
+    def step(carry, batch):
+        x, state = carry
+        fn = lambda x: jnp.mean(jnp.log(jnp.cosh(rows[batch] @ (x - 1))))
+        value, g = jax.value_and_grad(fn)(x)
+        updates, state = tx.update(g, state, x, value_fn=fn)
+        return (x + updates, state), value
+
+    batches = jnp.asarray(rng.integers(0, 256, size=(300, 64)))
+    for part in (curvature.BFGS(), curvature.SR1()):
+        tx = lro.lowrank_newton(0.3, rank=10, curvature=part)
+        run = jax.jit(lambda b, tx=tx: jax.lax.scan(step, (jnp.zeros(d), tx.init(jnp.zeros(d))), b))
+        values = run(batches)[1]
+        assert jnp.max(values) < 3 * values[0]
+        assert jnp.mean(values[-20:]) < 0.5 * values[0]
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4)], ids=["under", "over"])

@@ -7,7 +7,8 @@ the averages stay as they are. A random probe is one that the basis has not abso
 An average has no entry for a direction that enters the basis, and with zero for it the step along
 that direction would be far too long. So the same statistic is averaged over all that lies outside
 the basis, one scalar, and a direction that enters brings it along: the average moves as that of
-``Q M Q^T + s (I - Q Q^T)``. A probe that is not random says nothing of the outside: ``s`` is 0.
+``Q M Q^T + s (I - Q Q^T)``. With a probe that is not random nothing is known outside, and ``s``
+is 0.
 """
 
 import abc
