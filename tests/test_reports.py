@@ -202,7 +202,11 @@ def test_accumulation_in_16_bits(name):
 
 @every_recipe
 def test_a_state_cast_to_16_bits_goes_on(name):
-    """Halved by hand to save memory; what comes back is of one type again."""
+    """Halved by hand to save memory; what comes back is of one type again.
+
+    Expected to be fixed: a basis that is updated now and then is the carry of a loop, whose types
+    have to agree.
+    """
     tx = OPTIMIZERS[name]
     half = lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
     state = jax.tree.map(half, steps(name, 1)[1])
@@ -249,6 +253,7 @@ def traced(tx):
 
 @pytest.mark.parametrize("name", ALL_RECIPES)
 def test_no_recipe_promotes_ranks(name):
+    """Expected to be fixed in the engine for matrices, which compares stacks with one identity."""
     traced(ALL_RECIPES[name])
 
 
