@@ -777,7 +777,7 @@ def _cut(basis: Basis | None, layout: Layout) -> Any:
 
 def _moved(c: jax.Array) -> jax.Array:
     """Whether a change of basis, ``(n, r, r)``, is any, ``(n,)``."""
-    return jnp.any(c != jnp.eye(c.shape[-1], dtype=c.dtype), axis=(1, 2))
+    return jnp.any(c != jnp.eye(c.shape[-1], dtype=c.dtype)[None], axis=(1, 2))
 
 
 def _any(flags: Sequence[jax.Array], axis: int | None = None) -> jax.Array:
