@@ -26,7 +26,8 @@ OPTIMIZERS = {
         lro.scale_by_lre(COVARIANCE, lro.basis.Eigen(3), lro.inner.LPower(-0.25), update_every=2),
         optax.adam(1e-2),
     ),
-    "polar_soap": lro.polar_soap(1e-2),
+    # Two gradients of rank two span both sides; before, part of a basis is one of many.
+    "polar_soap": lro.polar_soap(1e-2, update_every=1),
     "galore": lro.galore(1e-2, rank=2, update_every=3),
 }
 
