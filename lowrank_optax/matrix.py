@@ -47,6 +47,7 @@ from lowrank_optax._types import (
     check_least,
 )
 from lowrank_optax.basis import Basis, FullMatrix
+from lowrank_optax.basis.full import FullMatrixState
 from lowrank_optax.inner import as_inner
 from lowrank_optax.transform import Events, carry, step_inside
 
@@ -640,25 +641,28 @@ class MatrixEngine:
 
     def _turn(self, kind: _Matrices, seen: "_Looked", now: "_Turned") -> "_Turned":
         """One update of both bases; the inner state carried to them, and which ones failed."""
-        states, changes, failed = [], [], now.failed
+        given, done = (now.short, now.long), []
         for (basis, layout), state, (_, known), k in zip(
-            self._sides(kind), now[:2], seen.sides, jax.random.split(seen.key), strict=True
+            self._sides(kind), given, seen.sides, jax.random.split(seen.key), strict=True
         ):
             if basis is None:
-                states.append(state)
-                changes.append(None)
-                continue
-            if isinstance(basis, FullMatrix):
-                done = basis.turn(state, seen.due & basis.turning(state))
+                done.append(None)
+            elif isinstance(basis, FullMatrix):
+                done.append(basis.turn(state, seen.due & basis.turning(state)))
             else:
-                done = basis.absorb(layout, state, known, seen.due, k)
-            states.append(done.state)
-            changes.append(done.c)
-            failed = failed | done.failed
+                done.append(basis.absorb(layout, state, known, seen.due, k))
+        failed = _any([now.failed, *(each.failed for each in done if each)], axis=0)
+        # Where one side fails the other one stays, too.
+        keep = lambda a, b: jnp.where(jnp.reshape(failed, (-1, *[1] * (a.ndim - 1))), b, a)
+        short, long = (
+            old if each is None else jax.tree.map(keep, each.state, old)
+            for old, each in zip(given, done, strict=True)
+        )
+        changes = tuple(None if each is None else each.c for each in done)
         # A basis may have learned without turning.
-        moved = seen.due & _any([_moved(c) for c in changes if c is not None], axis=0)
+        moved = seen.due & ~failed & _any([_moved(c) for c in changes if c is not None], axis=0)
         move = jax.vmap(partial(carry, self.inner))
-        return _Turned(*states, move(tuple(changes), moved, now.inner), failed)
+        return _Turned(short, long, move(changes, moved, now.inner), failed)
 
     def _finish(self, kind: _Matrices, seen: "_Looked", now: "_Turned", old: MatricesState):
         """The step of all matrices of one shape, what is left of them outside the bases, the state.
@@ -667,6 +671,10 @@ class MatrixEngine:
         """
         g, failed = seen.g, now.failed | seen.broken
         accept = seen.accept & ~failed
+        now = now._replace(
+            short=_forgotten(failed, now.short, old.short),
+            long=_forgotten(failed, now.long, old.long),
+        )
 
         # The inner parts run on the flattened coordinates.
         warm = old.steps >= self.warmup_steps
@@ -773,6 +781,16 @@ def _cut(basis: Basis | None, layout: Layout) -> Any:
     if rank is None or rank <= layout.dims[0]:
         return basis
     return dataclasses.replace(basis, rank=layout.dims[0])  # pyright: ignore[reportArgumentType]
+
+
+def _forgotten(failed: jax.Array, new: Any, old: Any) -> Any:
+    """A side's state in which a matrix that failed, ``(n,)``, has not taken its gradient in."""
+    if not isinstance(new, FullMatrixState):
+        return new
+    return new._replace(
+        matrix=jnp.where(failed[:, None, None], old.matrix, new.matrix),
+        updates=jnp.where(failed, old.updates, new.updates),
+    )
 
 
 def _moved(c: jax.Array) -> jax.Array:

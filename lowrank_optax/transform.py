@@ -645,7 +645,8 @@ def _balanced(layout: Layout, left: Columns, right: Columns) -> tuple[Columns, C
     ratio = _linalg.safe_divide(size(right), size(left))
     c = jnp.sqrt(jnp.where(ratio > 0, ratio, 1))
     grow = lambda by, columns: [
-        f[:, None].astype(x.dtype) * x for f, x in zip(layout.spread(by), columns, strict=True)
+        (f[:, None] * x.astype(layout.dtype)).astype(x.dtype)
+        for f, x in zip(layout.spread(by), columns, strict=True)
     ]
     return grow(c, left), grow(1 / c, right)
 

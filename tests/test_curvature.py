@@ -653,7 +653,7 @@ def test_differences_of_parameters_are_not_rounded_to_the_rows():
         _, state = update(jax.grad(loss)(x), state, x)
         s = jnp.arange(D) * 1e-3
         x = x + s
-    step = state.curvature.step[0]
+    step = state.curvature.step[0][0]
     assert step.dtype == jnp.float32
     np.testing.assert_allclose(step, s, atol=1e-5)
 

@@ -42,7 +42,7 @@ def test_narrow_rows_and_wide_algebra(basis):
     assert narrow.dtype == jnp.float32
     assert state.basis.lam.dtype == state.basis.t.dtype == jnp.float32
     if hasattr(state.basis, "rows"):
-        assert state.basis.rows.dtype == jnp.bfloat16
+        assert state.basis.rows[0].dtype == jnp.bfloat16
     np.testing.assert_allclose(narrow, wide, atol=3e-2 * np.abs(wide).max())
 
 

@@ -110,7 +110,7 @@ def picture(basis, state, like):
     layout, kept = Layout.of(like, None), state.basis
     live = basis.eigenbasis(kept).live[0]
     if hasattr(kept, "t") and hasattr(kept, "rows"):
-        return kept.t[0, : len(live)], layout.leaves(kept.rows), live
+        return kept.t[0, : len(live)], layout.stored(kept.rows), live
     if hasattr(kept, "learners"):
         return kept.t[0], list(kept.learners[0].operator.rows), live
     eye = jnp.eye(len(live), dtype=layout.dtype)

@@ -233,7 +233,9 @@ class Frame(Basis, Spectrum):
             norms > 0, jnp.exp2(-jnp.round(jnp.log2(jnp.where(norms > 0, norms, 1)))), 0
         )
         columns = [
-            c * s[:, None].astype(c.dtype)
+            (c.astype(layout.dtype) * s[:, None]).astype(
+                c.dtype
+            )  # the scale alone may not fit in 16 bits
             for c, s in zip(columns, layout.spread(scale), strict=True)
         ]
         s = layout.dot(rows, columns)
