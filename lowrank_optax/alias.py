@@ -364,9 +364,10 @@ def lowrank_newton(
     the memory of L-BFGS.
     """
     check(
-        "initial" in curvature.needs,
-        f"lowrank_newton sums corrections, those of {curvature} are for an average; combine it with "
-        "BFGS or SR1, or pass the other to lro.lre with basis=lro.basis.Eigen(rank, beta=0.99).",
+        "initial" in getattr(curvature, "needs", ()),
+        f"lowrank_newton sums corrections, those of {curvature} are for an average; combine it "
+        "with BFGS or SR1, or pass the other to lro.lre with "
+        "basis=lro.basis.Eigen(rank, beta=0.99).",
     )
     return lre(
         learning_rate,
