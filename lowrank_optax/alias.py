@@ -343,8 +343,9 @@ def lowrank_newton(
 
     Eigenvalues count with their size, so that `SR1`'s negative ones are no ways up, and with
     ``rdamping`` times the largest on top: without, an eigenvalue that a noisy pair or `SR1` puts
-    near zero makes one step so long that the next pairs are worthless. There is no line search: where a full step is too long pass a smaller ``learning_rate``, or chain the result
-    with `optax.scale_by_zoom_linesearch`. Needs ``value_fn`` in ``update``, and the parameters;
+    near zero makes one step so long that the next pairs are worthless. There is no line search:
+    where a full step is too long pass a smaller ``learning_rate``, or chain the result with
+    `optax.scale_by_zoom_linesearch`. Needs ``value_fn`` in ``update``, and the parameters;
     ``curvature=BFGS(product=GradientDifference())`` needs the parameters only.
     Where the Hessian may be singular, `CubicNewton` in place of ``LInv()`` bounds the step.
 
@@ -369,13 +370,20 @@ def lowrank_newton(
       **options: the keywords of `lre` and `scale_by_lre`.
 
     Raises:
-      ValueError: for a rank or damping out of range; by ``update`` without ``value_fn``.
+      ValueError: for a rank or damping out of range, or a curvature that is no correction of the
+        matrix; by ``update`` without ``value_fn``.
 
     Cost: that of `Eigen`, two more passes over the rows and one Hessian product an update.
 
     Source: Broyden, Fletcher, Goldfarb and Shanno, 1970, and Brand's truncation, 2006, in place of
     the memory of L-BFGS.
     """
+    check(
+        "initial" in getattr(curvature, "needs", ()),
+        f"lowrank_newton sums corrections, those of {curvature} are for an average; combine it "
+        "with BFGS or SR1, or pass the other to lro.lre with "
+        "basis=lro.basis.Eigen(rank, beta=0.99).",
+    )
     return lre(
         learning_rate,
         curvature,
