@@ -557,13 +557,22 @@ def check_fits(
         check(
             got.get(path) == needed.get(path),
             f"{owner}: the state holds {got.get(path, 'nothing')} at {path}, where these gradients "
-            f"and parts need {needed.get(path, 'nothing')}. Pass gradients shaped like the "
+            f"({_listing(example)}) and parts need {needed.get(path, 'nothing')}. Pass gradients "
+            "shaped like the "
             "parameters given to init, parameters of the dtypes given to init, and a state that "
             "the same parts made in the same version; or call init again.",
         )
     if len(known) > 64:
         known.clear()
     known.add(key)
+
+
+def _listing(tree: Any, most: int = 4) -> str:
+    """The first leaves of a tree, with names and shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = lambda path: jax.tree_util.keystr(path[1:]) or "one leaf"
+    said = [f"{name(path)} {np.shape(x)}" for path, x in leaves[:most]]
+    return ", ".join([*said, "..."] if len(leaves) > most else said)
 
 
 def per_leaf(path: Any) -> str:

@@ -489,7 +489,7 @@ def test_measured_diagonal_is_unbiased(x64):
 
     def error(key):
         state = update(start._replace(key=jax.random.key_data(key)))
-        q = state.basis.t[0] @ state.basis.rows
+        q = state.basis.t[0] @ state.basis.rows[0]
         return state.inner.diagonal.inside[0] - jnp.diagonal(q @ h @ q.T)
 
     errors = jax.jit(jax.vmap(error))(jax.random.split(jax.random.key(0), 4000))

@@ -271,10 +271,10 @@ WRONG = {
     ),
     "leaf of another size": (
         lambda: first(TX, grads={"a": jnp.ones(4), "b": jnp.ones((2, 3))}),
-        "['a']",
+        "(['a'] (4,), ['b'] (2, 3))",
         "init",
     ),
-    "leaf missing": (lambda: first(TX, grads={"a": jnp.ones(5)}), "'b'", "init"),
+    "leaf missing": (lambda: first(TX, grads={"a": jnp.ones(5)}), "(['a'] (5,))", "init"),
     "leaf more": (lambda: first(TX, grads=good(0) | {"c": jnp.ones(2)}), "'c'", "init"),
     "leaf of another size, full": (
         lambda: first(

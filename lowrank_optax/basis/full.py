@@ -177,10 +177,8 @@ class FullMatrix(Dense, Spectrum):
 
     def _factor(self, matrix: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
         """Eigenvalues, 0 where they are dropped, and all eigenvectors but the dropped ones."""
-        top = jnp.max(jnp.abs(matrix))
-        scaled = _linalg.symmetrize(_linalg.safe_divide(matrix, top))
-        lam, t = (_linalg.eigh_by_size if signed else _linalg.eigh)(scaled)
-        lam, live = self.stored(top * lam, lam != 0 if signed else lam > 0)
+        lam, t = (_linalg.eigh_by_size if signed else _linalg.eigh)(_linalg.symmetrize(matrix))
+        lam, live = self.stored(lam, lam != 0 if signed else lam > 0)
         if self.truncate is None:
             # What only rounding tells from zero has no eigenvalue, and is a direction all the same.
             live = live | (self.eig_tol <= _linalg.rounding(lam))
