@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FURTHER, RECIPES, recipe
+from cases import (
+    BASES,
+    CURVATURES,
+    FURTHER,
+    INNERS,
+    MORE_BASES,
+    RECIPES,
+    combinations,
+    recipe,
+)
 
 import lowrank_optax as lro
 
@@ -375,3 +384,27 @@ def test_differentiating_through_several_steps_is_refused_in_a_sentence(name):
         jax.grad(end)(0.1, 2)
     with pytest.raises(ValueError, match="derivative of a step"):
         jax.jvp(lambda rate: end(rate, 2), (0.1,), (1.0,))
+
+
+# Parts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("product", sorted(set(combinations())), ids="-".join)
+def test_every_part_takes_other_dtypes_and_foreign_leaves(product):
+    """By shapes alone: gradients of other dtypes than the parameters, a function among these."""
+    measured, kept, inside = product
+    tx = lro.scale_by_lre(
+        CURVATURES[measured], (BASES | MORE_BASES)[kept], INNERS[inside], complement=0.1
+    )
+    own = {"w": PARAMS["w"].astype(jnp.bfloat16), "b": PARAMS["b"], "f": None}
+    grads = {"w": PARAMS["w"], "b": PARAMS["b"].astype(jnp.float16), "f": None}
+    model = own | {"f": jnp.tanh}
+    tell = {k: (lambda p, f=f: f({k: p[k] for k in PARAMS})) for k, f in TELL.items()}
+
+    def after():
+        state = tx.init(own)
+        return *tx.update(grads, state, model, value=1.0, **tell), state
+
+    updates, new, state = jax.eval_shape(after)
+    assert kinds(updates) == [((4,), jnp.float32), ((6, 4), jnp.float32)]
+    assert kinds(new) == kinds(state)
