@@ -523,7 +523,7 @@ class MatrixEngine:
             matrices=new,
             rest=rest,
             complement=beyond,
-            dropped=_linalg.tally(state.dropped, sum(jnp.asarray(x, jnp.int32) for x in others)),
+            dropped=_linalg.tally(state.dropped, jnp.sum(jnp.stack(others)) if others else 0),
             key=state.key,
         )
         return layout.unflatten(leaves, updates), new_state, dropped
@@ -537,20 +537,21 @@ class MatrixEngine:
             return {}, old, {}
         at = [i for i, view in enumerate(views) if view is None]
         given, mine = layout.leaves(updates), partial(_others, layout, views)
-        sound = {i: _linalg.finite(jnp.sum(jnp.square(wide(given[i])))) for i in at}
+        sound = _flags({i: jnp.sum(jnp.square(wide(given[i]))) for i in at})
         clean = [jnp.where(sound[i], x, 0) if i in sound else x for i, x in enumerate(given)]
         step, new = self.rest.update(
             mine(layout.tree(clean)), old, None if params is None else mine(params), **extra
         )
-        step = layout.leaves(step)
+        step = {i: x for i, x in enumerate(layout.leaves(step)) if i in sound}
         # A second moment that overflowed would divide by infinity for ever.
         burst = [
             jnp.where(jnp.isfinite(y), x, 0)
             for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
             if jnp.issubdtype(x.dtype, jnp.inexact)
         ]
+        size = {i: jnp.max(jnp.abs(x), initial=0) for i, x in step.items()}
         whole = _linalg.finite(*burst, jnp.zeros(()))
-        sound = {i: ok & whole & _linalg.finite(step[i]) for i, ok in sound.items()}
+        sound = _flags({i: jnp.where(sound[i], x, jnp.inf) for i, x in size.items()}, whole)
         on = [sound.get(i, optax.MaskedNode()) for i in range(len(views))]
         state = advance(self.rest, layout, on, new, old)
         step = {i: jnp.where(ok, jnp.reshape(step[i], -1), 0) for i, ok in sound.items()}
@@ -781,6 +782,13 @@ def _cut(basis: Basis | None, layout: Layout) -> Any:
     if rank is None or rank <= layout.dims[0]:
         return basis
     return dataclasses.replace(basis, rank=layout.dims[0])  # pyright: ignore[reportArgumentType]
+
+
+def _flags(sizes: dict[int, jax.Array], whole: Any = True) -> dict[int, jax.Array]:
+    """Which numbers are finite, if ``whole``; once, as XLA would find it out for each that asks."""
+    flags = jnp.isfinite(jnp.stack(list(sizes.values()))) & whole
+    flags = jax.lax.optimization_barrier(flags)
+    return {i: flags[k] for k, i in enumerate(sizes)}
 
 
 def _forgotten(failed: jax.Array, new: Any, old: Any) -> Any:

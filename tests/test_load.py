@@ -258,7 +258,7 @@ def test_a_batch_of_steps_copies_no_rows(name):
     batch = jax.jit(jax.vmap(step), donate_argnums=2)
     batch = batch.lower(rates, jnp.ones((runs, size)), many).compile()
     assert batch.memory_analysis().temp_size_in_bytes <= 1.5 * runs * alone.temp_size_in_bytes
-    shape = rf"f32\[{runs},{lro.diagnose.find(one).basis.rows.shape[0]},{size}\]"
+    shape = rf"f32\[{runs},{lro.diagnose.find(one).basis.rows[0].shape[0]},{size}\]"
     copying = rf"= {shape}\S* (?:copy|select|concatenate|transpose|pad)\("
     assert not re.findall(copying, batch.as_text())
 
@@ -293,7 +293,8 @@ MODELS = {
     "per_leaf": lambda: lro.lre(1e-2, basis=B.GGT(4), groups=lro.per_leaf),
     "soap": lambda: lro.soap(1e-2),
 }
-LINES = {"ggt": 110, "eigen": 500, "per_leaf": 120, "soap": 190}
+# In `soap` these leaves are Adam's, and each is judged by itself: 55 lines are Adam, the rest that.
+LINES = {"ggt": 110, "eigen": 500, "per_leaf": 120, "soap": 235}
 
 
 @pytest.mark.parametrize("name", MODELS)
