@@ -492,7 +492,9 @@ class MatrixEngine:
         matrices = _Matrices.of(layout, views, self.dtype)
         matrices = {name: kind.kept_in(state.matrices[name]) for name, kind in matrices.items()}
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
-        leaves, rest, dropped = self._others(layout, views, updates, state.rest, params, extra)
+        leaves, rest, dropped, lost = self._others(
+            layout, views, updates, state.rest, params, extra
+        )
 
         # All matrices look at their gradients; the bases that are due turn in one loop.
         given = layout.leaves(updates)
@@ -517,13 +519,12 @@ class MatrixEngine:
         leaves, beyond = self._beyond(layout, views, leaves, apart, dropped, state, params, extra)
         leaves = [leaves[i] for i in range(len(layout.names))]
         dropped = [dropped[i] for i in range(len(layout.names))]
-        others = [x for x, view in zip(dropped, views, strict=True) if view is None]
         new_state = ScaleByMatrixLREState(
             count=_linalg.tally(state.count, period=_linalg.DRAWS),
             matrices=new,
             rest=rest,
             complement=beyond,
-            dropped=_linalg.tally(state.dropped, jnp.sum(jnp.stack(others)) if others else 0),
+            dropped=_linalg.tally(state.dropped, lost),
             key=state.key,
         )
         return layout.unflatten(leaves, updates), new_state, dropped
@@ -531,13 +532,13 @@ class MatrixEngine:
     def _others(self, layout: Layout, views, updates, old, params, extra):
         """The step of the leaves that are no matrices, judged leaf by leaf.
 
-        Their updates and which of them were dropped by place, and the state.
+        Their updates by place, the state, which of them were dropped, and how many.
         """
         if all(view is not None for view in views):
-            return {}, old, {}
+            return {}, old, {}, 0
         at = [i for i, view in enumerate(views) if view is None]
         given, mine = layout.leaves(updates), partial(_others, layout, views)
-        sound = _flags({i: jnp.sum(jnp.square(wide(given[i]))) for i in at})
+        sound, _ = _flags({i: jnp.sum(jnp.square(wide(given[i]))) for i in at})
         clean = [jnp.where(sound[i], x, 0) if i in sound else x for i, x in enumerate(given)]
         step, new = self.rest.update(
             mine(layout.tree(clean)), old, None if params is None else mine(params), **extra
@@ -551,11 +552,12 @@ class MatrixEngine:
         ]
         size = {i: jnp.max(jnp.abs(x), initial=0) for i, x in step.items()}
         whole = _linalg.finite(*burst, jnp.zeros(()))
-        sound = _flags({i: jnp.where(sound[i], x, jnp.inf) for i, x in size.items()}, whole)
+        size = {i: jnp.where(sound[i], x, jnp.inf) for i, x in size.items()}
+        sound, lost = _flags(size, whole)
         on = [sound.get(i, optax.MaskedNode()) for i in range(len(views))]
         state = advance(self.rest, layout, on, new, old)
         step = {i: jnp.where(ok, jnp.reshape(step[i], -1), 0) for i, ok in sound.items()}
-        return step, state, {i: ~ok for i, ok in sound.items()}
+        return step, state, {i: ~ok for i, ok in sound.items()}, lost
 
     def _sides(self, kind: _Matrices) -> tuple[tuple[Basis | None, Layout], ...]:
         """The bases of both sides, their ranks cut to what there is, with their layouts."""
@@ -784,11 +786,14 @@ def _cut(basis: Basis | None, layout: Layout) -> Any:
     return dataclasses.replace(basis, rank=layout.dims[0])  # pyright: ignore[reportArgumentType]
 
 
-def _flags(sizes: dict[int, jax.Array], whole: Any = True) -> dict[int, jax.Array]:
-    """Which numbers are finite, if ``whole``; once, as XLA would find it out for each that asks."""
+def _flags(sizes: dict[int, jax.Array], whole: Any = True) -> tuple[dict[int, jax.Array], Any]:
+    """Which numbers are finite, if ``whole``, and how many are not.
+
+    Found out once: XLA would do it again for each operation that asks.
+    """
     flags = jnp.isfinite(jnp.stack(list(sizes.values()))) & whole
     flags = jax.lax.optimization_barrier(flags)
-    return {i: flags[k] for k, i in enumerate(sizes)}
+    return {i: flags[k] for k, i in enumerate(sizes)}, jnp.sum(~flags)
 
 
 def _forgotten(failed: jax.Array, new: Any, old: Any) -> Any:
