@@ -430,6 +430,17 @@ def test_hessian_bases_do_not_depend_on_the_unit_of_the_loss(part, scale):
     np.testing.assert_allclose(lam / scale, SPIKES, rtol=0.3)
 
 
+def test_short_columns_in_half_precision():
+    """The first product's second column is rounding alone; its scale is beyond float16."""
+    x = jnp.ones(6, jnp.float16)
+    loss = lambda x: jnp.sum(x.astype(jnp.float32) ** 2 * jnp.arange(1.0, 7))
+    tx = lro.scale_by_lre(curvature.HutchinsonHessian(), basis.Eigen(4), inner.LInv())
+    state = tx.init(x)
+    for _ in range(3):
+        u, state = jax.jit(lambda s: tx.update(jax.grad(loss)(x), s, x, value_fn=loss))(state)
+        assert np.all(np.isfinite(u)) and np.any(u)
+
+
 def test_hutchinson_within_the_basis(x64):
     """The correction is the dense one with what neither basis nor product spans left out of z."""
     h, _, loss = quadratic(indefinite=True)

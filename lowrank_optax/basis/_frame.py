@@ -232,10 +232,9 @@ class Frame(Basis, Spectrum):
         scale = jnp.where(
             norms > 0, jnp.exp2(-jnp.round(jnp.log2(jnp.where(norms > 0, norms, 1)))), 0
         )
+        # In float16 the scale of a short column would be infinite.
         columns = [
-            (c.astype(layout.dtype) * s[:, None]).astype(
-                c.dtype
-            )  # the scale alone may not fit in 16 bits
+            (c.astype(layout.dtype) * s[:, None]).astype(c.dtype)
             for c, s in zip(columns, layout.spread(scale), strict=True)
         ]
         s = layout.dot(rows, columns)

@@ -371,8 +371,8 @@ class HutchinsonHessian(_Averaged):
 
     Eigenvalues can be negative, so it goes with `Eigen`, `RandomizedEigen`, `GGT` and `FullMatrix`.
     They are those of ``H`` but for the noise of an average over about ``1/(1 - beta)`` products;
-    for Newton's step take a ``beta`` of .99 or more. `SquaredHessian` finds the same directions
-    sooner, at less cost and in every basis.
+    for Newton's step take ``Eigen(rank, beta=0.99, count_columns=False)`` or a larger ``beta``.
+    `SquaredHessian` finds the same directions sooner, at less cost and in every basis.
 
     Outside the basis (``complement=lro.inner.LInv()``) the curvature is taken to be the root mean
     square eigenvalue there, from one more product an update.
