@@ -619,7 +619,7 @@ class MatrixEngine:
         """
         start = {
             name: _Turned(
-                *(state for state, _ in looked[name].sides),
+                *(_bare(state) for state, _ in looked[name].sides),
                 looked[name].inner,
                 jnp.zeros_like(looked[name].due),
             )
@@ -645,13 +645,13 @@ class MatrixEngine:
     def _turn(self, kind: _Matrices, seen: "_Looked", now: "_Turned") -> "_Turned":
         """One update of both bases; the inner state carried to them, and which ones failed."""
         given, done = (now.short, now.long), []
-        for (basis, layout), state, (_, known), k in zip(
+        for (basis, layout), state, (gathered, known), k in zip(
             self._sides(kind), given, seen.sides, jax.random.split(seen.key), strict=True
         ):
             if basis is None:
                 done.append(None)
             elif isinstance(basis, FullMatrix):
-                done.append(basis.turn(state, seen.due & basis.turning(state)))
+                done.append(basis.turn(gathered.matrix, state, seen.due & basis.turning(state)))
             else:
                 done.append(basis.absorb(layout, state, known, seen.due, k))
         failed = _any([now.failed, *(each.failed for each in done if each)], axis=0)
@@ -674,9 +674,10 @@ class MatrixEngine:
         """
         g, failed = seen.g, now.failed | seen.broken
         accept = seen.accept & ~failed
+        (short, _), (long, _) = seen.sides
         now = now._replace(
-            short=_forgotten(failed, now.short, old.short),
-            long=_forgotten(failed, now.long, old.long),
+            short=_whole(failed, now.short, short, old.short),
+            long=_whole(failed, now.long, long, old.long),
         )
 
         # The inner parts run on the flattened coordinates.
@@ -796,12 +797,20 @@ def _flags(sizes: dict[int, jax.Array], whole: Any = True) -> tuple[dict[int, ja
     return {i: flags[k] for k, i in enumerate(sizes)}, jnp.sum(~flags)
 
 
-def _forgotten(failed: jax.Array, new: Any, old: Any) -> Any:
-    """A side's state in which a matrix that failed, ``(n,)``, has not taken its gradient in."""
+def _bare(state: Any) -> Any:
+    """A side's state as a loop carries it.
+
+    XLA would decompose a matrix outside of the loop that leaves it as it is.
+    """
+    return state._replace(matrix=()) if isinstance(state, FullMatrixState) else state
+
+
+def _whole(failed: jax.Array, new: Any, gathered: Any, old: Any) -> Any:
+    """A side's state with its matrix, which where it failed, ``(n,)``, took no gradient in."""
     if not isinstance(new, FullMatrixState):
         return new
     return new._replace(
-        matrix=jnp.where(failed[:, None, None], old.matrix, new.matrix),
+        matrix=jnp.where(failed[:, None, None], old.matrix, gathered.matrix),
         updates=jnp.where(failed, old.updates, new.updates),
     )
 

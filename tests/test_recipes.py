@@ -301,7 +301,7 @@ def test_cubic_newton_leaves_a_saddle_that_newton_finds(x64):
             "Eigen",
         ),
         (
-            lambda: lro.lre(1.0, curvature.Covariance(), basis.GGT(3), complement=inner.LInv()),
+            lambda: lro.lre(1.0, curvature.Covariance(), basis.TopK(3), complement=inner.LInv()),
             "BFGS or SR1",
         ),
     ],

@@ -116,13 +116,15 @@ class FullMatrix(Dense, Spectrum):
     ) -> Absorbed:
         new, accept, broken = self.gather(layout, state, correction, accept)
         when = accept & self.turning(new)
-        still = Absorbed(new, self._still(new), jnp.zeros((layout.n, 0)), jnp.zeros_like(accept))
-        turn = lambda _, now: self.turn(now.state, when, correction.signed)
+        # A loop's carry has no matrix: XLA would decompose outside what the loop leaves as it is.
+        bare, unchanged = new._replace(matrix=()), self._still(new)
+        still = Absorbed(bare, unchanged, jnp.zeros((layout.n, 0)), jnp.zeros_like(accept))
+        turn = lambda _, now: self.turn(new.matrix, now.state, when, correction.signed)
         always = isinstance(self.every, numbers.Integral) and self.every == 1
         done = turn(0, still) if always else repeat(jnp.any(when), turn, still)
         # A group whose eigenproblem failed has learned nothing.
         back = lambda a, b: jnp.where(done.failed.reshape(-1, *[1] * (a.ndim - 1)), b, a)
-        kept = jax.tree.map(back, done.state, state)
+        kept = jax.tree.map(back, done.state._replace(matrix=new.matrix), state)
         u = kept.t @ jnp.swapaxes(dense(layout, correction.columns), 1, 2)
         return Absorbed(kept, done.c, u, done.failed | broken)
 
@@ -150,9 +152,11 @@ class FullMatrix(Dense, Spectrum):
         """Whether the eigenvectors are to follow the matrix as it was gathered last, ``(n,)``."""
         return (state.updates - 1) % self.every == 0
 
-    def turn(self, state: FullMatrixState, when: jax.Array, signed: bool = False) -> Absorbed:
-        """New eigenvectors for the groups in ``when``, ``(n,)``."""
-        lam, t = jax.vmap(partial(self._factor, signed=signed))(state.matrix)
+    def turn(
+        self, matrix: jax.Array, state: FullMatrixState, when: jax.Array, signed: bool = False
+    ) -> Absorbed:
+        """Eigenvectors of ``matrix``, not of the state's, for the groups in ``when``, ``(n,)``."""
+        lam, t = jax.vmap(partial(self._factor, signed=signed))(matrix)
         c = jnp.einsum("nrd,nsd->nrs", t, state.t)
         fine = jax.vmap(_linalg.finite)(lam, t)
         ok = when & fine
