@@ -128,7 +128,9 @@ class Layout:
 
         ``rows`` is what `store` gave, or nothing where a basis keeps no rows.
         """
-        if not (isinstance(rows, tuple) and len(rows) == len(self.names)):
+        own = isinstance(rows, tuple) and len(rows) == len(self.names)
+        # Rows may be codes, of which no leaf has the dtype.
+        if not own or not all(jnp.issubdtype(x.dtype, jnp.floating) for x in rows):
             return dataclasses.replace(self, dtype=dtype)
         dtypes = tuple(jnp.dtype(x.dtype) for x in rows)
         return dataclasses.replace(self, dtype=dtype, dtypes=dtypes, rows=dtypes)
