@@ -73,7 +73,7 @@ def check_one_replica(owner: str, extra: dict[str, Any]) -> None:
     replicas would drift apart without a word.
     """
     functions = [name for name in (*FUNCTIONS, *TREES) if extra.get(name) is not None]
-    axes = tuple(jax.sharding.get_abstract_mesh().manual_axes) if functions else ()
+    axes: Any = tuple(jax.sharding.get_abstract_mesh().manual_axes) if functions else ()
     if axes:
         raise ValueError(
             f"{owner}: {functions[0]} came inside jax.pmap or jax.shard_map over {axes}, where "

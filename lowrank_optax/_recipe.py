@@ -26,7 +26,7 @@ def recipe(
 
     The state is that of ``optax.chain(engine, *behind)``.
     """
-    chain = optax.chain(*behind)
+    chain: Any = optax.chain(*behind)
 
     def init(params: Any):
         return engine.init(params), *chain.init(wide(params))

@@ -910,7 +910,7 @@ def _dtype(owner: str, name: str, leaf: Any) -> Any:
     advice = "pass floating-point leaves, or leave it out with optax.masked or optax.partition."
     if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):
         raise ValueError(f"{place} is {leaf!r}, a {type(leaf).__name__}; {advice}")
-    kind: Any = leaf.dtype if hasattr(leaf, "dtype") else type(leaf)
+    kind: Any = getattr(leaf, "dtype", type(leaf))
     check(
         not jnp.issubdtype(kind, jax.dtypes.extended),
         f"{place} is {kind}; {advice}",

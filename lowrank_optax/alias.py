@@ -911,7 +911,7 @@ def _scale_by_leaf_rms(decay: float, eps: float) -> optax.GradientTransformation
         n = len(jax.tree.leaves(params))
         return _LeafRMS(jnp.zeros(n, jnp.int32), jnp.zeros(n))
 
-    def update(updates: Any, state: _LeafRMS, params: Any = None):
+    def update(updates: Any, state: Any, params: Any = None):
         leaves, treedef = jax.tree.flatten(updates)
         mean = jnp.stack([jnp.mean(jnp.square(x)) for x in leaves]).astype(state.square.dtype)
         seen = mean > 0
@@ -943,11 +943,12 @@ def _matrix_recipe(
     )
 
 
-def _decay_weights(strength, mask) -> optax.GradientTransformation:
+def _decay_weights(strength: Any, mask: Any) -> optax.GradientTransformation:
     """Weight decay as in optax, which asks for params only if there is any to apply."""
     if not callable(strength):
         check_least("weight decay", "weight_decay", strength)
-    inner = optax.add_decayed_weights(strength, mask)
+    rate: Any = strength
+    inner = optax.add_decayed_weights(rate, mask)
 
     def update(updates, state, params=None):
         if params is None:

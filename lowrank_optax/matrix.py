@@ -227,18 +227,18 @@ def scale_by_matrix_lre(
 
 
 def matrix_engine(
-    short,
-    long,
-    inner,
+    short: Any,
+    long: Any,
+    inner: Any,
     *,
-    update_every=1,
-    warmup_steps=0,
-    view=None,
-    rest=None,
-    complement=None,
-    largest=None,
-    dtype=None,
-    seed=0,
+    update_every: Any = 1,
+    warmup_steps: Any = 0,
+    view: Any = None,
+    rest: Any = None,
+    complement: Any = None,
+    largest: Any = None,
+    dtype: Any = None,
+    seed: Any = 0,
 ) -> "MatrixEngine":
     """The engine of `scale_by_matrix_lre`, its arguments checked."""
     rule, sides = as_inner(inner), tuple(basis for basis in (short, long) if basis is not None)
@@ -274,13 +274,14 @@ def matrix_engine(
         dtype is None or jnp.issubdtype(dtype, jnp.floating),
         f"{OWNER}: dtype is {dtype!r}; pass a floating-point dtype such as jnp.bfloat16.",
     )
+    seen: Any = view or (lambda path, shape: squarest(shape))
     return MatrixEngine(
         short,
         long,
         rule,
         update_every,
         warmup_steps,
-        view or (lambda path, shape: squarest(shape)),
+        seen,
         called(rest or optax.scale_by_adam()),
         complement,
         None if largest is None else as_size(OWNER, "largest", largest),
@@ -619,11 +620,12 @@ class MatrixEngine:
         """
         start = {
             name: _Turned(
-                *(_bare(state) for state, _ in looked[name].sides),
-                looked[name].inner,
-                jnp.zeros_like(looked[name].due),
+                _bare(seen.sides[0][0]),
+                _bare(seen.sides[1][0]),
+                seen.inner,
+                jnp.zeros_like(seen.due),
             )
-            for name in matrices
+            for name, seen in looked.items()
         }
         turn = lambda _, now: {
             name: self._turn(kind, looked[name], now[name]) for name, kind in matrices.items()

@@ -226,12 +226,12 @@ def scale_by_lre(
 
 
 def vector_engine(
-    curvature,
-    basis,
-    inner,
+    curvature: Any,
+    basis: Any,
+    inner: Any,
     *,
-    update_every=1,
-    warmup_steps=0,
+    update_every: Any = 1,
+    warmup_steps: Any = 0,
     symmetrize=True,
     complement=None,
     groups=None,
