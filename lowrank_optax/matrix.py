@@ -657,10 +657,14 @@ class MatrixEngine:
             else:
                 done.append(basis.absorb(layout, state, known, seen.due, k))
         failed = _any([now.failed, *(each.failed for each in done if each)], axis=0)
-        # Where one side fails the other one stays, too.
+        # Where one side fails a full matrix on the other one stays, too.
         keep = lambda a, b: jnp.where(jnp.reshape(failed, (-1, *[1] * (a.ndim - 1))), b, a)
         short, long = (
-            old if each is None else jax.tree.map(keep, each.state, old)
+            old
+            if each is None
+            else jax.tree.map(keep, each.state, old)
+            if isinstance(old, FullMatrixState)
+            else each.state
             for old, each in zip(given, done, strict=True)
         )
         changes = tuple(None if each is None else each.c for each in done)

@@ -361,6 +361,20 @@ class MatrixContribTest(
 ):
     """optax's own tests of contributed optimizers."""
 
+    def test_optimizers_can_be_wrapped_in_inject_hyperparams0(self):
+        """As optax has it, on gradients that reach every direction.
+
+        optax's are of rank one: of the directions without a gradient a basis has some, which two
+        programs choose differently, and the states that the test compares hold them.
+        """
+        plain = lro.soap(1e-2)
+        injected = optax.inject_hyperparams(lro.soap, "weight_decay")(learning_rate=1e-2)
+        grads = noise(11, 4, 6, 6, dtype=jnp.float32)
+        (ours, state), (same, other) = steps(injected, grads), steps(plain, grads)
+        np.testing.assert_allclose(ours, same, atol=1e-4)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+        jax.tree.map(close, state.inner_state, other)
+
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere it is one batched call")
 def test_factorisations_run_one_by_one():
