@@ -847,7 +847,7 @@ def polar_soap(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
-      >>> tx = lro.polar_soap(optax.linear_schedule(0.3, 0.0, 200))
+      >>> tx = lro.polar_soap(optax.linear_schedule(0.5, 0.0, 200))
       >>> loss = lambda x: jnp.sum((x - jnp.outer(jnp.arange(3.0), jnp.arange(4.0))) ** 2)
       >>> x = jnp.zeros((3, 4)); state = tx.init(x); update = jax.jit(tx.update)
       >>> for _ in range(200):
