@@ -202,7 +202,7 @@ def scale_by_matrix_lre(
 
     Cost: a step ``4 (r_S a b + r_S r_L b)`` flops a matrix; an update that of the bases for ``b``
     and ``a`` columns and ``4 r_S r_L (r_S + r_L)`` flops for each state of the inner parts. Leaves
-    of one shape and dtype are treated together, batched over the small algebra. On several devices
+    of one shape are treated together, batched over the small algebra. On several devices
     the state's arrays are dealt out matrix by matrix as far as their number is divisible, otherwise
     split along their last axis; the rest is XLA's partitioning, which moves a few times ``d``.
 
@@ -293,7 +293,7 @@ def matrix_engine(
 
 @dataclasses.dataclass(frozen=True)
 class _Matrices:
-    """The leaves of one shape and dtype, ``n`` matrices ``(a, b)`` with ``a <= b``.
+    """The leaves of one shape, ``n`` matrices ``(a, b)`` with ``a <= b``.
 
     Attributes:
       leaves: their places in the tree.
@@ -659,17 +659,22 @@ class MatrixEngine:
         failed = _any([now.failed, *(each.failed for each in done if each)], axis=0)
         # Where one side fails a full matrix on the other one stays, too.
         keep = lambda a, b: jnp.where(jnp.reshape(failed, (-1, *[1] * (a.ndim - 1))), b, a)
-        short, long = (
-            old
-            if each is None
-            else jax.tree.map(keep, each.state, old)
+        done = [
+            each._replace(
+                state=jax.tree.map(keep, each.state, old),
+                c=keep(each.c, jnp.eye(each.c.shape[-1], dtype=each.c.dtype)[None]),
+            )
             if isinstance(old, FullMatrixState)
-            else each.state
+            else each
             for old, each in zip(given, done, strict=True)
+        ]
+        short, long = (
+            old if each is None else each.state for old, each in zip(given, done, strict=True)
         )
         changes = tuple(None if each is None else each.c for each in done)
-        # A basis may have learned without turning.
-        moved = seen.due & ~failed & _any([_moved(c) for c in changes if c is not None], axis=0)
+        # A basis may have learned without turning; one that turned takes the inner state along,
+        # also where the other side failed.
+        moved = seen.due & _any([_moved(c) for c in changes if c is not None], axis=0)
         move = jax.vmap(partial(carry, self.inner))
         return _Turned(short, long, move(changes, moved, now.inner), failed)
 

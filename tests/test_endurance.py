@@ -1,5 +1,7 @@
 """Whatever comes: failing eigenproblems in every basis, spoiled numbers, long and odd streams."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -267,6 +269,33 @@ def test_a_side_whose_eigenproblem_fails_stays(monkeypatch):
     (old,), (new,) = before.matrices.values(), state.matrices.values()
     assert int(new.events.eigh[0]) == 1 and not np.any(updates["a"]) and np.any(updates["b"])
     assert_same((new.short, new.long, new.inner), (old.short, old.long, old.inner))
+
+
+@dataclasses.dataclass(frozen=True)
+class Failing(lro.basis.SubspaceIteration):
+    """Fails on gradients of norm above 100 and stays as it was."""
+
+    def absorb(self, layout, state, correction, accept, key):
+        size = jnp.sqrt(sum(jnp.sum(jnp.square(c)) for c in correction.columns))
+        done = super().absorb(layout, state, correction, accept & (size < 100), key)
+        return done._replace(failed=done.failed | (accept & (size >= 100)))
+
+
+def test_the_inner_state_follows_a_side_that_turned_where_the_other_failed():
+    tx = lro.scale_by_matrix_lre(lro.basis.SubspaceIteration(2), Failing(2), lro.inner.EMA(0.5))
+    grads = np.random.default_rng(7).normal(size=(4, 3, 5)).astype(np.float32)
+    grads[3] *= 1e3
+    state = tx.init(jnp.zeros((3, 5)))
+    for g in grads:
+        before = state
+        updates, state = jax.jit(tx.update)(jnp.asarray(g), state)
+    (old,), (new,) = before.matrices.values(), state.matrices.values()
+    assert int(new.events.eigh[0]) == 1 and not np.any(updates)
+    np.testing.assert_array_equal(new.long.t, old.long.t)
+    c = new.short.t[0] @ old.short.t[0].T
+    assert np.max(np.abs(c - np.eye(2))) > 1e-2  # it turned
+    moved = c @ old.inner.mean[0].reshape(2, 2)
+    np.testing.assert_allclose(new.inner.mean[0].reshape(2, 2), moved, atol=1e-5)
 
 
 def test_the_rest_drops_a_step_whose_square_overflows():
