@@ -65,7 +65,7 @@ TRACKERS = {
 } | {"NoisyPower": T.NoisyPower(3, block=16)}
 MATRICES = {
     "soap": lro.soap(1e-2),
-    "polar_soap": lro.polar_soap(1e-2),
+    "soap_muon": lro.soap_muon(1e-2),
     "galore": lro.galore(1e-2, rank=2),
     "eigen sides": lro.scale_by_matrix_lre(
         lro.basis.Eigen(2), lro.basis.Eigen(2), lro.inner.Adam()

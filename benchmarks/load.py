@@ -68,7 +68,7 @@ SWEEPS = {
         1e-2, C.HutchinsonHessian(), B.Eigen(rank_of(d)), lro.inner.Adam(), seed=x
     ),
     "every 4": lambda x, d: lro.lre(x, basis=B.GGT(rank_of(d)), update_every=4),
-    "polar_soap": lambda x, d: lro.polar_soap(x),
+    "soap_muon": lambda x, d: lro.soap_muon(x),
     "optax adam": lambda x, d: optax.adam(x),
 }
 
@@ -96,7 +96,7 @@ def sweeps(quick: bool) -> list[dict]:
 
 
 def sweep(name: str, d: int, samples: int) -> dict:
-    shape = (d // 40, 40) if name == "polar_soap" else (d,)
+    shape = (d // 40, 40) if name == "soap_muon" else (d,)
     scale = (10.0 ** jnp.linspace(0, -2, d)).reshape(shape)
     value_fn = lambda p: 0.5 * jnp.sum(scale * (p - 1) ** 2)
     swept = jnp.arange(RUNS) if "seeds" in name else jnp.logspace(-3, -1, RUNS)
@@ -246,7 +246,7 @@ COMPILED = {
     "lowrank_newton": lambda: lro.lowrank_newton(1e-2, 20),
     "galore": lambda: lro.galore(1e-2, 4),
     "soap": lambda: lro.soap(1e-2),
-    "polar_soap": lambda: lro.polar_soap(1e-2),
+    "soap_muon": lambda: lro.soap_muon(1e-2),
     "levenberg_marquardt": lambda: lro.levenberg_marquardt(),
 }
 

@@ -32,7 +32,7 @@ import peers
 import report
 
 import lowrank_optax as lro
-from lowrank_optax import _tasks
+from lowrank_optax.demo import tasks as _tasks
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -65,10 +65,12 @@ def optax_galore(rate: optax.Schedule) -> optax.GradientTransformation:
 
     def dimensions(params: Any) -> Any:
         def one(x):
-            if lro.squarest(x.shape) is None:
+            if lro.default_matrix_view(x.shape) is None:
                 return None
             rows = next(
-                i for i in range(1, x.ndim) if np.prod(x.shape[:i]) == lro.squarest(x.shape)[0]
+                i
+                for i in range(1, x.ndim)
+                if np.prod(x.shape[:i]) == lro.default_matrix_view(x.shape)[0]
             )
             return optax.contrib.GaLoreDimensionNumbers(
                 tuple(range(rows)), tuple(range(rows, x.ndim))

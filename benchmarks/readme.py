@@ -111,7 +111,7 @@ def guidance() -> str:
     found = {(row["task"], row["method"]): row for row in rows("optimizers")}
     lines = []
     for task in dict.fromkeys(task for task, _ in found):
-        ours, adam = found.get((task, "lre")), found.get((task, "AdamW"))
+        ours, adam = found.get((task, "soap_muon")), found.get((task, "AdamW"))
         if ours and adam:
             cells = ours["rate"] / ours["centre"], ours["guided"], ours["final"], adam["final"]
             lines.append([task, number(ours["centre"]), *(number(x) for x in cells)])

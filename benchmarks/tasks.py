@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax import _tasks
+from lowrank_optax.demo import tasks as _tasks
 
 DATA = Path(os.environ.get("LOWRANK_OPTAX_DATA") or Path(__file__).parents[2] / "shared" / "data")
 

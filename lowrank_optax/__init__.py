@@ -1,15 +1,17 @@
 """Low-rank eigenbases of a network's curvature, and optimizers that run inside them.
 
 The engine is `scale_by_lre`, a point of three axes: `curvature` (what is measured), `basis` (how it
-is kept), `inner` (what runs inside). `lre` is the recipe to start from,
-and the methods people know are beside it under their names.
+is kept), `inner` (what runs inside). `lre` is a point of these axes with a
+learning rate, `soap_muon` the recipe for networks, and the methods people know are beside them under
+their names.
 """
 
 import typing
 
 from lowrank_optax import basis, curvature, diagnose, inner
-from lowrank_optax._tree import per_leaf, shardings
-from lowrank_optax._types import (
+from lowrank_optax._core.devices import shardings
+from lowrank_optax._core.layout import per_leaf
+from lowrank_optax._core.types import (
     MATRIX,
     MOMENTS,
     SCALAR,
@@ -20,33 +22,23 @@ from lowrank_optax._types import (
     Context,
     Correction,
     Eigenbasis,
-    Increment,
     Law,
+    SymmetricCorrection,
 )
-from lowrank_optax.alias import (
-    adahessian,
-    full_matrix_adam,
-    galore,
-    gauss_newton,
-    ggt,
-    lowrank_newton,
-    lre,
-    natural_gradient,
-    polar_soap,
-    soap,
-    sophia_h,
-    whiten,
-    whitened_adam,
-)
+from lowrank_optax.engine.matrices import MatricesState, ScaleByMatrixLREState, scale_by_matrix_lre
+from lowrank_optax.engine.orthogonal import orthogonalize
+from lowrank_optax.engine.vectors import Events, Metrics, ScaleByLREState, scale_by_lre
+from lowrank_optax.engine.views import default_matrix_view
 from lowrank_optax.least_squares import LevenbergMarquardtState, levenberg_marquardt
-from lowrank_optax.matrix import (
-    MatricesState,
-    ScaleByMatrixLREState,
-    orthogonalize,
-    scale_by_matrix_lre,
-    squarest,
+from lowrank_optax.recipes.matrices import galore, soap, soap_muon
+from lowrank_optax.recipes.second_order import (
+    adahessian,
+    gauss_newton,
+    lowrank_newton,
+    natural_gradient,
+    sophia_h,
 )
-from lowrank_optax.transform import Events, Metrics, ScaleByLREState, scale_by_lre
+from lowrank_optax.recipes.vectors import full_matrix_adam, ggt, lre, whiten, whitened_adam
 
 if typing.TYPE_CHECKING:
     from lowrank_optax import online, spectral
@@ -65,7 +57,7 @@ __all__ = [
     "Correction",
     "Eigenbasis",
     "Events",
-    "Increment",
+    "SymmetricCorrection",
     "Law",
     "LevenbergMarquardtState",
     "MatricesState",
@@ -90,12 +82,12 @@ __all__ = [
     "shardings",
     "scale_by_lre",
     "orthogonalize",
-    "polar_soap",
+    "soap_muon",
     "scale_by_matrix_lre",
     "soap",
     "sophia_h",
     "spectral",
-    "squarest",
+    "default_matrix_view",
     "whiten",
     "whitened_adam",
 ]

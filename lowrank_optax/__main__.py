@@ -130,7 +130,7 @@ def _installed(module: str) -> bool:
 
 
 def _task(name: str, data_dir: Path | None) -> Any:
-    from lowrank_optax import _tasks
+    from lowrank_optax.demo import tasks as _tasks
 
     make = _choice("task", name, _tasks.TASKS)
     try:
@@ -161,7 +161,7 @@ class Method:
 
 METHODS = (
     Method("Adam", optax.adam, (0.003, 0.01, 0.03)),
-    Method("lre", lro.lre, (0.003, 0.01, 0.03)),
+    Method("soap_muon", lro.soap_muon, (0.003, 0.01, 0.03)),
     Method(
         "whitening + Adam",
         lambda rate: optax.chain(
@@ -498,7 +498,7 @@ def _add_spectrum(commands: Any) -> None:
 
 def _spectrum(args: argparse.Namespace) -> int:
     _need("spectrum", "flax", "matplotlib", "rich")
-    from lowrank_optax import _spectrum
+    from lowrank_optax.demo import problems as _spectrum
 
     problem = _choice("operator", args.operator, _spectrum.OPERATORS)()
     options = _choice("method", args.method, _spectrum.METHODS)

@@ -43,11 +43,11 @@ class Summary(NamedTuple):
 def summary(state: Any) -> Summary:
     """Everything a training loop wants to log, at the cost of small algebra.
 
-    Of `lre` without parts this is the window over biases and scales; `matrices` has the rest.
+    Of bases on the sides of matrices see `matrices`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.lre(1e-2, basis=lro.basis.GGT(4)); state = tx.init(jnp.zeros(3))
+      >>> tx = lro.lre(1.0, basis=lro.basis.GGT(4)); state = tx.init(jnp.zeros(3))
       >>> _, state = tx.update(jnp.array([1., 2., 2.]), state)
       >>> s = lro.diagnose.summary(state)
       >>> print(s.spectrum.round(3), s.captured_energy.round(3))
@@ -86,11 +86,11 @@ class MatricesSummary(NamedTuple):
 
 
 def matrices(state: Any) -> dict[str, MatricesSummary]:
-    """What `scale_by_matrix_lre`, and with it `lre`, keeps for every shape of matrix.
+    """What `scale_by_matrix_lre`, and with it `soap_muon`, keeps for every shape of matrix.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.lre(1e-2); state = tx.init(jnp.zeros((2, 3)))
+      >>> tx = lro.soap_muon(1e-2); state = tx.init(jnp.zeros((2, 3)))
       >>> _, state = tx.update(jnp.diag(jnp.array([2.0, 1.0, 0.0]))[:2], state)
       >>> seen = lro.diagnose.matrices(state)["2x3"]
       >>> print((seen.short / seen.short[:, :1]).round(2), seen.captured_energy.round(2))

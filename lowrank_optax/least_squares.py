@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax import _linalg
-from lowrank_optax._derivatives import undifferentiated
-from lowrank_optax._entry import attend, check_one_replica
-from lowrank_optax._functions import flat_residuals
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import as_size, check, check_decay, check_least, require
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import as_size, check, check_decay, check_least, require
+from lowrank_optax._core.derivatives import undifferentiated
+from lowrank_optax._core.entry import check_one_replica, own_arguments
+from lowrank_optax._core.functions import flat_residuals
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.loops import while_loop
+from lowrank_optax._core.precision import full_precision
 from lowrank_optax.curvature._curvature import flat, need_params, rows_of
 from lowrank_optax.curvature.examples import jacobian
 
@@ -190,7 +192,7 @@ def levenberg_marquardt(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any):
         updates = undifferentiated(OWNER, updates)
-        params, extra = attend(OWNER, updates, params, extra)
+        params, extra = own_arguments(OWNER, updates, params, extra)
         if axis_name is None:
             check_one_replica(OWNER, extra)
         params = need_params(OWNER, params)
@@ -213,12 +215,12 @@ def levenberg_marquardt(
         r = residuals(zero)
         here = jnp.sum(r**2) / 2
         if not r.size or not zero.size:  # nothing to fit, or nothing to fit it with
-            return updated(zero), state._replace(count=_linalg.tally(state.count), loss=here)
+            return updated(zero), state._replace(count=linalg.tally(state.count), loss=here)
         given = extra.get("per_example_grads")
         j = jacobian(own, zero, chunk)[0] if given is None else _given(layout, given)
         j = gather(j)
         _check_rows(j, (r.size, zero.size))
-        sound = _linalg.finite(r, j, *map(jnp.asarray, jax.tree.leaves(updates)))
+        sound = linalg.finite(r, j, *map(jnp.asarray, jax.tree.leaves(updates)))
         j, x = jnp.where(sound, j, 0), jnp.concatenate(flat(layout, params))
 
         # Parameters of which there are fewer than residuals mean something each: guard them.
@@ -231,8 +233,8 @@ def levenberg_marquardt(
 
         def search(units: jax.Array, mu: jax.Array) -> _Found:
             """The best step when every parameter is measured in its unit, ``(d,)``."""
-            u, s, v = _linalg.thin_svd(j * units[None])
-            last = _linalg.safe_divide(state.step, units)
+            u, s, v = linalg.thin_svd(j * units[None])
+            last = linalg.safe_divide(state.step, units)
             last = jnp.where(jnp.isfinite(last), last, 0)
             pushed = j @ state.step
             in_units = lambda p: residuals(p * units)
@@ -243,7 +245,7 @@ def levenberg_marquardt(
 
             def trial(mu: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
                 """Steps of every order, ``(order, d)``, and their losses."""
-                solve = lambda y: (_linalg.safe_divide(s, s**2 + mu) * (y @ u)) @ v
+                solve = lambda y: (linalg.safe_divide(s, s**2 + mu) * (y @ u)) @ v
                 first = b * last - solve(r + b * pushed)
                 steps, bend = _curve(in_units, solve, first, order)
                 losses = jnp.sum(jax.vmap(in_units)(steps) ** 2, axis=1) / 2
@@ -274,7 +276,7 @@ def levenberg_marquardt(
 
             # The decomposition serves all dampings: as long as none lowers the loss, larger ones.
             start = _Found(zero, here, mu, jnp.zeros_like(sound), ~sound)
-            return _linalg.repeat(lambda found: ~found.over, attempt, start)
+            return while_loop(lambda found: ~found.over, attempt, start)
 
         norms = state.norms
         if scaling is None:
@@ -288,7 +290,7 @@ def levenberg_marquardt(
             size = jnp.abs(x)
             size = jnp.where(size > 0, size, jnp.sqrt(jnp.mean(x**2)))
             stuck = sound & ~(found.loss < STUCK * here) & (here > 0)
-            other = _linalg.repeat(
+            other = while_loop(
                 lambda found: ~found.over,
                 lambda found: search(size, found.mu)._replace(over=jnp.ones_like(sound)),
                 other._replace(over=~stuck),
@@ -298,17 +300,17 @@ def levenberg_marquardt(
 
         keep = lambda new, old: jnp.where(sound, new, old)
         return updated(best.step), LevenbergMarquardtState(
-            count=_linalg.tally(state.count),
+            count=linalg.tally(state.count),
             damping=keep(found.mu, state.damping),
             relative=keep(other.mu, state.relative),
             step=keep(best.step, state.step),
             norms=jax.tree.map(keep, norms, state.norms),
             loss=keep(best.loss, state.loss),
-            refused=_linalg.tally(state.refused, sound & ~best.better),
-            nonfinite=_linalg.tally(state.nonfinite, ~sound),
+            refused=linalg.tally(state.refused, sound & ~best.better),
+            nonfinite=linalg.tally(state.nonfinite, ~sound),
         )
 
-    return optax.GradientTransformationExtraArgs(init, _linalg.exact(update))
+    return optax.GradientTransformationExtraArgs(init, full_precision(update))
 
 
 class _Found(NamedTuple):
@@ -356,8 +358,8 @@ def _curve(
     for n in range(2, order + 1):
         c = -solve(_derivative(along, n, first.dtype))
         length = jnp.linalg.norm(c)
-        bend = _linalg.safe_divide(length, size) if n == 2 else bend
-        terms.append(jnp.minimum(1, _linalg.safe_divide(size, length)) * c)
+        bend = linalg.safe_divide(length, size) if n == 2 else bend
+        terms.append(jnp.minimum(1, linalg.safe_divide(size, length)) * c)
         steps.append(steps[-1] + terms[-1] / math.factorial(n))
     return jnp.stack(steps), bend
 

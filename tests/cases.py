@@ -122,7 +122,7 @@ def provider(kept, inside):
 # Recipes ----------------------------------------------------------------------------------------
 
 RECIPES = {
-    "lre": {"learning_rate": 1e-2},
+    "lre": {"learning_rate": 1.0, "basis": basis.GGT(5)},
     "ggt": {"learning_rate": 1e-1, "rank": 5},
     "full_matrix_adam": {"learning_rate": 1e-2, "rank": 5},
     "whiten": {"rank": 5},
@@ -134,13 +134,12 @@ RECIPES = {
     "gauss_newton": {"learning_rate": 0.5, "batch": 24, "damping": 1e-1},
     "galore": {"learning_rate": 1e-2, "rank": 2},
     "soap": {"learning_rate": 1e-2},
-    "polar_soap": {"learning_rate": 1e-2},
+    "soap_muon": {"learning_rate": 1e-2},
     "levenberg_marquardt": {},
 }
 """Every public recipe, with arguments that keep it small."""
 
 FURTHER = {
-    "original": ("lre", {"learning_rate": 1.0, "basis": basis.GGT(5)}),
     "per_leaf": ("lre", {"learning_rate": 1.0, "basis": basis.Eigen(3), "groups": per_leaf}),
     "soap_low_rank": ("soap", {"learning_rate": 1e-2, "rank": 2}),
 }

@@ -311,14 +311,14 @@ for kind in KINDS:
 
 
 def recipe(kind):
-    """`lre` without parts: bases of both sides, orthogonal steps, Adam for vectors.
+    """`soap_muon`: bases of both sides, orthogonal steps, Adam for vectors.
 
     Two gradients span every side: a direction that none has reached is an arbitrary one of many.
     """
     rng = np.random.default_rng(8)
     shapes = {"one": (6, 8), "two": (6, 8), "up": (8, 16), "bias": (8,)}
     draw = lambda: {n: jnp.asarray(rng.normal(size=s)) for n, s in shapes.items()}
-    mesh, params, tx = mesh_of(KINDS[kind]), draw(), lro.lre(1e-2, update_every=1)
+    mesh, params, tx = mesh_of(KINDS[kind]), draw(), lro.soap_muon(1e-2, update_every=1)
     where = place(mesh, params, fsdp)
     state, alone = tx.init(where), tx.init(params)
     on_mesh, on_one = jax.jit(lambda g, s, p: tx.update(g, s, p)), jax.jit(tx.update)

@@ -32,7 +32,7 @@ OPTIMIZERS = {
     "per_leaf": lambda: lro.lre(1e-2, basis=B.GGT(RANK), groups=lro.per_leaf),
     "every": lambda: lro.lre(1e-2, basis=B.GGT(RANK), update_every=5, complement=0.1),
     "galore": lambda: lro.galore(1e-2, 4),
-    "polar_soap": lambda: lro.polar_soap(1e-2),
+    "soap_muon": lambda: lro.soap_muon(1e-2),
 }
 FACTORISATIONS = {"cuda": {"cusolver_syevd_ffi"}, "tpu": {"Eigh"}}
 
@@ -43,7 +43,7 @@ def lowered(name, platform, **options):
     state = jax.eval_shape(tx.init, PARAMS)
     step = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=value_fn), donate_argnums=1)
     text = step.trace(PARAMS, state, PARAMS).lower(lowering_platforms=(platform,)).as_text()
-    found = lro.diagnose.find(state) if name not in ("galore", "polar_soap") else None
+    found = lro.diagnose.find(state) if name not in ("galore", "soap_muon") else None
     return text, set() if found is None else {
         f"{w.shape[0]}x{w.shape[1]}" for w in jax.tree.leaves(found.basis.rows)
     }
@@ -64,7 +64,7 @@ def test_steps_lower_for_accelerators(name, platform):
     theirs = [line for line, exact in dots(text) if not exact]
     if name == "hessian":  # a product in the loss, in its gradient, and in the derivative of that
         assert theirs and all("12x31" in line or "31x12" in line for line in theirs)
-    elif name == "polar_soap":  # Newton and Schulz's iteration, a loop, is meant to be rough
+    elif name == "soap_muon":  # Newton and Schulz's iteration, a loop, is meant to be rough
         assert len(theirs) == 3
     else:
         assert not theirs

@@ -27,7 +27,7 @@ OPTIMIZERS = {
         optax.adam(1e-2),
     ),
     # Two gradients of rank two span both sides; before, part of a basis is one of many.
-    "polar_soap": lro.polar_soap(1e-2, update_every=1),
+    "soap_muon": lro.soap_muon(1e-2, update_every=1),
     "galore": lro.galore(1e-2, rank=2, update_every=3),
 }
 

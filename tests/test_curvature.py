@@ -283,7 +283,7 @@ def test_shor_dilates_space(x64):
 
 
 def layout_of(tree, groups=None):
-    from lowrank_optax._tree import Layout
+    from lowrank_optax._core.layout import Layout
 
     return Layout.of(tree, groups)
 

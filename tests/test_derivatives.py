@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax._derivatives import undifferentiated
+from lowrank_optax._core.derivatives import undifferentiated
 
 PARAMS = {"w": jnp.linspace(-1, 1, 6).reshape(2, 3), "b": jnp.ones(2)}
 X = jnp.linspace(-1, 1, 12).reshape(4, 3)

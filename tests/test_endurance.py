@@ -14,16 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_optax as lro
-from lowrank_optax import _linalg, online
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import Context, Eigenbasis, Increment
+from lowrank_optax import online
+from lowrank_optax._core import linalg
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.types import Context, Eigenbasis, SymmetricCorrection
 
 COVARIANCE = lro.curvature.Covariance()
 RNG = np.random.default_rng(0)
 NOISE = jax.tree.map(jnp.asarray, trials.tree(RNG.normal(size=(16, trials.SIZE))))
 LAYOUT = Layout.of(jax.tree.map(lambda x: x[0], NOISE), None)
 LAST = 2**31 - 2
-EIGH, HUGE = _linalg.eigh, 1e6
+EIGH, HUGE = linalg.eigh, 1e6
 
 
 def failing_eigh(a):
@@ -50,13 +51,13 @@ DECOMPOSING = sorted(
 @pytest.mark.parametrize("name", DECOMPOSING)
 def test_a_failed_eigenproblem_is_seen_and_counters_may_end(name, monkeypatch):
     """NaN in place of an eigenbasis must not pass for an empty one."""
-    monkeypatch.setattr(_linalg, "eigh", failing_eigh)
+    monkeypatch.setattr(linalg, "eigh", failing_eigh)
     basis = (MORE_BASES | RULES)[name]
 
     @jax.jit
     def absorb(state, i, size):
         columns = [size * x[None] for x in LAYOUT.flatten(jax.tree.map(lambda x: x[i], NOISE))]
-        given = Increment(columns, jnp.ones((1, 1)))
+        given = SymmetricCorrection(columns, jnp.ones((1, 1)))
         key = jax.random.fold_in(jax.random.key(0), i)
         done = basis.absorb(LAYOUT, state, given, jnp.ones(1, bool), key)
         return done, basis.eigenbasis(done.state)
@@ -109,10 +110,10 @@ def test_counters_of_inner_parts_may_end(name):
 def test_tally_keeps_its_remainder(period):
     counter = jnp.asarray(LAST - LAST % period, jnp.int32)
     for i in range(1, 30):
-        counter = _linalg.tally(counter, 1, period)
+        counter = linalg.tally(counter, 1, period)
         assert int(counter) > 2**31 - 32 and int(counter) % period == i % period
-    assert int(_linalg.tally(jnp.asarray(5), 4)) == 9
-    assert int(_linalg.tally(counter, 1000)) == int(counter)
+    assert int(linalg.tally(jnp.asarray(5), 4)) == 9
+    assert int(linalg.tally(counter, 1000)) == int(counter)
 
 
 def test_a_full_matrix_turns_after_its_counter_has_ended():
@@ -123,7 +124,7 @@ def test_a_full_matrix_turns_after_its_counter_has_ended():
         lambda state, g: basis.absorb(
             LAYOUT,
             state,
-            Increment([x[None] for x in g], jnp.ones((1, 1))),
+            SymmetricCorrection([x[None] for x in g], jnp.ones((1, 1))),
             jnp.ones(1, bool),
             jax.random.key(0),
         )
@@ -143,7 +144,7 @@ def test_draws_go_on_after_the_counters_have_ended(name):
     run = jax.jit(lambda s, g: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], s, g))
     end, updates = run(state, same)
     steps = np.concatenate([np.reshape(u, (6, -1)) for u in jax.tree.leaves(updates)], axis=1)
-    assert len(np.unique(steps, axis=0)) == 6 and int(end.steps[0]) > LAST - 2 * _linalg.DRAWS
+    assert len(np.unique(steps, axis=0)) == 6 and int(end.steps[0]) > LAST - 2 * linalg.DRAWS
 
 
 # Streams ----------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def runner(tx):
 SPOILED = {
     "ggt": lro.scale_by_lre(COVARIANCE, BASES["ggt"], lro.inner.Adam(), update_every=3),
     "cayley": lro.scale_by_lre(COVARIANCE, RULES["cayley"], lro.inner.Adam()),
-    "polar_soap": lro.polar_soap(1e-2),
+    "soap_muon": lro.soap_muon(1e-2),
 }
 RUNNERS = {}
 
@@ -213,7 +214,7 @@ def test_spoiled_vectors_leave_a_tracker_that_can_be_read(name):
 
 def test_what_was_collected_cannot_block_the_basis(monkeypatch):
     """A gradient on which the eigenproblem fails, taken in by a step that was not due."""
-    monkeypatch.setattr(_linalg, "eigh", failing_eigh)
+    monkeypatch.setattr(linalg, "eigh", failing_eigh)
     run = runner(lro.scale_by_lre(COVARIANCE, BASES["ggt"], DEFAULT, update_every=3))
     g = jax.tree.map(lambda x: jnp.asarray(x).at[4].multiply(HUGE), NOISE)
     state, updates = run(g)
@@ -256,7 +257,7 @@ def test_columns_that_are_not_finite_leave_the_basis(bad):
 
 
 def test_a_side_whose_eigenproblem_fails_stays(monkeypatch):
-    monkeypatch.setattr(_linalg, "eigh", failing_eigh)
+    monkeypatch.setattr(linalg, "eigh", failing_eigh)
     tx = lro.scale_by_matrix_lre(
         lro.basis.FullMatrix(0.9), lro.basis.SubspaceIteration(2), lro.inner.Adam()
     )

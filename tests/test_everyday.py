@@ -73,7 +73,7 @@ def test_every_recipe_is_tried():
         name
         for name, f in public.items()
         if inspect.isfunction(f)
-        and f.__module__ in ("lowrank_optax.alias", "lowrank_optax.least_squares")
+        and f.__module__ in ("lowrank_optax.recipes", "lowrank_optax.least_squares")
     }
     assert makers == set(RECIPES)
 
@@ -133,7 +133,7 @@ def test_numpy_parameters_of_float64(name):
     assert kinds(shapes) == kinds((PARAMS, state))
 
 
-@pytest.mark.parametrize("name", ["original", "whitened_adam"])
+@pytest.mark.parametrize("name", ["lre", "whitened_adam"])
 def test_a_state_of_another_dtype_is_refused_by_name(name):
     tx = recipe(name)
     state = tx.init(cast(PARAMS, jnp.bfloat16))
@@ -163,7 +163,7 @@ def test_injected_hyperparameters(name):
         jax.eval_shape(step_of(optax.with_extra_args_support(fixed)), PARAMS, fixed.init(PARAMS))
 
 
-@pytest.mark.parametrize("name", ["whitened_adam", "sophia_h", "polar_soap"])
+@pytest.mark.parametrize("name", ["whitened_adam", "sophia_h", "soap_muon"])
 def test_injected_is_plain(x64, name):
     options, params = {"weight_decay": 0.1}, cast(PARAMS, jnp.float64)
     static = set(RECIPES[name]) - {"learning_rate"}
@@ -257,13 +257,13 @@ def test_a_model_with_functions_and_settings_as_parameters(name):
     ],
     ids=["function", "string", "key", "float8", "integer", "complex"],
 )
-@pytest.mark.parametrize("name", ["original", "polar_soap"])
+@pytest.mark.parametrize("name", ["lre", "soap_muon"])
 def test_a_leaf_that_cannot_be_optimized_is_named(name, leaf, said):
     with pytest.raises(ValueError, match=rf"\['x'\] is .*({said})"):
         recipe(name).init({"w": PARAMS["w"], "x": leaf})
 
 
-@pytest.mark.parametrize("name", ["original", "whitened_adam", "polar_soap"])
+@pytest.mark.parametrize("name", ["lre", "whitened_adam", "soap_muon"])
 def test_other_containers_than_the_gradients_get_a_sentence(name):
     flax = pytest.importorskip("flax")
     tx = recipe(name)
@@ -302,7 +302,7 @@ def test_containers_that_check_their_fields(name):
 def test_rows_do_not_inherit_the_axes_of_a_parameter():
     nn = pytest.importorskip("flax.linen")
     boxed = {"w": nn.Partitioned(PARAMS["w"], names=("rows", "columns")), "b": PARAMS["b"]}
-    for name in ("original", "polar_soap", "whitened_adam"):
+    for name in ("lre", "soap_muon", "whitened_adam"):
         state = recipe(name).init(boxed)
         for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
             # Adam's moments beside are like the parameter, and have its axes.
@@ -369,7 +369,7 @@ def test_a_bad_step_costs_nothing(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, two)
 
 
-@pytest.mark.parametrize("name", ["original", "whitened_adam", "polar_soap"])
+@pytest.mark.parametrize("name", ["lre", "whitened_adam", "soap_muon"])
 def test_differentiating_through_several_steps_is_refused_in_a_sentence(name):
     make = lambda rate: recipe(name, learning_rate=rate)
 

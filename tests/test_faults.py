@@ -11,7 +11,8 @@ from cases import BASES, DEFAULT, STEADY
 from dense import spectrum, vectors
 
 import lowrank_optax as lro
-from lowrank_optax import _linalg, inner
+from lowrank_optax import inner
+from lowrank_optax._core import linalg
 
 COVARIANCE = lro.curvature.Covariance()
 PARAMS = {"a": jnp.zeros(5), "b": jnp.zeros((2, 3))}
@@ -35,7 +36,7 @@ def failing_eigh(a):
     return jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), EIGH(a))
 
 
-EIGH = _linalg.eigh
+EIGH = linalg.eigh
 
 FAULTS = {
     "nan": ("nonfinite", lambda g: g | {"a": g["a"].at[2].set(jnp.nan)}),
@@ -88,7 +89,7 @@ def still(updates):
 @pytest.mark.parametrize("basis", BASES)
 def test_a_bad_step_leaves_no_trace(basis, options, monkeypatch):
     """Every fault at every point of a run: the first step, and where Eigen rotates."""
-    monkeypatch.setattr(_linalg, "eigh", failing_eigh)
+    monkeypatch.setattr(linalg, "eigh", failing_eigh)
     tx = lro.scale_by_lre(COVARIANCE, BASES[basis], DEFAULT, **OPTIONS[options])
     update, fresh = jax.jit(tx.update), tx.init(PARAMS)
     clean = history(update, fresh, [good(i) for i in range(7)])
@@ -117,7 +118,7 @@ def test_only_the_bad_group_skips(basis, options, monkeypatch, x64):
     A full matrix has repeated eigenvalues of zero at first, whose eigenvectors are rounding alone:
     there the inner parts are some that do not depend on them.
     """
-    monkeypatch.setattr(_linalg, "eigh", failing_eigh)
+    monkeypatch.setattr(linalg, "eigh", failing_eigh)
     parts = COVARIANCE, BASES[basis], ROTATION_FREE if basis == "full" else STEADY
     tx = lro.scale_by_lre(*parts, groups=lro.per_leaf, **OPTIONS[options])
     alone = lro.scale_by_lre(*parts, **OPTIONS[options])
@@ -169,7 +170,7 @@ def test_inner_part_that_gives_nan(basis):
 
 
 def test_failure_of_an_inner_eigenproblem(monkeypatch):
-    monkeypatch.setattr(_linalg, "eigh", failing_eigh)
+    monkeypatch.setattr(linalg, "eigh", failing_eigh)
     tx = lro.scale_by_lre(COVARIANCE, BASES["eigen"], inner.FullMatrixAdam(), update_every=2)
     update = jax.jit(tx.update)
     steps = history(update, tx.init(PARAMS), [good(0), scaled(good(0), HUGE), good(2)])

@@ -8,8 +8,8 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax import Context, Eigenbasis, Law, inner
-from lowrank_optax._linalg import transport
-from lowrank_optax._types import SURROUNDED_DIAGONAL, SURROUNDED_MATRIX
+from lowrank_optax._core.linalg import transport
+from lowrank_optax._core.types import SURROUNDED_DIAGONAL, SURROUNDED_MATRIX
 from lowrank_optax.inner.hessian import Surrounded
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -70,7 +70,7 @@ def optimizers():
     return made | {
         "galore": lambda rate=1e-2: lro.galore(rate, 2, update_every=3),
         "soap": lambda rate=1e-2: lro.soap(rate),
-        "polar_soap": lambda rate=1e-2: lro.polar_soap(rate),
+        "soap_muon": lambda rate=1e-2: lro.soap_muon(rate),
         "whitened_adam": lambda rate=1e-2: lro.whitened_adam(rate, 4),
         "levenberg_marquardt": lambda rate=1e-2: lro.levenberg_marquardt(),
     }
@@ -182,7 +182,7 @@ def test_dropped_optimizers_leave_nothing():
     assert not [ref for ref in engines if ref() is not None]
 
 
-RECIPES = ("soap", "galore", "polar_soap", "levenberg_marquardt", "options")
+RECIPES = ("soap", "galore", "soap_muon", "levenberg_marquardt", "options")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -213,11 +213,11 @@ SWEEPS = {
     "lre": lambda rate: lro.lre(rate, basis=B.GGT(4), inner=STEADY),
     "eigen": lambda rate: lro.lre(rate, basis=B.Eigen(3, buffer=2), inner=STEADY),
     "every": lambda rate: lro.lre(rate, basis=B.GGT(4), inner=STEADY, update_every=2),
-    "polar_soap": lambda rate: lro.polar_soap(rate, update_every=2),
+    "soap_muon": lambda rate: lro.soap_muon(rate, update_every=2),
 }
 
 
-@pytest.mark.parametrize("name", ["eigen", "every", "polar_soap"])
+@pytest.mark.parametrize("name", ["eigen", "every", "soap_muon"])
 def test_runs_of_a_batch_do_not_touch_each_other(name):
     """A gradient of some runs is not finite now and then: their loops run when others' do not."""
 

@@ -11,7 +11,8 @@ from cases import BASES, MORE_BASES
 from test_optax_contract import _common_test
 
 import lowrank_optax as lro
-from lowrank_optax import _linalg, basis, inner
+from lowrank_optax import basis, inner
+from lowrank_optax._core import linalg
 
 KEEP = inner.Optax(optax.identity(), laws=optax.EmptyState())
 FULL = basis.SubspaceIteration(None, 0.8)
@@ -46,7 +47,7 @@ def test_transport_by_factors_is_transport_by_their_product(x64, law, sides):
     )
     state = noise(2, *[a * b] * law.axes)
     state = inner.adaptive.Moments(state, state**2 + 1) if law.centred else state
-    got, want = (_linalg.transport(law, c, state) for c in (factors, whole))
+    got, want = (linalg.transport(law, c, state) for c in (factors, whole))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), got, want)
 
 
@@ -107,7 +108,7 @@ def test_against_the_kronecker_product(x64, shape, sides, rule):
     }[rule]
     side = basis.SubspaceIteration(None, 0.8, floor=0.0)
     tx = lro.scale_by_matrix_lre(*(side if on else None for on in sides), part)
-    views = [np.asarray(g).reshape(lro.squarest(shape)) for g in grads]
+    views = [np.asarray(g).reshape(lro.default_matrix_view(shape)) for g in grads]
     short = [g if g.shape[0] <= g.shape[1] else g.T for g in views]
     dense = Dense(sides, 0.8)
     want = dense.power(short, -0.5) if rule == "power" else dense.adam(short, rule == "centred")
@@ -381,7 +382,7 @@ def test_factorisations_run_one_by_one():
     """Batches of them, several at once, wait for each other in XLA's threads for ever."""
     a = noise(6, 2, 3, 5, 5, dtype=jnp.float32)
     a = a + jnp.swapaxes(a, -1, -2)
-    compiled = jax.jit(jax.vmap(jax.vmap(_linalg.eigh))).lower(a).compile()
+    compiled = jax.jit(jax.vmap(jax.vmap(linalg.eigh))).lower(a).compile()
     calls = [x for x in compiled.as_text().splitlines() if "syevd" in x]
     assert calls and not any(re.search(r"f32\[[23],|f32\[6,", x) for x in calls)
     lam, rows = compiled(a)
@@ -398,7 +399,7 @@ def test_orthogonalize_is_the_polar_factor(shape):
     g = noise(4, *shape, dtype=jnp.float32)
     tx = lro.orthogonalize(rms=0.5)
     out = np.asarray(tx.update(g, tx.init(g))[0])
-    a, b = lro.squarest(shape) or ()
+    a, b = lro.default_matrix_view(shape) or ()
     u, _, vt = np.linalg.svd(np.asarray(g).reshape(a, b), full_matrices=False)
     inside = u.T @ out.reshape(a, b) @ vt.T / (0.5 * max(a, b) ** 0.5)
     np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=1e-5)
@@ -442,7 +443,7 @@ def test_polar_soap_is_soap_made_orthogonal(x64):
     )
     side = basis.FullMatrix(0.9, every=2, eig_tol=0.0)
     plain, _ = steps(lro.scale_by_matrix_lre(side, side, inside, warmup_steps=1), grads)
-    ours, _ = steps(lro.polar_soap(0.1, b1=0.9, b2=0.9, update_every=2), grads)
+    ours, _ = steps(lro.soap_muon(0.1, b1=0.9, b2=0.9, update_every=2), grads)
     polar = lro.orthogonalize()
     expected = jax.vmap(lambda g: -0.1 * polar.update(g, polar.init(g))[0])(plain)
     np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
@@ -452,7 +453,7 @@ def test_polar_soap_is_soap_made_orthogonal(x64):
 def test_polar_soap_is_adam_on_what_is_no_matrix():
     """Vectors go through Adam as if they were alone."""
     tree = {"w": noise(0, 6, 4, 3, dtype=jnp.float32), "b": noise(1, 6, 5, dtype=jnp.float32)}
-    ours, _ = steps(lro.polar_soap(0.1, update_every=2), tree)
+    ours, _ = steps(lro.soap_muon(0.1, update_every=2), tree)
     alone, _ = steps(optax.adam(0.1), tree["b"])
     np.testing.assert_allclose(ours["b"], alone, atol=1e-6)
 
@@ -489,7 +490,7 @@ def test_diagnose_matrices():
 
 EVERYTHING = {
     "soap": lambda: lro.soap(1.0),
-    "polar_soap": lambda: lro.polar_soap(1.0),
+    "soap_muon": lambda: lro.soap_muon(1.0),
     "soap_low_rank": lambda: lro.soap(1.0, rank=4),
 }
 
@@ -505,7 +506,7 @@ def test_a_gradient_where_the_first_had_none_is_not_lost(name):
     assert share > 0.5
 
 
-@pytest.mark.parametrize("name", ["soap", "polar_soap"])
+@pytest.mark.parametrize("name", ["soap", "soap_muon"])
 def test_a_row_that_comes_back_after_a_pause_goes_downhill(name):
     """At the first step and at every one after it, as a row of an embedding does."""
     grads = noise(0, 312, 64, 8, dtype=jnp.float32).at[:304, 0].set(0).at[304:, 0].set(1)

@@ -662,7 +662,7 @@ def test_a_learned_basis_steps_in_its_eigenbasis(groups, x64):
 def test_a_learned_basis_moves_the_inner_state_by_c(x64):
     learn = online.learner(2, (), optax.adam(3e-2), decay=0.8)
     basis = online.Learned(learn, eig_tol=0.0)
-    layout = lro._tree.Layout.of(jnp.zeros(6), None)
+    layout = lro._core.layout.Layout.of(jnp.zeros(6), None)
     state = basis.init(layout, jax.random.key(0))
     q = lambda state: np.asarray(state.t[0] @ state.learners[0].operator.rows[0])
     rng = RNG(18)
@@ -671,7 +671,7 @@ def test_a_learned_basis_moves_the_inner_state_by_c(x64):
         new = basis.absorb(
             layout,
             state,
-            lro.Increment(y, jnp.array([[1.0, 0.5]])),
+            lro.SymmetricCorrection(y, jnp.array([[1.0, 0.5]])),
             jnp.ones(1, bool),
             jax.random.key(i),
         )
@@ -686,8 +686,8 @@ def test_a_learned_basis_says_what_it_cannot_do():
         online.Learned(4)
     with pytest.raises(ValueError, match="need the streams old"):
         online.Learned(LEARN(2, (online.OldTask(1.0),)))
-    basis, layout = online.Learned(LEARN(2)), lro._tree.Layout.of(jnp.zeros(3), None)
-    signed = lro.Increment([jnp.ones((1, 3))], jnp.ones((1, 1)), signed=True)
+    basis, layout = online.Learned(LEARN(2)), lro._core.layout.Layout.of(jnp.zeros(3), None)
+    signed = lro.SymmetricCorrection([jnp.ones((1, 3))], jnp.ones((1, 1)), signed=True)
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="weights of both signs"):
         basis.absorb(layout, basis.init(layout, key), signed, jnp.ones(1, bool), key)

@@ -23,7 +23,7 @@ from lowrank_optax.online import trackers
 
 RECIPES = {
     "lre": lambda rate: lro.lre(rate, basis=lro.basis.GGT(3)),
-    "polar_soap": lambda rate: lro.polar_soap(rate),
+    "soap_muon": lambda rate: lro.soap_muon(rate),
     "whitened_adam": lambda rate: lro.whitened_adam(rate, rank=3),
     "sophia_h": lambda rate: lro.sophia_h(rate, rank=3, update_every=2),
     "galore": lambda rate: lro.galore(rate, rank=2, update_every=2),
@@ -149,7 +149,7 @@ def test_a_leaf_whose_gradient_stays_zero_stays(name, frozen):
     np.testing.assert_allclose(params[frozen], PARAMS[frozen], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lre", "polar_soap", "whitened_adam"])
+@pytest.mark.parametrize("name", ["lre", "soap_muon", "whitened_adam"])
 def test_a_learning_rate_that_is_far_too_large_spoils_no_state(name):
     """Parameters overflow, gradients are NaN, and the state stays what it was."""
     tx, params = RECIPES[name](3e38), PARAMS

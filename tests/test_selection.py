@@ -9,8 +9,9 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, cholesky_qr, rewrite
+from lowrank_optax._core import linalg
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.rows import cholesky_qr, rewrite
 
 SHAPES = {"a": (), "b": (5,), "c": (3, 4), "d": (0, 2), "e": (7,)}
 GROUPS = {
@@ -46,7 +47,7 @@ def tree(rng, *lead):
 def absorb(basis, layout, state, columns, weights, key, accept=True):
     accept = accept & (np.array(layout.dims) > 0)
     weights = jnp.broadcast_to(jnp.asarray(weights, layout.dtype), (layout.n, len(weights)))
-    given = lro.Increment(columns, weights=weights, signed=True)
+    given = lro.SymmetricCorrection(columns, weights=weights, signed=True)
     return basis.absorb(layout, state, given, accept, key)
 
 
@@ -276,7 +277,7 @@ def test_shifted_cholesky_qr(condition):
         )
     still = run(w, jnp.array([False, True]))[2]
     np.testing.assert_array_equal(still[0], w[0])
-    assert bool(_linalg.finite(*still))
+    assert bool(linalg.finite(*still))
 
 
 PARAMS = {

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lowrank_optax import __main__ as cli
-from lowrank_optax import _spectrum
 from lowrank_optax import spectral as s
+from lowrank_optax.demo import problems as _spectrum
 from lowrank_optax.spectral import operators as ops
 
 

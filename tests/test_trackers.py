@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 import lowrank_optax as lro
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout
+from lowrank_optax._core import linalg
+from lowrank_optax._core.layout import Layout
 from lowrank_optax.basis import (
     GROUSE,
     OPAST,
@@ -50,7 +50,7 @@ def _run(basis, state, x, every):
 
     def step(carry, y):
         state, i = carry
-        given = lro.Increment([y], weights=jnp.ones((1, y.shape[0]), layout.dtype))
+        given = lro.SymmetricCorrection([y], weights=jnp.ones((1, y.shape[0]), layout.dtype))
         key = jax.random.fold_in(jax.random.key(1), i)
         done = basis.absorb(layout, state, given, jnp.ones(1, bool), key)
         return (done.state, i + 1), done if every else done.failed
@@ -177,7 +177,9 @@ def test_change_of_basis_and_coordinates(name, x64):
 @pytest.mark.parametrize("name", [n for n in BASES if n != "randomized"])
 def test_weights_of_both_signs_are_refused(name):
     layout, basis = layout_of(5, jnp.float32), BASES[name]
-    signed = lro.Increment([jnp.ones((2, 5))], weights=jnp.array([[1.0, -1.0]]), signed=True)
+    signed = lro.SymmetricCorrection(
+        [jnp.ones((2, 5))], weights=jnp.array([[1.0, -1.0]]), signed=True
+    )
     with pytest.raises(ValueError, match="both signs.*Eigen"):
         jax.eval_shape(
             lambda key: basis.absorb(
@@ -415,11 +417,11 @@ def test_orthonormalize_rows(condition):
     rng = np.random.default_rng(11)
     u, v = (np.linalg.qr(rng.normal(size=(n, 6)))[0] for n in (6, 40))
     a = jnp.asarray((u * np.geomspace(condition, 1, 6)) @ v.T, jnp.float32)
-    q = _linalg.orthonormalize_rows(a.at[2].set(0))
+    q = linalg.orthonormalize_rows(a.at[2].set(0))
     np.testing.assert_allclose(q @ q.T, jnp.eye(6).at[2, 2].set(0), atol=2e-6)
     np.testing.assert_allclose(
-        jnp.tril(a @ _linalg.orthonormalize_rows(a).T),
-        a @ _linalg.orthonormalize_rows(a).T,
+        jnp.tril(a @ linalg.orthonormalize_rows(a).T),
+        a @ linalg.orthonormalize_rows(a).T,
         atol=1e-4 * condition,
     )
 
@@ -431,9 +433,9 @@ def test_lean_is_the_polar_factor_and_the_geodesic(k, x64):
     g, rho = rng.normal(size=(4, k)), rng.normal(size=(9, k))
     rho = rho - a.T @ a @ rho
     u, _, v = np.linalg.svd(a + g @ rho.T, full_matrices=False)
-    polar = _linalg.lean(jnp.asarray(a), jnp.asarray(g), jnp.asarray(rho), jnp.arctan)
+    polar = linalg.lean(jnp.asarray(a), jnp.asarray(g), jnp.asarray(rho), jnp.arctan)
     np.testing.assert_allclose(polar, u @ v, atol=1e-12)
-    geodesic = _linalg.lean(jnp.asarray(a), jnp.asarray(g), jnp.asarray(rho), lambda s: s)
+    geodesic = linalg.lean(jnp.asarray(a), jnp.asarray(g), jnp.asarray(rho), lambda s: s)
     tangent = a.T @ g @ rho.T
     flow = jax.scipy.linalg.expm(jnp.asarray(tangent.T - tangent))
     np.testing.assert_allclose(geodesic, a @ flow.T, atol=1e-10)

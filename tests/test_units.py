@@ -34,8 +34,7 @@ PARTS = (lro.inner.Cautious(), lro.inner.ClipNormByEMA(normalize=True))
 BASES = basis.GGT(5), basis.Eigen(5), basis.OPAST(5), basis.FrequentDirections(5)
 TWO_COLUMNS = {"symmetrize": False}  # one column (z + Hz)/2 adds a probe to a gradient
 INVARIANT = {
-    "lre": (lambda c: lro.lre(1e-2, eps=1e-8 * c), 0),
-    "polar_soap": (lambda c: lro.polar_soap(1e-2, eps=1e-8 * c), 0),
+    "soap_muon": (lambda c: lro.soap_muon(1e-2, eps=1e-8 * c), 0),
     "soap": (lambda c: lro.soap(1e-2, eps=1e-8 * c), 0),
     "soap_of_low_rank": (lambda c: lro.soap(1e-2, 2, eps=1e-8 * c), 0),
     "galore": (lambda c: lro.galore(1e-2, 2, update_every=3, scale=1.0, eps=1e-8 * c), 0),

@@ -33,7 +33,7 @@ OPTIMIZERS = {
         ),
         optax.adam(1e-2),
     ),
-    "polar_soap": lro.polar_soap(1e-2),
+    "soap_muon": lro.soap_muon(1e-2),
     "galore": lro.galore(1e-2, rank=2),
     "random": lro.lre(
         0.1, lro.curvature.HutchinsonHessian(), lro.basis.RandomPermutation(8), lro.inner.Adam()

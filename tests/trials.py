@@ -9,7 +9,7 @@ import numpy as np
 from dense import join
 
 import lowrank_optax as lro
-from lowrank_optax._tree import Layout
+from lowrank_optax._core.layout import Layout
 
 SHAPES = {"a": (3, 4), "b": (12,)}
 SIZE = 24

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._types import check, check_decay
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_decay
 from lowrank_optax.basis._frame import Frame, FrameState, Seen
 
 
@@ -51,4 +51,4 @@ class Average(Frame):
         """Averages after ``updates`` corrections, corrected for their start at zero."""
         if self.beta is None:
             return lam
-        return _linalg.safe_divide(lam, 1 - jnp.asarray(self.beta, lam.dtype) ** updates)
+        return linalg.safe_divide(lam, 1 - jnp.asarray(self.beta, lam.dtype) ** updates)

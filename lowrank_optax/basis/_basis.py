@@ -7,18 +7,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import (
-    Absorbed,
-    Columns,
-    Eigenbasis,
-    Increment,
-    Vector,
-    check_count,
-    check_decay,
-    check_least,
-)
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_count, check_decay, check_least
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.types import BasisUpdate, Columns, Eigenbasis, SymmetricCorrection, Vector
 
 
 class Basis(abc.ABC):
@@ -41,8 +33,13 @@ class Basis(abc.ABC):
 
     @abc.abstractmethod
     def absorb(
-        self, layout: Layout, state: Any, correction: Increment, accept: jax.Array, key: jax.Array
-    ) -> Absorbed:
+        self,
+        layout: Layout,
+        state: Any,
+        correction: SymmetricCorrection,
+        accept: jax.Array,
+        key: jax.Array,
+    ) -> BasisUpdate:
         """Takes in ``sum_i w_i y_i y_i^T`` for the groups that ``accept`` it, ``(n,)``."""
 
     @abc.abstractmethod
@@ -72,7 +69,7 @@ class Basis(abc.ABC):
 class Spectrum:
     """Which eigenvalues stay and what is added to them, in the state and for the step alone.
 
-    `_linalg.regularize` gives the order. The fields without prefix act on what is stored, those
+    `linalg.regularize` gives the order. The fields without prefix act on what is stored, those
     with ``update_`` on what one step reads.
     """
 
@@ -98,7 +95,7 @@ class Spectrum:
 
     def stored(self, lam: jax.Array, live: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Eigenvalues ``(r,)`` as they are kept."""
-        return _linalg.regularize(
+        return linalg.regularize(
             lam,
             live,
             eig_tol=self.eig_tol,
@@ -115,12 +112,12 @@ class Spectrum:
         """
         size = jnp.abs(measured)
         top = jnp.max(size, axis=1, initial=0)
-        least = jnp.maximum(self.eig_tol, _linalg.rounding(measured)) * top
+        least = jnp.maximum(self.eig_tol, linalg.rounding(measured)) * top
         return least + self.update_damping + self.update_rdamping * top
 
     def used(self, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Stored eigenvalues ``(r,)`` as one step sees them."""
-        return _linalg.regularize(
+        return linalg.regularize(
             lam,
             lam != 0,
             eig_tol=self.update_eig_tol,

@@ -9,16 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, cast_like, combine, repeat, rewrite, write
-from lowrank_optax._types import (
-    Absorbed,
-    Columns,
-    Eigenbasis,
-    Increment,
-    Vector,
-    fix_size,
-)
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import fix_size
+from lowrank_optax._core.layout import Layout, cast_like, combine
+from lowrank_optax._core.loops import for_range, now_and_then
+from lowrank_optax._core.rows import rewrite, write
+from lowrank_optax._core.types import BasisUpdate, Columns, Eigenbasis, SymmetricCorrection, Vector
 from lowrank_optax.basis._basis import Basis, Spectrum
 
 
@@ -164,37 +160,37 @@ class Frame(Basis, Spectrum):
         self,
         layout: Layout,
         state: FrameState,
-        correction: Increment,
+        correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         """In chunks of what fits between two rotations."""
         rank, size = self.rank, self.capacity
         count = correction.weights.shape[1]
 
-        def part(start, width: int) -> Increment:
+        def part(start, width: int) -> SymmetricCorrection:
             cut = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=width)
             return correction._replace(
                 columns=[cut(c, axis=0) for c in correction.columns],
                 weights=cut(correction.weights, axis=1),
             )
 
-        def more(i, carry: Absorbed, width: int = size) -> Absorbed:
+        def more(i, carry: BasisUpdate, width: int = size) -> BasisUpdate:
             turn = jax.random.fold_in(key, i - 1)
             new = self._chunk(layout, carry.state, part(i * size, width), accept, turn, False)
             u = lax.dynamic_update_slice_in_dim(new.c @ carry.u, new.u, i * size, 2)
-            return Absorbed(new.state, new.c @ carry.c, u, carry.failed | new.failed)
+            return BasisUpdate(new.state, new.c @ carry.c, u, carry.failed | new.failed)
 
         done = self._chunk(layout, state, part(0, min(size, count)), accept, key, True)
         done = done._replace(u=jnp.pad(done.u, ((0, 0), (0, 0), (0, max(0, count - size)))))
         whole, rest = divmod(count, size)
         if whole > 1:
-            done = _linalg.loop(1, whole, more, done)
+            done = for_range(1, whole, more, done)
         if rest and whole:
             done = more(whole, done, rest)
         state = done.state
-        return Absorbed(
-            state._replace(updates=_linalg.tally(state.updates, accept & ~done.failed)),
+        return BasisUpdate(
+            state._replace(updates=linalg.tally(state.updates, accept & ~done.failed)),
             done.c[:, :rank, :rank],
             done.u[:, :rank],
             done.failed,
@@ -216,11 +212,11 @@ class Frame(Basis, Spectrum):
         self,
         layout: Layout,
         state: FrameState,
-        correction: Increment,
+        correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
         start: bool,
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         columns, weights = correction.columns, correction.weights
         k = weights.shape[1]
         state = self._rotate(layout, state, accept & (state.fill + k > self.capacity))
@@ -253,7 +249,7 @@ class Frame(Basis, Spectrum):
         )
         rows = write(rows, layout, step.slots, columns)
         rows, gram, t = self._refine(layout, (rows, new.gram, new.t), columns, state, step)
-        return Absorbed(
+        return BasisUpdate(
             new._replace(rows=layout.store(rows), gram=gram, t=t), step.c, step.u, step.failed
         )
 
@@ -271,7 +267,7 @@ class Frame(Basis, Spectrum):
         gram = jnp.zeros((layout.n, m, m), layout.dtype).at[:, :r, :r].set(measured)
         live = (state.lam != 0).astype(layout.dtype)
         t = jnp.zeros((layout.n, r, m), layout.dtype).at[:, :, :r].set(jax.vmap(jnp.diag)(live))
-        t = jax.vmap(_linalg.orthonormalize)(t, gram)
+        t = jax.vmap(linalg.orthonormalize)(t, gram)
         pick = lambda a, b: jnp.where(when.reshape(-1, *[1] * (a.ndim - 1)), a, b)
         return state._replace(
             rows=layout.store(rows),
@@ -301,7 +297,7 @@ class Frame(Basis, Spectrum):
         def measured(vectors, rows):
             """The factor that makes nearly orthonormal vectors so; of the result Gram and products.
 
-            A step of Newton and Schulz, as in `_linalg.orthonormalize`.
+            A step of Newton and Schulz, as in `linalg.orthonormalize`.
             """
             gram = layout.gram(vectors)
             unit = 1.5 * jnp.eye(slots.shape[1], dtype=layout.dtype)[None] - 0.5 * gram
@@ -321,7 +317,7 @@ class Frame(Basis, Spectrum):
             rest = [f @ v for f, v in zip(layout.spread(unit), rest, strict=True)]
             return write(rows, layout, at, rest), gram, t
 
-        return repeat(jnp.any(step.refine), body, carry)
+        return now_and_then(jnp.any(step.refine), body, carry)
 
     def _absorb(
         self, old: FrameState, s, gram, scale, weights, accept, initial, key, *, signed, start
@@ -336,11 +332,11 @@ class Frame(Basis, Spectrum):
         alpha = old.t.T @ a
         cross = alpha.T @ s
         rest = gram - cross - cross.T + alpha.T @ old.gram @ alpha
-        size, v = _linalg.eigh(_linalg.symmetrize(rest))
+        size, v = linalg.eigh(linalg.symmetrize(rest))
         fresh = size > 1e3 * jnp.finfo(s.dtype).eps
         root = jnp.where(fresh, jnp.sqrt(jnp.where(fresh, size, 1)), 0)
-        mix = _linalg.safe_divide(v, root[:, None])
-        y = _linalg.safe_divide(jnp.concatenate([a, root[:, None] * v]), scale)
+        mix = linalg.safe_divide(v, root[:, None])
+        y = linalg.safe_divide(jnp.concatenate([a, root[:, None] * v]), scale)
         z, lam, memory = self.turn(
             old.memory,
             old.lam,
@@ -352,7 +348,7 @@ class Frame(Basis, Spectrum):
 
         kept = [x for x in jax.tree.leaves(memory) if jnp.issubdtype(x.dtype, jnp.inexact)]
         # Of a column without a finite length the scale is 0, and so is then ``y``.
-        fine = _linalg.finite(gram, lam, z, y, *kept)
+        fine = linalg.finite(gram, lam, z, y, *kept)
         ok = accept & fine
         # The new directions as combinations of rows: their size is what rounding in K grows by.
         behind = mix @ alpha.T
@@ -368,11 +364,11 @@ class Frame(Basis, Spectrum):
         t = z[:, :r] @ old.t + z[:, r:] @ (ahead @ place - behind)
         new = old._replace(
             gram=grown,
-            t=_linalg.orthonormalize(t, grown),
+            t=linalg.orthonormalize(t, grown),
             lam=lam,
             memory=memory,
             fill=old.fill + jnp.sum(slots < m, dtype=jnp.int32),
-            columns=_linalg.tally(old.columns, jnp.sum(weights != 0)),
+            columns=linalg.tally(old.columns, jnp.sum(weights != 0)),
         )
         new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
         c = jnp.where(ok, z[:, :r], jnp.eye(r, dtype=s.dtype))
@@ -398,4 +394,4 @@ def _remeasure(gram, t, slots, s, corner):
     cross = keep[:, None] * (s @ place)
     new = keep[:, None] * gram * keep[None] + cross + cross.T + place.T @ corner @ place
     hit = jnp.any(slots < gram.shape[0])  # a group without refined rows may hold NaN here
-    return jnp.where(hit, new, gram), jnp.where(hit, _linalg.orthonormalize(t, new), t)
+    return jnp.where(hit, new, gram), jnp.where(hit, linalg.orthonormalize(t, new), t)

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, cast_like, write
-from lowrank_optax._types import Absorbed, Columns, Increment, fix_size
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import fix_size
+from lowrank_optax._core.layout import Layout, cast_like
+from lowrank_optax._core.rows import write
+from lowrank_optax._core.types import BasisUpdate, Columns, SymmetricCorrection
 from lowrank_optax.basis._basis import Basis, Spectrum
 from lowrank_optax.basis.full import dense
 
@@ -88,10 +90,10 @@ class Ring(Basis):
         self,
         layout: Layout,
         state: RingState,
-        correction: Increment,
+        correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         rows = layout.stored(state.rows)
         columns = cast_like(correction.columns, rows)
         absorb = lambda *each: self._absorb(*each, signed=correction.signed)
@@ -104,7 +106,9 @@ class Ring(Basis):
             accept,
         )
         rows = write(rows, layout, slots, columns)
-        return Absorbed(small._replace(rows=layout.store(rows), memory=state.memory), c, u, failed)
+        return BasisUpdate(
+            small._replace(rows=layout.store(rows), memory=state.memory), c, u, failed
+        )
 
     def _absorb(self, old: RingState, s, gram, y, weights, accept, *, signed):
         """One group: ``s = W Y`` ``(m, k)``, ``gram = Y^T Y`` ``(k, k)``, and ``y`` of `_short`."""
@@ -127,7 +131,7 @@ class Ring(Basis):
         )
         lam, t = self.factor(new, signed)
         new = new._replace(lam=lam, t=t)
-        fine = _linalg.finite(k, lam, t)
+        fine = linalg.finite(k, lam, t)
         ok = accept & fine
         new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
         c = jnp.where(ok, t @ cross @ old.t.T, jnp.eye(m, dtype=s.dtype))
@@ -155,8 +159,8 @@ def window_eigh(gram: jax.Array, scale: jax.Array, window: Any) -> tuple[jax.Arr
     which squares no condition number; there are ``d``, and the other rows are zero.
     """
     if isinstance(window, tuple):
-        return _linalg.eigh(scale[:, None] * gram * scale[None])
-    s, v = _linalg.svd(scale[:, None] * window)
+        return linalg.eigh(scale[:, None] * gram * scale[None])
+    s, v = linalg.svd(scale[:, None] * window)
     more = len(gram) - len(s)
     return jnp.pad(s**2, (0, more)), jnp.pad(v, ((0, more), (0, 0)))
 
@@ -172,7 +176,7 @@ def spectral_factor(
         live = spectrum.stored(lam, lam > 0)[1]
         half = jnp.where(live, jnp.sqrt(jnp.where(live, lam, 1)), 0)[:, None] * v
         t = jnp.where(live, jax.lax.rsqrt(jnp.where(live, lam, 1)), 0)[:, None] * v * scale[None]
-        lam, z = _linalg.eigh_by_size((half * jnp.sign(weights)) @ half.T)
+        lam, z = linalg.eigh_by_size((half * jnp.sign(weights)) @ half.T)
         lam, live = spectrum.stored(lam, lam != 0)
         return lam, jnp.where(live[:, None], z @ t, 0)
     kept, live = spectrum.stored(lam, lam > 0)

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._types import Eigenbasis, check_decay
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_decay
+from lowrank_optax._core.types import Eigenbasis
 from lowrank_optax.basis._frame import Frame, FrameState, Seen, Turn
 
 
@@ -79,12 +80,12 @@ class Eigen(Frame):
         b = jnp.diag(old) + gain * (seen.y * seen.weights[None]) @ seen.y.T
         # A direction that is dropped goes back to gamma, so what is lost with it is lam - gamma.
         gamma = jnp.where(jnp.concatenate([seen.live, seen.fresh]), seen.initial, 0)
-        beyond, z = self.decompose(_linalg.symmetrize(b - jnp.diag(gamma)), signed, seen.key)
+        beyond, z = self.decompose(linalg.symmetrize(b - jnp.diag(gamma)), signed, seen.key)
         beyond, z = beyond[: self.rank], z[: self.rank]
-        some = _linalg.regularize(beyond, beyond != 0)[1]
+        some = linalg.regularize(beyond, beyond != 0)[1]
         lam = jnp.where(some, beyond + seen.initial, 0)
         some = some & ((lam != 0) if signed else (lam > 0))
-        whole, kept = _linalg.regularize(lam, some, abs=self.abs), self.stored(lam, some)
+        whole, kept = linalg.regularize(lam, some, abs=self.abs), self.stored(lam, some)
         lam = jnp.where(seen.first, whole[0], kept[0])
         return Turn(jnp.where(jnp.where(seen.first, whole[1], kept[1])[:, None], z, 0), lam, memory)
 
@@ -93,7 +94,7 @@ class Eigen(Frame):
 
         ``b`` is what the curvature has beyond the ``gamma`` that is assumed outside.
         """
-        return (_linalg.eigh_by_size if signed else _linalg.eigh)(b)
+        return (linalg.eigh_by_size if signed else linalg.eigh)(b)
 
     def measured(self, state: FrameState) -> jax.Array:
         return jax.vmap(self._debias)(state.lam, self._terms(state))
@@ -117,4 +118,4 @@ class Eigen(Frame):
     def _debias(self, lam: jax.Array, terms: jax.Array) -> jax.Array:
         if self.beta is None:
             return lam
-        return _linalg.safe_divide(lam, 1 - jnp.asarray(self.beta, lam.dtype) ** terms)
+        return linalg.safe_divide(lam, 1 - jnp.asarray(self.beta, lam.dtype) ** terms)

@@ -8,17 +8,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, repeat, stack
-from lowrank_optax._types import (
-    Absorbed,
-    Columns,
-    Eigenbasis,
-    Increment,
-    Vector,
-    check_count,
-    check_decay,
-)
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_count, check_decay
+from lowrank_optax._core.layout import Layout, stack
+from lowrank_optax._core.loops import now_and_then
+from lowrank_optax._core.types import BasisUpdate, Columns, Eigenbasis, SymmetricCorrection, Vector
 from lowrank_optax.basis._basis import Basis, Spectrum
 
 
@@ -110,26 +104,30 @@ class FullMatrix(Dense, Spectrum):
         self,
         layout: Layout,
         state: FullMatrixState,
-        correction: Increment,
+        correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         new, accept, broken = self.gather(layout, state, correction, accept)
         when = accept & self.turning(new)
         # A loop's carry has no matrix: XLA would decompose outside what the loop leaves as it is.
         bare, unchanged = new._replace(matrix=()), self._still(new)
-        still = Absorbed(bare, unchanged, jnp.zeros((layout.n, 0)), jnp.zeros_like(accept))
+        still = BasisUpdate(bare, unchanged, jnp.zeros((layout.n, 0)), jnp.zeros_like(accept))
         turn = lambda _, now: self.turn(new.matrix, now.state, when, correction.signed)
         always = isinstance(self.every, numbers.Integral) and self.every == 1
-        done = turn(0, still) if always else repeat(jnp.any(when), turn, still)
+        done = turn(0, still) if always else now_and_then(jnp.any(when), turn, still)
         # A group whose eigenproblem failed has learned nothing.
         back = lambda a, b: jnp.where(done.failed.reshape(-1, *[1] * (a.ndim - 1)), b, a)
         kept = jax.tree.map(back, done.state._replace(matrix=new.matrix), state)
         u = kept.t @ jnp.swapaxes(dense(layout, correction.columns), 1, 2)
-        return Absorbed(kept, done.c, u, done.failed | broken)
+        return BasisUpdate(kept, done.c, u, done.failed | broken)
 
     def gather(
-        self, layout: Layout, state: FullMatrixState, correction: Increment, accept: jax.Array
+        self,
+        layout: Layout,
+        state: FullMatrixState,
+        correction: SymmetricCorrection,
+        accept: jax.Array,
     ) -> tuple[FullMatrixState, jax.Array, jax.Array]:
         """The matrix alone takes in a correction; who did, and who did not for not being finite."""
         y = dense(layout, correction.columns)
@@ -137,12 +135,12 @@ class FullMatrix(Dense, Spectrum):
             jnp.ones(layout.n, layout.dtype) if correction.initial is None else correction.initial
         )
         matrix = jax.vmap(self._blend)(state, y, correction.weights, start)
-        fine = jax.vmap(_linalg.finite)(matrix)
+        fine = jax.vmap(linalg.finite)(matrix)
         ok = accept & fine
         return (
             state._replace(
                 matrix=jnp.where(ok[:, None, None], matrix, state.matrix),
-                updates=_linalg.tally(state.updates, ok, self.every),
+                updates=linalg.tally(state.updates, ok, self.every),
             ),
             ok,
             accept & ~fine,
@@ -154,16 +152,16 @@ class FullMatrix(Dense, Spectrum):
 
     def turn(
         self, matrix: jax.Array, state: FullMatrixState, when: jax.Array, signed: bool = False
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         """Eigenvectors of ``matrix``, not of the state's, for the groups in ``when``, ``(n,)``."""
         lam, t = jax.vmap(partial(self._factor, signed=signed))(matrix)
         c = jnp.einsum("nrd,nsd->nrs", t, state.t)
-        fine = jax.vmap(_linalg.finite)(lam, t)
+        fine = jax.vmap(linalg.finite)(lam, t)
         ok = when & fine
         pick = lambda a, b: jnp.where(ok.reshape(-1, *[1] * (a.ndim - 1)), a, b)
         new = state._replace(t=pick(t, state.t), lam=pick(lam, state.lam))
         empty = jnp.zeros((len(when), 0))
-        return Absorbed(new, pick(c, self._still(state)), empty, when & ~fine)
+        return BasisUpdate(new, pick(c, self._still(state)), empty, when & ~fine)
 
     @staticmethod
     def _still(state: FullMatrixState) -> jax.Array:
@@ -181,11 +179,11 @@ class FullMatrix(Dense, Spectrum):
 
     def _factor(self, matrix: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
         """Eigenvalues, 0 where they are dropped, and all eigenvectors but the dropped ones."""
-        lam, t = (_linalg.eigh_by_size if signed else _linalg.eigh)(_linalg.symmetrize(matrix))
+        lam, t = (linalg.eigh_by_size if signed else linalg.eigh)(linalg.symmetrize(matrix))
         lam, live = self.stored(lam, lam != 0 if signed else lam > 0)
         if self.truncate is None:
             # What only rounding tells from zero has no eigenvalue, and is a direction all the same.
-            live = live | (self.eig_tol <= _linalg.rounding(lam))
+            live = live | (self.eig_tol <= linalg.rounding(lam))
         return lam, jnp.where(live[:, None], t, 0)
 
 

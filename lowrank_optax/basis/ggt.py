@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import Absorbed, Eigenbasis, Increment, check, check_decay
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_decay
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.types import BasisUpdate, Eigenbasis, SymmetricCorrection
 from lowrank_optax.basis._basis import Spectrum
 from lowrank_optax.basis._ring import Ring, RingState, spectral_factor
 
@@ -37,7 +38,7 @@ class GGT(Ring, Spectrum):
         batch. Corrections of more columns than ``rank`` are refused, since none may be missing.
       eig_tol: eigenvalues below ``eig_tol * max`` are dropped, as are their directions.
       damping: added to what is kept; with ``rdamping * max`` on top. ``abs`` and ``truncate`` as in
-        `_linalg.regularize`, and each again as ``update_...`` for the step alone.
+        `linalg.regularize`, and each again as ``update_...`` for the step alone.
 
     Raises:
       ValueError: for a rank below 1, or a ``beta`` or tolerance out of range; with ``renew`` for
@@ -66,10 +67,10 @@ class GGT(Ring, Spectrum):
         self,
         layout: Layout,
         state: RingState,
-        correction: Increment,
+        correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         k = correction.weights.shape[1]
         check(
             not self.renew or k <= self.rank,
@@ -91,4 +92,4 @@ class GGT(Ring, Spectrum):
             return jnp.ones_like(state.weights)
         age = (state.head - 1 - jnp.arange(self.rank)) % self.rank
         share = jnp.where(state.weights != 0, jnp.asarray(self.beta, state.lam.dtype) ** age, 0)
-        return _linalg.safe_divide(share, jnp.sum(share))
+        return linalg.safe_divide(share, jnp.sum(share))

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._types import check, check_decay, check_least, fix_size
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_decay, check_least, fix_size
 from lowrank_optax.basis.trackers import Tracker
 
 
@@ -68,9 +68,9 @@ class GradientRule(Rule):
 
     def step(self, memory, v, rows, x, lam, count):
         a = rows @ x
-        eta = _linalg.safe_divide(self.learning_rate, jnp.max(lam))
-        inverse = _linalg.inv(jnp.eye(x.shape[1], dtype=x.dtype) + eta * a.T @ a)
-        return _linalg.lean(rows, eta * a @ inverse, x - rows.T @ a, jnp.arctan), memory
+        eta = linalg.safe_divide(self.learning_rate, jnp.max(lam))
+        inverse = linalg.inv(jnp.eye(x.shape[1], dtype=x.dtype) + eta * a.T @ a)
+        return linalg.lean(rows, eta * a @ inverse, x - rows.T @ a, jnp.arctan), memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +96,8 @@ class StiefelRule(Rule):
 
     def step(self, memory, v, rows, x, lam, count):
         a = rows @ x
-        g = _linalg.safe_divide(self.learning_rate * a, jnp.max(lam))
-        return _linalg.lean(rows, g, x - rows.T @ a, jnp.arctan), memory
+        g = linalg.safe_divide(self.learning_rate * a, jnp.max(lam))
+        return linalg.lean(rows, g, x - rows.T @ a, jnp.arctan), memory
 
 
 class CayleyMemory(NamedTuple):
@@ -178,11 +178,11 @@ class CayleyAdamG(Rule):
         )
 
     def step(self, memory, v, rows, x, lam, count):
-        slots, steps = memory.momentum.shape[1], _linalg.tally(memory.count)
+        slots, steps = memory.momentum.shape[1], linalg.tally(memory.count)
         gradient = -(rows @ x) @ x.T
         momentum = v @ jnp.pad(memory.momentum, ((0, 0), (0, x.shape[1])))
         momentum = self.b1 * momentum + (1 - self.b1) * gradient
-        root = jnp.hypot(self.b2**0.5 * memory.root, (1 - self.b2) ** 0.5 * _linalg.norm(gradient))
+        root = jnp.hypot(self.b2**0.5 * memory.root, (1 - self.b2) ** 0.5 * linalg.norm(gradient))
         power = lambda b: 1 - jnp.asarray(b, x.dtype) ** steps
         scale = power(self.b1) * jnp.hypot(root / jnp.sqrt(power(self.b2)), self.eps**0.5)
         hat = momentum.T @ rows - 0.5 * rows.T @ (rows @ momentum.T) @ rows
@@ -193,7 +193,7 @@ class CayleyAdamG(Rule):
         y = rows - alpha * along
         for _ in range(self.iterations):
             y = rows - alpha / 2 * (rows + y) @ w.T
-        z = _linalg.orthonormalize_rows(y)
+        z = linalg.orthonormalize_rows(y)
         z = jnp.concatenate([z, _outside(along, z, slots - rows.shape[0])])
         return z, CayleyMemory(steps, scale * along @ z.T, root)
 
@@ -207,7 +207,7 @@ class Hebbian(Tracker):
 
     Example:
       >>> import lowrank_optax as lro
-      >>> tx = lro.lre(1e-2, basis=lro.basis.Hebbian(20, rule=lro.basis.CayleyAdamG(0.02)))
+      >>> tx = lro.lre(1.0, basis=lro.basis.Hebbian(20, rule=lro.basis.CayleyAdamG(0.02)))
 
     Args:
       rank: dimension of the subspace, ``r``.
@@ -251,7 +251,7 @@ class Hebbian(Tracker):
 def _outside(momentum: jax.Array, rows: jax.Array, count: int) -> jax.Array:
     """Orthonormal rows for what of a momentum is outside ``rows``, as far as it is resolved."""
     rest = momentum - momentum @ rows.T @ rows
-    size, z = _linalg.eigh(_linalg.symmetrize(rest.T @ rest))
+    size, z = linalg.eigh(linalg.symmetrize(rest.T @ rest))
     kind = jnp.finfo(rest.dtype)
     rounding = size <= jnp.maximum(kind.eps**0.5 * jnp.max(size), kind.tiny)
     z = jnp.where(rounding[:, None], 0, z)[:count]

@@ -7,9 +7,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, cast_like, cholesky_qr, rewrite
-from lowrank_optax._types import Absorbed, Eigenbasis, Increment, check_count, fix_size
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_count, fix_size
+from lowrank_optax._core.layout import Layout, cast_like
+from lowrank_optax._core.rows import cholesky_qr, rewrite
+from lowrank_optax._core.types import BasisUpdate, Eigenbasis, SymmetricCorrection
 from lowrank_optax.basis._basis import Basis
 
 
@@ -41,7 +43,7 @@ class Random(Basis):
 
     Example:
       >>> import lowrank_optax as lro
-      >>> tx = lro.lre(1e-2, basis=lro.basis.Random(50, redraw=None))      # intrinsic dimension 50
+      >>> tx = lro.lre(1.0, basis=lro.basis.Random(50, redraw=None))      # intrinsic dimension 50
 
     Args:
       rank: its dimension, ``r``; of a smaller group all of it.
@@ -84,10 +86,10 @@ class Random(Basis):
         self,
         layout: Layout,
         state: RandomState,
-        correction: Increment,
+        correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         due = is_due(state.updates, self.redraw)
         drawn = accept & due
         live = jnp.arange(self.rank)[None] < jnp.asarray(layout.dims)[:, None]
@@ -104,7 +106,7 @@ class Random(Basis):
         )
         rows, gram, t, total = cholesky_qr(rows, layout, gram, drawn)
         # A factorisation that failed leaves an empty basis, to be drawn again at the next update.
-        fine = jax.vmap(_linalg.finite)(t, total)
+        fine = jax.vmap(linalg.finite)(t, total)
         failed = drawn & ~fine
         pick = lambda new, old: jnp.where(
             drawn[:, None, None], jnp.where(fine[:, None, None], new, 0), old
@@ -118,9 +120,9 @@ class Random(Basis):
             pick(gram, state.gram),
             t,
             lam,
-            _linalg.tally(state.updates, accept & ~failed, self.redraw or 1),
+            linalg.tally(state.updates, accept & ~failed, self.redraw or 1),
         )
-        return Absorbed(new, c, u, failed)
+        return BasisUpdate(new, c, u, failed)
 
     def eigenbasis(self, state: RandomState) -> Eigenbasis:
         return Eigenbasis(state.lam, state.lam != 0)

@@ -9,20 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import (
-    Absorbed,
-    Columns,
-    Eigenbasis,
-    Increment,
-    Vector,
-    check,
-    check_count,
-    check_decay,
-    check_least,
-    fix_size,
-)
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_count, check_decay, check_least, fix_size
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.types import BasisUpdate, Columns, Eigenbasis, SymmetricCorrection, Vector
 from lowrank_optax.basis._basis import Basis
 from lowrank_optax.basis.random import is_due
 
@@ -60,7 +50,7 @@ class Selection(Basis):
 
     @abc.abstractmethod
     def choose(
-        self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array
+        self, layout: Layout, state: SelectionState, correction: SymmetricCorrection, key: jax.Array
     ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
         """Rows or ``()``, index and lam after a correction, and whether all is finite, ``(n,)``."""
 
@@ -85,10 +75,10 @@ class Selection(Basis):
         self,
         layout: Layout,
         state: SelectionState,
-        correction: Increment,
+        correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         rows, index, lam, fine = self.choose(layout, state, correction, key)
         ok = accept & fine
         if rows:
@@ -99,11 +89,11 @@ class Selection(Basis):
             rows,
             index,
             jnp.where(ok[:, None], lam, state.lam),
-            _linalg.tally(state.updates, ok, self.period),
+            linalg.tally(state.updates, ok, self.period),
         )
         same = (index[:, :, None] == state.indices[:, None, :]) & (index >= 0)[:, :, None]
         c = same.astype(layout.dtype)
-        return Absorbed(new, c, self.project(layout, new, correction.columns), accept & ~fine)
+        return BasisUpdate(new, c, self.project(layout, new, correction.columns), accept & ~fine)
 
     def eigenbasis(self, state: SelectionState) -> Eigenbasis:
         return Eigenbasis(state.lam, state.indices >= 0)
@@ -126,7 +116,7 @@ class RandomPermutation(Selection):
 
     Example:
       >>> import lowrank_optax as lro
-      >>> tx = lro.lre(1e-2, basis=lro.basis.RandomPermutation(100, redraw=10))
+      >>> tx = lro.lre(1.0, basis=lro.basis.RandomPermutation(100, redraw=10))
 
     Args:
       rank: how many, ``r``; of a smaller group all.
@@ -153,7 +143,9 @@ class RandomPermutation(Selection):
     def period(self) -> int:
         return self.redraw or 1
 
-    def choose(self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array):
+    def choose(
+        self, layout: Layout, state: SelectionState, correction: SymmetricCorrection, key: jax.Array
+    ):
         drawn = jax.vmap(partial(_sample, rank=self.rank))(
             jax.random.split(key, layout.n), jnp.asarray(layout.dims)
         )
@@ -204,7 +196,9 @@ class TopK(Selection):
         """What the chosen coordinates have most of, from ``|v|``."""
         return sizes
 
-    def choose(self, layout: Layout, state: SelectionState, correction: Increment, key: jax.Array):
+    def choose(
+        self, layout: Layout, state: SelectionState, correction: SymmetricCorrection, key: jax.Array
+    ):
         decay, gain = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
         rows = [
             decay * v + gain * _weigh(w, jnp.square(y.astype(layout.dtype)))[None]
@@ -231,7 +225,7 @@ class TopK(Selection):
         index, lam = jnp.take_along_axis(index, order, 1), jnp.take_along_axis(lam, order, 1)
         if self.beta is not None:
             lam = lam / (
-                1 - jnp.asarray(self.beta, lam.dtype) ** _linalg.tally(state.updates)[:, None]
+                1 - jnp.asarray(self.beta, lam.dtype) ** linalg.tally(state.updates)[:, None]
             )
         return rows, index, lam, jnp.isfinite(total)
 
@@ -245,7 +239,7 @@ class WeightedPermutation(TopK):
 
     Example:
       >>> import lowrank_optax as lro
-      >>> tx = lro.lre(1e-2, basis=lro.basis.WeightedPermutation(100), update_every=10)
+      >>> tx = lro.lre(1.0, basis=lro.basis.WeightedPermutation(100), update_every=10)
 
     Args:
       rank: how many coordinates, ``r``.
@@ -352,12 +346,12 @@ class Histogram(Basis):
         self,
         layout: Layout,
         state: HistogramState,
-        correction: Increment,
+        correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         on = (correction.weights != 0).astype(layout.dtype)
-        share = (1 - self.beta) * _linalg.safe_divide(on, jnp.sum(on, axis=1, keepdims=True))
+        share = (1 - self.beta) * linalg.safe_divide(on, jnp.sum(on, axis=1, keepdims=True))
         old, before = layout.stored(state.rows), layout.stored(state.mean)
         mean = [
             self.beta * x + _weigh(w, y.astype(layout.dtype))[None]
@@ -389,11 +383,11 @@ class Histogram(Basis):
             layout.store(mean),
             counts,
             (counts > 0).astype(layout.dtype),
-            _linalg.tally(state.updates, ok),
+            linalg.tally(state.updates, ok),
         )
         c = _scale(counts)[:, :, None] * shared * _scale(state.counts)[:, None, :]
         u = self.project(layout, new, correction.columns)
-        return Absorbed(new, c, u, accept & ~ok)
+        return BasisUpdate(new, c, u, accept & ~ok)
 
     def eigenbasis(self, state: HistogramState) -> Eigenbasis:
         return Eigenbasis(state.lam, state.lam != 0)
@@ -415,7 +409,7 @@ class Histogram(Basis):
         ]
 
     def _bin(self, x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-        place = jnp.floor(_linalg.safe_divide(x - low, high - low) * self.rank)
+        place = jnp.floor(linalg.safe_divide(x - low, high - low) * self.rank)
         return jnp.clip(place, 0, self.rank - 1)
 
 
@@ -494,4 +488,4 @@ def _count(bins: jax.Array, length: int) -> jax.Array:
 
 def _scale(counts: jax.Array) -> jax.Array:
     """``1 / sqrt(n)``, and 0 where ``n`` is."""
-    return _linalg.safe_divide(1.0, jnp.sqrt(counts))
+    return linalg.safe_divide(1.0, jnp.sqrt(counts))

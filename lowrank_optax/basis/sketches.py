@@ -6,8 +6,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._types import check_decay, fix_size
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_decay, fix_size
 from lowrank_optax.basis._average import Average
 from lowrank_optax.basis._frame import FrameState, Seen, Turn
 from lowrank_optax.basis.eigen import Eigen
@@ -80,7 +80,7 @@ class FrequentDirections(Average):
     def turn(self, memory: Any, lam: jax.Array, seen: Seen, signed: bool) -> Turn:
         decay, x = self.blend(seen, signed)
         b = jnp.diag(decay * jnp.pad(lam, (0, x.shape[1]))) + x @ x.T
-        lam, z = _linalg.eigh(_linalg.symmetrize(b))
+        lam, z = linalg.eigh(linalg.symmetrize(b))
         cut = jnp.maximum(lam[self.rank], 0)
         lam = lam[: self.rank] - cut
         lam, live = self.stored(lam, lam > 0)
@@ -148,8 +148,8 @@ class RandomizedEigen(Eigen):
         v = jax.random.normal(key, (size, samples), b.dtype)
         for _ in range(1 + self.power_iterations):
             # Householder, for B is singular while slots are dead, and nothing here is long.
-            v = _linalg.qr(b @ v)
-        lam, z = super().decompose(_linalg.symmetrize(v.T @ b @ v), signed, key)
+            v = linalg.qr(b @ v)
+        lam, z = super().decompose(linalg.symmetrize(v.T @ b @ v), signed, key)
         return lam, z @ v.T
 
 
@@ -216,11 +216,11 @@ class Nystrom(Average):
         samples = test @ x
         sketch = decay * jnp.pad(memory.sketch, ((0, 0), (0, k))) + samples @ x.T
         core = decay * memory.core + samples @ samples.T
-        size, u = _linalg.eigh(_linalg.symmetrize(core))
+        size, u = linalg.eigh(linalg.symmetrize(core))
         rounding = size <= jnp.finfo(x.dtype).eps * rank * jnp.max(size)
         root = jnp.sqrt(jnp.where(rounding, 1, size))
         half = jnp.where(rounding[:, None], 0, u @ sketch / root[:, None])
-        lam, z = _linalg.eigh(_linalg.symmetrize(half.T @ half))
+        lam, z = linalg.eigh(linalg.symmetrize(half.T @ half))
         lam, live = self.stored(lam[:rank], lam[:rank] > 0)
         z = jnp.where(live[:, None], z[:rank], 0)
         return Turn(z, lam, NystromMemory(sketch @ z.T, core, test @ z.T))

@@ -7,17 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import (
-    Absorbed,
-    Eigenbasis,
-    Increment,
-    check,
-    check_decay,
-    check_least,
-    fix_size,
-)
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_decay, check_least, fix_size
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.types import BasisUpdate, Eigenbasis, SymmetricCorrection
 from lowrank_optax.basis.full import Dense, dense
 
 
@@ -105,16 +98,16 @@ class SubspaceIteration(Dense):
         self,
         layout: Layout,
         state: SubspaceIterationState,
-        correction: Increment,
+        correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         check(
             not correction.signed,
             "SubspaceIteration keeps a positive semidefinite curvature, but the corrections have "
             "weights of both signs; combine them with Eigen, RandomizedEigen, GGT or FullMatrix.",
         )
-        return Absorbed(
+        return BasisUpdate(
             *jax.vmap(self._absorb)(
                 state,
                 dense(layout, correction.columns),
@@ -126,7 +119,7 @@ class SubspaceIteration(Dense):
 
     def measured(self, state: SubspaceIterationState) -> jax.Array:
         start = 1 - jnp.asarray(self.beta, state.lam.dtype) ** state.updates
-        return _linalg.safe_divide(state.lam, start[:, None])
+        return linalg.safe_divide(state.lam, start[:, None])
 
     def eigenbasis(self, state: SubspaceIterationState) -> Eigenbasis:
         lam = self.measured(state)
@@ -148,16 +141,16 @@ class SubspaceIteration(Dense):
             x = x.at[:r].set(jnp.where((old.lam != 0)[:, None], old.t, x[:r]))
             for _ in range(self.iterations):
                 # Householder, for B may be singular, and nothing here is long.
-                x = _linalg.qr(m.T @ (m @ x.T)).T
+                x = linalg.qr(m.T @ (m @ x.T)).T
         s = m @ x.T
-        t = _linalg.eigh(_linalg.symmetrize(s.T @ s))[1][:r] @ x
+        t = linalg.eigh(linalg.symmetrize(s.T @ s))[1][:r] @ x
         # Measured like this, an eigenvalue is known to eps² of the largest, not to eps.
         lam = jnp.sum((m @ t.T) ** 2, axis=0)
         live = ~(lam <= 100 * d * eps**2 * jnp.max(lam))  # what is NaN is to be seen
         lam, t = jnp.where(live, lam, 0), jnp.where(live[:, None], t, 0)
-        fine = _linalg.finite(m, lam, t)
+        fine = linalg.finite(m, lam, t)
         ok = accept & fine
-        new = SubspaceIterationState(t, lam, _linalg.tally(old.updates))
+        new = SubspaceIterationState(t, lam, linalg.tally(old.updates))
         new = jax.tree.map(partial(jnp.where, ok), new, old)
         c = jnp.where(ok, t @ old.t.T, jnp.eye(r, dtype=t.dtype))
         return new, c, new.t @ y.T, accept & ~fine

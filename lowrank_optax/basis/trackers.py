@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._types import check_least
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_least
 from lowrank_optax.basis._average import Average
 from lowrank_optax.basis._frame import Seen, Turn
 
@@ -27,7 +27,7 @@ class Tracker(Average):
         rows = seen.seated(self.rank)
         a = rows @ x
         moments = jnp.diag(decay * lam[: self.rank]) + a @ a.T
-        lam, v = _linalg.eigh(_linalg.symmetrize(moments))
+        lam, v = linalg.eigh(linalg.symmetrize(moments))
         lam, live = self.stored(lam, lam > 0)
         v = jnp.where(live[:, None], v, 0)
         z, memory = self.move(memory, v, v @ rows, x, lam, seen.columns)
@@ -78,7 +78,7 @@ class OPAST(Tracker):
 
     Example:
       >>> import lowrank_optax as lro
-      >>> tx = lro.lre(1e-2, basis=lro.basis.OPAST(20))
+      >>> tx = lro.lre(1.0, basis=lro.basis.OPAST(20))
 
     Args:
       rank: dimension of the subspace, ``r``.
@@ -100,8 +100,8 @@ class OPAST(Tracker):
 
     def move(self, memory, v, rows, x, lam, count):
         a = rows @ x
-        return _linalg.lean(
-            rows, _linalg.safe_divide(a, lam[:, None]), x - rows.T @ a, jnp.arctan
+        return linalg.lean(
+            rows, linalg.safe_divide(a, lam[:, None]), x - rows.T @ a, jnp.arctan
         ), memory
 
 
@@ -119,7 +119,7 @@ class GROUSE(Tracker):
 
     Example:
       >>> import lowrank_optax as lro
-      >>> tx = lro.lre(1e-2, basis=lro.basis.GROUSE(20))
+      >>> tx = lro.lre(1.0, basis=lro.basis.GROUSE(20))
 
     Args:
       rank: dimension of the subspace, ``r``.
@@ -145,6 +145,6 @@ class GROUSE(Tracker):
 
     def move(self, memory, v, rows, x, lam, count):
         a = rows @ x
-        g = _linalg.safe_divide(self.learning_rate * a, jnp.max(lam))
+        g = linalg.safe_divide(self.learning_rate * a, jnp.max(lam))
         # A geodesic beyond a quarter turn leads back.
-        return _linalg.lean(rows, g, x - rows.T @ a, lambda s: jnp.minimum(s, jnp.pi / 4)), memory
+        return linalg.lean(rows, g, x - rows.T @ a, lambda s: jnp.minimum(s, jnp.pi / 4)), memory

@@ -9,17 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, cast_like, combine, rewrite, write
-from lowrank_optax._types import (
-    Absorbed,
-    Columns,
-    Eigenbasis,
-    Increment,
-    check,
-    check_decay,
-    fix_size,
-)
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_decay, fix_size
+from lowrank_optax._core.layout import Layout, cast_like, combine
+from lowrank_optax._core.rows import rewrite, write
+from lowrank_optax._core.types import BasisUpdate, Columns, Eigenbasis, SymmetricCorrection
 from lowrank_optax.basis._basis import Spectrum
 from lowrank_optax.basis._ring import Ring, RingState, oldest, spectral_factor, window_eigh
 
@@ -80,10 +74,10 @@ class CommonDirections(Ring):
         self,
         layout: Layout,
         state: RingState,
-        correction: Increment,
+        correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         check(
             correction.params is not None,
             "CommonDirections needs the parameters, which were "
@@ -99,7 +93,7 @@ class CommonDirections(Ring):
         ]
         # Of unit length, so that no dtype of the rows is too narrow for a short step.
         size = jnp.sqrt(layout.gram(step)[:, 0])
-        step = [_linalg.safe_divide(x, c) for x, c in zip(step, layout.spread(size), strict=True)]
+        step = [linalg.safe_divide(x, c) for x, c in zip(step, layout.spread(size), strict=True)]
         recent = slice(1 - self.rank, None)
         columns = [
             jnp.concatenate([s.astype(y.dtype), y[recent]])
@@ -126,9 +120,9 @@ class CommonDirections(Ring):
         return Eigenbasis(state.lam, state.lam != 0)
 
     def factor(self, state: RingState, signed: bool) -> tuple[jax.Array, jax.Array]:
-        scale = _linalg.safe_divide(state.weights, jnp.sqrt(jnp.diagonal(state.gram)))
+        scale = linalg.safe_divide(state.weights, jnp.sqrt(jnp.diagonal(state.gram)))
         lam, v = window_eigh(state.gram, scale, state.rows)
-        lam, live = _linalg.regularize(lam, lam > 0, eig_tol=self.eig_tol)
+        lam, live = linalg.regularize(lam, lam > 0, eig_tol=self.eig_tol)
         t = jnp.where(live, lax.rsqrt(jnp.where(live, lam, 1)), 0)[:, None] * v * scale[None]
         return live.astype(lam.dtype), t
 
@@ -253,10 +247,10 @@ class LowRankFactor(Ring, Spectrum):
         self,
         layout: Layout,
         state: RingState,
-        correction: Increment,
+        correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         keep = self.overflow.kept(self.rank)
         if keep is None:
             return super().absorb(layout, state, correction, accept, key)
@@ -271,7 +265,7 @@ class LowRankFactor(Ring, Spectrum):
         )
         rows = write(rows, layout, cut.slots, columns)
         rows, small = self._rebuild(layout, rows, columns, small, cut, keep)
-        return Absorbed(small._replace(rows=layout.store(rows)), cut.c, cut.u, cut.failed)
+        return BasisUpdate(small._replace(rows=layout.store(rows)), cut.c, cut.u, cut.failed)
 
     def _cut(self, old: RingState, s, gram, weights, accept, *, keep, signed):
         """One group's eigenpairs with the new columns, all of them or those that are kept."""
@@ -283,7 +277,7 @@ class LowRankFactor(Ring, Spectrum):
         full = jnp.sum(on) > jnp.sum(old.weights == 0)
         live = jnp.arange(m) < jnp.where(full, keep, m)
         lam, t = jnp.where(live, lam[:m], 0), jnp.where(live[:, None], t[:m], 0)
-        fine = _linalg.finite(whole, lam, t)
+        fine = linalg.finite(whole, lam, t)
         ok = accept & fine
         slots = jnp.where(ok, self.place(old, gram, weights), m)
         place = jax.nn.one_hot(slots, m, dtype=s.dtype)
@@ -303,7 +297,7 @@ class LowRankFactor(Ring, Spectrum):
             gram=jnp.diag(jnp.abs(lam)),
             weights=jnp.sign(lam),
             lam=lam,
-            t=jnp.diag(_linalg.safe_divide(1.0, root)),
+            t=jnp.diag(linalg.safe_divide(1.0, root)),
         )
         pick = lambda a, b, o: jnp.where(ok, jnp.where(full, a, b), o)
         c = jnp.where(
@@ -329,7 +323,7 @@ class LowRankFactor(Ring, Spectrum):
         rest = [(0, 0), (0, m - keep), (0, m - keep)]
         gram = jnp.where(cut.full[:, None, None], jnp.pad(gram, rest), small.gram)
         t = jnp.where(
-            cut.full[:, None, None], jax.vmap(_linalg.orthonormalize)(small.t, gram), small.t
+            cut.full[:, None, None], jax.vmap(linalg.orthonormalize)(small.t, gram), small.t
         )
         return rows, small._replace(gram=gram, t=t)
 

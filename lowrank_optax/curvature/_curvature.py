@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import Columns, Correction, Outside, Vector, check
+from lowrank_optax._core.checks import check
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.types import Columns, Correction, Outside, Vector
 
 
 class Observation(NamedTuple):

@@ -7,9 +7,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, cast_like, stack, write
-from lowrank_optax._types import Correction, Vector, check_decay, require
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_decay, require
+from lowrank_optax._core.layout import Layout, cast_like, stack
+from lowrank_optax._core.rows import write
+from lowrank_optax._core.types import Correction, Vector
 from lowrank_optax.curvature._curvature import (
     Curvature,
     Evidence,
@@ -90,7 +92,7 @@ class Collecting(Curvature):
         slots = jnp.where(sound, state.fill % window, window)[:, None]
         columns = write(columns, layout, slots, cast_like(stack(column), columns))
         weights = jnp.where(slots == jnp.arange(window), weight[:, None], state.weights)
-        fill = _linalg.tally(state.fill, sound, window)
+        fill = linalg.tally(state.fill, sound, window)
         return Collected(layout.store(columns), weights, fill, memory)
 
     def undo(

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_optax import _linalg
-from lowrank_optax._functions import example_losses, flat_residuals
-from lowrank_optax._tree import Layout, cast_like, stack, write
-from lowrank_optax._types import Correction, Vector, check, fix_size, require
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, fix_size, require
+from lowrank_optax._core.functions import example_losses, flat_residuals
+from lowrank_optax._core.layout import Layout, cast_like, stack
+from lowrank_optax._core.loops import traced
+from lowrank_optax._core.rows import write
+from lowrank_optax._core.types import Correction, Vector
 from lowrank_optax.curvature._curvature import (
     Curvature,
     Evidence,
@@ -200,7 +203,7 @@ class UnrolledGaussNewton(Collecting):
         return History(
             layout.store(columns),
             losses,
-            _linalg.tally(memory.fill, good, self.history),
+            linalg.tally(memory.fill, good, self.history),
             jnp.where(good, jnp.minimum(memory.lowest, value), memory.lowest),
         )
 
@@ -228,7 +231,7 @@ def jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> 
     blocks = -(-k // chunk)
     padded = jnp.eye(blocks * chunk, k, dtype=values.dtype)
     padded = jnp.reshape(padded, (blocks, chunk, k))
-    if _linalg.traced(values):
+    if traced(values):
         rows = lax.map(back, padded)
     else:
         rows = jax.tree.map(lambda *x: jnp.stack(x), *map(back, padded))

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_optax import _linalg
-from lowrank_optax._functions import scalar_loss
-from lowrank_optax._tree import Layout, stack
-from lowrank_optax._types import Correction, Outside, Vector, check, check_least, require
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_least, require
+from lowrank_optax._core.functions import scalar_loss
+from lowrank_optax._core.layout import Layout, stack
+from lowrank_optax._core.types import Correction, Outside, Vector
 from lowrank_optax.curvature._curvature import (
     Curvature,
     Evidence,
@@ -341,15 +342,15 @@ class _Averaged(Probing):
 
     def learn(self, layout: Layout, state: Hessian, due: jax.Array, seen: Outside) -> Hessian:
         some = due & (seen.probe > 0)
-        new = _KEEP * state.square + (1 - _KEEP) * _linalg.safe_divide(seen.product, seen.probe)
+        new = _KEEP * state.square + (1 - _KEEP) * linalg.safe_divide(seen.product, seen.probe)
         return state._replace(
             square=jnp.where(some, new, state.square),
-            estimates=_linalg.tally(state.estimates, some),
+            estimates=linalg.tally(state.estimates, some),
         )
 
     def outside(self, state: Hessian) -> jax.Array:
         known = 1 - jnp.asarray(_KEEP, state.square.dtype) ** state.estimates
-        size = jnp.sqrt(_linalg.safe_divide(state.square, known))
+        size = jnp.sqrt(linalg.safe_divide(state.square, known))
         return jnp.where(size > 0, size, 1)
 
 
@@ -475,7 +476,7 @@ def _inside(layout: Layout, evidence: Evidence, z: Vector, hz: Vector) -> Vector
     rest = less(rest, evidence.project(rest))  # twice is enough
     size = layout.inner(rest, rest)
     some = size > 1e3 * jnp.finfo(layout.dtype).eps * layout.inner(hz, hz)
-    along = jnp.where(some, _linalg.safe_divide(layout.inner(rest, z), size), 0)
+    along = jnp.where(some, linalg.safe_divide(layout.inner(rest, z), size), 0)
     return [a + b for a, b in zip(known, scale(layout, along, rest), strict=True)]
 
 
@@ -507,7 +508,7 @@ def _displaced(owner: str, layout: Layout, evidence: Evidence, z: Vector):
     """``‖z‖``, and the gradient as a function of how far to go along ``z/‖z‖``."""
     loss, params = _loss(owner, evidence)
     size = jnp.sqrt(jnp.sum(layout.inner(z, z)))
-    z = [_linalg.safe_divide(x, size) for x in z]
+    z = [linalg.safe_divide(x, size) for x in z]
 
     def beside(distance: float) -> Vector:
         x = [p + distance * t for p, t in zip(flat(layout, params), z, strict=True)]

@@ -12,9 +12,10 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import Correction, Vector, check, check_least
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_least
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.types import Correction, Vector
 from lowrank_optax.curvature._curvature import Evidence, scale
 from lowrank_optax.curvature.hessian import (
     ExactProduct,
@@ -105,7 +106,7 @@ class QuasiNewton(Probing):
         if self.gamma is not None:
             return state.gamma
         ss, sy, yy = layout.inner(s, s), layout.inner(s, y), layout.inner(y, y)
-        new = _linalg.safe_divide(yy, sy)
+        new = linalg.safe_divide(yy, sy)
         good = (sy > _SLACK * jnp.sqrt(ss) * jnp.sqrt(yy)) & jnp.isfinite(new)
         return jnp.where(good, self.rescale(state.gamma, new), state.gamma)
 
@@ -169,7 +170,7 @@ class BFGS(QuasiNewton):
         sy, sbs = layout.inner(s, y), layout.inner(s, b)
         if self.damping is not None:
             theta = jnp.where(
-                sy < self.damping * sbs, (1 - self.damping) * _linalg.safe_divide(sbs, sbs - sy), 1
+                sy < self.damping * sbs, (1 - self.damping) * linalg.safe_divide(sbs, sbs - sy), 1
             )
             y = [t * a + (1 - t) * c for t, a, c in zip(layout.spread(theta), y, b, strict=True)]
             sy = theta * sy + (1 - theta) * sbs

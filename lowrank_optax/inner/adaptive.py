@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._types import (
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_decay, check_least
+from lowrank_optax._core.types import (
     MATRIX,
     MOMENTS,
     SCALAR,
@@ -15,8 +16,6 @@ from lowrank_optax._types import (
     THIRD_MOMENT,
     VECTOR,
     Context,
-    check_decay,
-    check_least,
 )
 
 
@@ -82,13 +81,13 @@ class Adam:
         return AdamState._make((SCALAR, moments, SECOND_MOMENT if self.amsgrad else None))
 
     def update(self, u: jax.Array, state: AdamState, context: Context):
-        count = _linalg.tally(state.count)
+        count = linalg.tally(state.count)
         mean = average(state.moments.mean, u, self.b1, count)
         v = second = average(state.moments.second, u * u, self.b2, count)
         largest = state.largest
         if largest is not None:
             v = largest = jnp.maximum(largest, v)
-        u = _linalg.safe_divide(mean, jnp.sqrt(v) + self.eps)
+        u = linalg.safe_divide(mean, jnp.sqrt(v) + self.eps)
         return u, AdamState(count, Moments(mean, second), largest)
 
 
@@ -144,7 +143,7 @@ class FullMatrixAdam:
         return FullMatrixAdamState._make((SCALAR, VECTOR, MATRIX))
 
     def update(self, u: jax.Array, state: FullMatrixAdamState, context: Context):
-        count = _linalg.tally(state.count)
+        count = linalg.tally(state.count)
         mean = ema(state.mean, u, self.b1)
         start = state.covariance
         if self.identity:
@@ -152,9 +151,9 @@ class FullMatrixAdam:
         covariance = ema(start, jnp.outer(u, u), self.b2)
         m = debias(covariance, self.b2, count)
         if self.identity:
-            root = _linalg.matrix_power(m + self.eps * jnp.eye(len(u), dtype=u.dtype), -0.5)
+            root = linalg.matrix_power(m + self.eps * jnp.eye(len(u), dtype=u.dtype), -0.5)
         else:  # what was not seen is dropped before anything is added
-            root = _linalg.matrix_power(m, -0.5, damping=self.eps, rdamping=0.0)
+            root = linalg.matrix_power(m, -0.5, damping=self.eps, rdamping=0.0)
         u = root @ debias(mean, self.b1, count)
         return jnp.where(context.basis.live, u, 0), FullMatrixAdamState(count, mean, covariance)
 
@@ -211,7 +210,7 @@ class CubicAdam:
         return CubicAdamState._make((SCALAR, VECTOR, SECOND_MOMENT, THIRD_MOMENT))
 
     def update(self, u: jax.Array, state: CubicAdamState, context: Context):
-        count = _linalg.tally(state.count)
+        count = linalg.tally(state.count)
         mean, second, third = (
             ema(old, u**power, decay)
             for old, power, decay in (
@@ -224,8 +223,8 @@ class CubicAdam:
         b = jnp.sqrt(debias(second, self.b2, count))
         c = debias(mean, self.b1, count)
         d = b * b - 4 * a * c
-        lowest = _linalg.safe_divide(2 * c, b + jnp.sqrt(jnp.maximum(d, 0)))
-        u = jnp.where(d >= 0, lowest, _linalg.safe_divide(c, b + self.eps))
+        lowest = linalg.safe_divide(2 * c, b + jnp.sqrt(jnp.maximum(d, 0)))
+        u = jnp.where(d >= 0, lowest, linalg.safe_divide(c, b + self.eps))
         return u, CubicAdamState(count, mean, second, third)
 
 
@@ -300,7 +299,7 @@ class EMA:
         return EMAState._make((SCALAR, VECTOR))
 
     def update(self, u: jax.Array, state: EMAState, context: Context):
-        state = EMAState(_linalg.tally(state.count), ema(state.mean, u, self.beta))
+        state = EMAState(linalg.tally(state.count), ema(state.mean, u, self.beta))
         return debias(state.mean, self.beta, state.count) if self.debias else state.mean, state
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._types import Context, Inner, check
+from lowrank_optax._core.checks import check
+from lowrank_optax._core.types import Context, Inner
 
 
 class Stateless:

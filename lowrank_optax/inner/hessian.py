@@ -18,14 +18,14 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._types import (
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_least
+from lowrank_optax._core.types import (
     SCALAR,
     SURROUNDED_DIAGONAL,
     SURROUNDED_MATRIX,
     VECTOR,
     Context,
-    check_least,
 )
 from lowrank_optax.inner.adaptive import check_moments, debias, ema, identity_at_first
 
@@ -126,8 +126,8 @@ class HutchinsonAdam:
         return HutchinsonAdamState._make((SCALAR, SCALAR, VECTOR, SURROUNDED_DIAGONAL))
 
     def update(self, u: jax.Array, state: HutchinsonAdamState, context: Context):
-        count = _linalg.tally(state.count)
-        estimates = _linalg.tally(state.estimates, context.moved)
+        count = linalg.tally(state.count)
+        estimates = linalg.tally(state.estimates, context.moved)
         z, hz = _pair(context)
         v = z * hz
         v = v * v if self.gamma is None else v
@@ -140,7 +140,7 @@ class HutchinsonAdam:
             diagonal = debias(diagonal, self.b2, jnp.maximum(estimates, 1))
         if self.gamma is not None:
             return jnp.where(mean == 0, 0, mean / jnp.maximum(self.gamma * diagonal, self.eps)), new
-        step = _linalg.safe_divide(mean, jnp.sqrt(diagonal) + self.eps)
+        step = linalg.safe_divide(mean, jnp.sqrt(diagonal) + self.eps)
         return jnp.where(estimates > 0, step, 0), new
 
 
@@ -182,8 +182,8 @@ class _FullMatrixHessian(abc.ABC):
         return FullMatrixHessianState._make((SCALAR, SCALAR, VECTOR, SURROUNDED_MATRIX))
 
     def update(self, u: jax.Array, state: FullMatrixHessianState, context: Context):
-        count = _linalg.tally(state.count)
-        estimates = _linalg.tally(state.estimates, context.moved)
+        count = linalg.tally(state.count)
+        estimates = linalg.tally(state.estimates, context.moved)
         mean = ema(state.mean, u, self.b1)
         old = identity_at_first(state.hessian.inside, state.count, context)
         estimate = self._estimate(old, *_pair(context))
@@ -232,10 +232,10 @@ class FullMatrixHutchinsonAdam(_FullMatrixHessian):
     """
 
     def _estimate(self, old: jax.Array, z: jax.Array, hz: jax.Array) -> jax.Array:
-        return _linalg.symmetrize(jnp.outer(hz, z))
+        return linalg.symmetrize(jnp.outer(hz, z))
 
     def _inverse(self, matrix: jax.Array) -> jax.Array:
-        return _linalg.matrix_power(matrix, -1.0, abs=True)
+        return linalg.matrix_power(matrix, -1.0, abs=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,13 +267,13 @@ class FullMatrixBFGSAdam(_FullMatrixHessian):
         bz, sy = old @ z, z @ hz
         new = (
             old
-            + _linalg.safe_divide(jnp.outer(hz, hz), sy)
-            - _linalg.safe_divide(jnp.outer(bz, bz), z @ bz)
+            + linalg.safe_divide(jnp.outer(hz, hz), sy)
+            - linalg.safe_divide(jnp.outer(bz, bz), z @ bz)
         )
         return jnp.where(sy >= 1e-16, new, old)
 
     def _inverse(self, matrix: jax.Array) -> jax.Array:
-        return _linalg.matrix_power(matrix, -1.0, eig_tol=0.0, damping=0.0, rdamping=0.0)
+        return linalg.matrix_power(matrix, -1.0, eig_tol=0.0, damping=0.0, rdamping=0.0)
 
 
 def _averaged(
@@ -287,7 +287,7 @@ def _averaged(
     known = context.moved & (outside is not None and outside.probe > 0)
     seen = old.outside
     if outside is not None:
-        seen = _linalg.safe_divide(outside.product if square else outside.cross, outside.probe)
+        seen = linalg.safe_divide(outside.product if square else outside.cross, outside.probe)
     return Surrounded(
         jnp.where(context.moved, ema(old.inside, estimate, decay), old.inside),
         jnp.where(known, ema(old.outside, seen, decay), old.outside),

@@ -7,17 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_optax import _linalg
-from lowrank_optax._types import (
-    MATRIX,
-    SCALAR,
-    TENSOR,
-    VECTOR,
-    Context,
-    Eigenbasis,
-    check_count,
-    check_least,
-)
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_count, check_least
+from lowrank_optax._core.types import MATRIX, SCALAR, TENSOR, VECTOR, Context, Eigenbasis
 
 
 class CubicNewtonState(NamedTuple):
@@ -91,7 +83,7 @@ class CubicNewton:
             missed = jnp.abs(state.step @ (context.g - state.shift * state.step))
             least = jnp.finfo(u.dtype).eps * self.sigma
             halved = jnp.where(size > 0, jnp.maximum(sigma / 2, least), sigma)
-            sigma = jnp.maximum(halved, _linalg.safe_divide(missed, size**3))
+            sigma = jnp.maximum(halved, linalg.safe_divide(missed, size**3))
         u, shift = _cubic_step(u, context.basis, sigma, self.iterations)
         return u, CubicNewtonState(sigma, shift, u)
 
@@ -216,7 +208,7 @@ class NaturalGradient:
 
     def update(self, u: jax.Array, state: jax.Array, context: Context):
         total, weight = _outer_sum(context)
-        fisher = jnp.where(context.moved, _linalg.safe_divide(total, weight), state)
+        fisher = jnp.where(context.moved, linalg.safe_divide(total, weight), state)
         return _damped_solve(fisher, u, self.damping, self.rdamping), fisher
 
 
@@ -281,7 +273,7 @@ def _damped_solve(matrix: jax.Array, u: jax.Array, damping, rdamping) -> jax.Arr
     """``(A + mu I)^{-1} u``, with a pseudo-inverse where ``mu`` drowns in rounding."""
     mu = damping + rdamping * jnp.trace(matrix)
     shifted = matrix + mu * jnp.eye(u.shape[0], dtype=u.dtype)
-    return _linalg.matrix_power(shifted, -1.0, eig_tol=0.0, damping=0.0, rdamping=0.0) @ u
+    return linalg.matrix_power(shifted, -1.0, eig_tol=0.0, damping=0.0, rdamping=0.0) @ u
 
 
 def _cubic_step(g: jax.Array, basis: Eigenbasis, sigma, iterations: int):
@@ -297,7 +289,7 @@ def _cubic_step(g: jax.Array, basis: Eigenbasis, sigma, iterations: int):
     def alone(above, size):
         """The root ``t`` if the gradient lay along a single eigenvector."""
         bound = sigma * size
-        return _linalg.safe_divide(
+        return linalg.safe_divide(
             2 * (bound - above * pole), above + pole + jnp.sqrt((above - pole) ** 2 + 4 * bound)
         )
 
@@ -310,15 +302,15 @@ def _cubic_step(g: jax.Array, basis: Eigenbasis, sigma, iterations: int):
     )
 
     def body(_, t):
-        u = _linalg.safe_divide(g, above + t)
-        ratio = _linalg.safe_divide(sigma * jnp.linalg.norm(u), pole + t)
-        slope = _linalg.safe_divide(_linalg.unit(u) ** 2, above + t).sum() + _linalg.safe_divide(
+        u = linalg.safe_divide(g, above + t)
+        ratio = linalg.safe_divide(sigma * jnp.linalg.norm(u), pole + t)
+        slope = linalg.safe_divide(linalg.unit(u) ** 2, above + t).sum() + linalg.safe_divide(
             ratio, pole + t
         )
-        return jnp.clip(t + _linalg.safe_divide(ratio - 1, slope), low, jnp.maximum(low, high))
+        return jnp.clip(t + linalg.safe_divide(ratio - 1, slope), low, jnp.maximum(low, high))
 
     t = lax.fori_loop(0, iterations, body, low)
-    u, rho = _linalg.safe_divide(g, above + t), pole + t
+    u, rho = linalg.safe_divide(g, above + t), pole + t
     # The hard case: at the pole the step is still too short, and the lowest eigenvector fills it.
     missing = jnp.sqrt(jnp.maximum((rho / sigma) ** 2 - u @ u, 0))
     bottom = jax.nn.one_hot(jnp.argmin(jnp.where(live, above, jnp.inf)), g.shape[0], dtype=g.dtype)
@@ -328,8 +320,8 @@ def _cubic_step(g: jax.Array, basis: Eigenbasis, sigma, iterations: int):
 def _secant(tensor: jax.Array, way: jax.Array, change: jax.Array) -> jax.Array:
     """The symmetric tensor closest to ``tensor`` with ``T[way] = change``; itself for no way."""
     length = jnp.linalg.norm(way)
-    s = _linalg.unit(way)
-    e = _linalg.safe_divide(change, length) - jnp.einsum("ijk,k->ij", tensor, s)
+    s = linalg.unit(way)
+    e = linalg.safe_divide(change, length) - jnp.einsum("ijk,k->ij", tensor, s)
     es = e @ s
     new = (
         _spread(e, s)
@@ -368,7 +360,7 @@ def _third_order_step(g, hessian, tensor, sigma, iterations: int) -> jax.Array:
         curvature = (
             hessian + ty + sigma * ((y @ y) * jnp.eye(n, dtype=g.dtype) + 2 * jnp.outer(y, y))
         )
-        step = _linalg.matrix_power(curvature, -1.0, abs=True) @ slope
+        step = linalg.matrix_power(curvature, -1.0, abs=True) @ slope
         tries = y[None] - lengths[:, None] * step[None]
         return tries[jnp.argmin(jax.vmap(model)(tries))]
 

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._types import SCALAR, VECTOR, Context, check_decay, check_least
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_decay, check_least
+from lowrank_optax._core.types import SCALAR, VECTOR, Context
 from lowrank_optax.inner.compose import Stateless
 
 
@@ -26,7 +27,7 @@ class Cautious(Stateless):
     def update(self, u: jax.Array, state: Any, context: Context):
         mask = (u * context.g > 0).astype(u.dtype)
         if self.normalize:
-            mask = mask * _linalg.safe_divide(
+            mask = mask * linalg.safe_divide(
                 jnp.sum(context.basis.live.astype(u.dtype)), jnp.sum(mask)
             )
         return u * mask, state
@@ -52,7 +53,7 @@ class ClipNorm(Stateless):
 
     def update(self, u: jax.Array, state: Any, context: Context):
         norm = jnp.linalg.norm(u)
-        return u * jnp.minimum(1, _linalg.safe_divide(self.max_norm, norm) + (norm == 0)), state
+        return u * jnp.minimum(1, linalg.safe_divide(self.max_norm, norm) + (norm == 0)), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ class ClipNormByEMA:
     def update(self, u: jax.Array, state: ClipNormByEMAState, context: Context):
         first = state.count == 0
         size = jnp.linalg.norm(state.mean)
-        lift = jnp.where(size < self.min_norm, _linalg.safe_divide(self.min_norm, size), 1)
+        lift = jnp.where(size < self.min_norm, linalg.safe_divide(self.min_norm, size), 1)
         mean = jnp.where(context.moved, lift, 1) * state.mean
         norm = jnp.where(context.moved, jnp.linalg.norm(mean), state.norm)
         mean = jnp.where(first, self.start * u, mean)
@@ -145,11 +146,11 @@ class ClipNormByEMA:
         if self.max_growth is not None:
             limit = jnp.maximum(self.max_growth * norm, self.min_norm)
             held = jnp.where(first, size, jnp.minimum(size, limit))
-            mean, size = mean * _linalg.safe_divide(held, size), held
-        scale = _linalg.safe_divide(size, jnp.linalg.norm(u))
+            mean, size = mean * linalg.safe_divide(held, size), held
+        scale = linalg.safe_divide(size, jnp.linalg.norm(u))
         if not self.normalize:
             scale = jnp.minimum(scale, 1)
-        return u * scale, ClipNormByEMAState(_linalg.tally(state.count), mean, norm)
+        return u * scale, ClipNormByEMAState(linalg.tally(state.count), mean, norm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Normalize(Stateless):
     """``u / ‖u‖``, and 0 for 0."""
 
     def update(self, u: jax.Array, state: Any, context: Context):
-        return _linalg.unit(u), state
+        return linalg.unit(u), state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._types import Context, check_finite
+from lowrank_optax._core.checks import check_finite
+from lowrank_optax._core.types import Context
 from lowrank_optax.inner.compose import Stateless
 
 

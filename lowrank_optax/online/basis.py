@@ -6,9 +6,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import Absorbed, Columns, Eigenbasis, Increment, Vector, check
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.types import BasisUpdate, Columns, Eigenbasis, SymmetricCorrection, Vector
 from lowrank_optax.basis import Basis
 from lowrank_optax.basis._basis import Spectrum
 from lowrank_optax.online.learner import Learner, LearnerState
@@ -45,7 +46,7 @@ class Learned(Basis, Spectrum):
       >>> import optax, lowrank_optax as lro
       >>> learner = lro.online.learner(
       ...     8, (lro.online.Dynamics(1.0),), optax.MultiSteps(optax.adam(3e-3), 8))
-      >>> tx = lro.lre(1e-2, basis=lro.online.Learned(learner), complement=1.0)
+      >>> tx = lro.lre(1.0, basis=lro.online.Learned(learner), complement=1.0)
 
     Args:
       learner: made by `learner`; its purposes can look at the stream of corrections alone.
@@ -94,10 +95,10 @@ class Learned(Basis, Spectrum):
         self,
         layout: Layout,
         state: LearnedState,
-        correction: Increment,
+        correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
-    ) -> Absorbed:
+    ) -> BasisUpdate:
         check(
             not correction.signed,
             "Learned keeps positive semidefinite moments, but the corrections have weights of both "
@@ -116,7 +117,7 @@ class Learned(Basis, Spectrum):
         learners = tuple(g[0] for g in groups)
         t, lam, c, failed = (jnp.stack(x) for x in zip(*(g[1:] for g in groups), strict=True))
         new = LearnedState(learners, t, lam)
-        return Absorbed(new, c, self.project(layout, new, correction.columns), failed)
+        return BasisUpdate(new, c, self.project(layout, new, correction.columns), failed)
 
     def eigenbasis(self, state: LearnedState) -> Eigenbasis:
         return Eigenbasis(*jax.vmap(self.used)(state.lam))
@@ -133,7 +134,7 @@ class Learned(Basis, Spectrum):
         op = new.operator
         lam, turned = op.eigenbasis()
         lam, live = self.stored(lam, lam > 0)
-        fine = _linalg.finite(lam, turned)
+        fine = linalg.finite(lam, turned)
         turned = jnp.where(fine, jnp.where(live[:, None], turned, 0), t)
         # A_new A_old^T, from A_new A_old^+.
         c = turned @ info.change @ state.operator.gram @ t.T

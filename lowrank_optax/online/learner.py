@@ -9,19 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import (
-    Layout,
-    alike,
-    check_fits,
-    check_kind,
-    orthonormal,
-    random_rows,
-    repeat,
-    rewrite,
-    start,
-)
-from lowrank_optax._types import Columns, check, check_count, check_decay
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_count, check_decay
+from lowrank_optax._core.devices import init_on_devices, sharded_like
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.loops import now_and_then
+from lowrank_optax._core.precision import full_precision
+from lowrank_optax._core.rows import orthonormal, random_rows, rewrite
+from lowrank_optax._core.states import check_fits, check_kind
+from lowrank_optax._core.types import Columns
 from lowrank_optax.online.operator import Operator
 from lowrank_optax.online.purposes import (
     Custom,
@@ -90,7 +86,7 @@ class Learner:
     relative: bool
     dtype: Any
 
-    @_linalg.exact
+    @full_precision
     def init(self, key: jax.Array, example: Any, rows: Any = None) -> LearnerState:
         """The state before the first vector.
 
@@ -103,7 +99,7 @@ class Learner:
         Raises:
           ValueError: for a rank above the number of entries, or rows of other shapes.
         """
-        return start(self._init, (key, example, rows))
+        return init_on_devices(self._init, (key, example, rows))
 
     def _init(self, given: tuple[jax.Array, Any, Any]) -> LearnerState:
         key, example, rows = given
@@ -176,7 +172,7 @@ class Learner:
             f"learner.update: no purpose asks for {', '.join(unknown)}; pass "
             f"{', '.join(sorted(needed)) or 'vectors alone'}.",
         )
-        return alike(self._update, (state, None), state, vectors, next, extra)
+        return sharded_like(self._update, (state, None), state, vectors, next, extra)
 
     def _update(self, state: LearnerState, vectors: Any, next: Any, extra: dict[str, Any]):
         layout = state.operator.layout.on(vectors)
@@ -194,7 +190,7 @@ class Learner:
             return state, Info(nothing, (nothing,) * len(self.purposes), nothing != 0, same)
         return self.step(state, stream, after, others)
 
-    @_linalg.exact
+    @full_precision
     def step(
         self,
         state: LearnerState,
@@ -240,7 +236,7 @@ class Learner:
         rows, gram, c, moved = self._retract(old, layout.leaves(steps[0]), ok & (size > 0))
         new = LearnerState(
             dataclasses.replace(
-                old, rows=layout.tree(rows), gram=gram, h=_linalg.symmetrize(c @ h @ c.T)
+                old, rows=layout.tree(rows), gram=gram, h=linalg.symmetrize(c @ h @ c.T)
             ),
             jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.theta, steps[1]),
             tuple(p.move(m, c) for p, m in zip(self.purposes, memory, strict=True)),
@@ -248,7 +244,7 @@ class Learner:
             energy,
             layout.tree([x[-1:] for x in stream.columns]) if self._pairs else (),
             fine[-1],
-            _linalg.tally(state.count),
+            linalg.tally(state.count),
             state.skipped,
             state.failed,
         )
@@ -257,8 +253,8 @@ class Learner:
         new = jax.tree.map(partial(jnp.where, ok), _sparing(new), _sparing(state))
         new = new._replace(
             operator=dataclasses.replace(new.operator, rows=keep),
-            skipped=_linalg.tally(state.skipped, sum(jnp.sum(x) for x in lost)),
-            failed=_linalg.tally(state.failed, some & ~ok),
+            skipped=linalg.tally(state.skipped, sum(jnp.sum(x) for x in lost)),
+            failed=linalg.tally(state.failed, some & ~ok),
             # What was not taken in is not followed by anything.
             after=ok & fine[-1]
             if on is None
@@ -304,7 +300,7 @@ class Learner:
             t = eye
             if self.orthonormal:
                 s = gram + cross + cross.T + layout.gram(steps)[0]
-                t = _linalg.matrix_power(s, -0.5, damping=0, rdamping=0)
+                t = linalg.matrix_power(s, -0.5, damping=0, rdamping=0)
             turn = lambda _, at, block, step: (
                 t @ (block.astype(layout.dtype) + step.astype(layout.dtype))
             )
@@ -313,11 +309,11 @@ class Learner:
             c = (
                 back[0]
                 if self.orthonormal
-                else back[0] @ _linalg.matrix_power(gram, -1.0, damping=0, rdamping=0)
+                else back[0] @ linalg.matrix_power(gram, -1.0, damping=0, rdamping=0)
             )
             return rows, new[0], c
 
-        rows, gram, c = repeat(moved, body, (rows, old.gram, eye))
+        rows, gram, c = now_and_then(moved, body, (rows, old.gram, eye))
         return rows, gram, c, moved
 
 
@@ -453,7 +449,7 @@ def _backward(purposes, tangent, saved, cotangents):
     for bar, gradient in dense:
         if tangent:
             within = layout.combine(
-                _linalg.symmetrize(layout.dot(gradient, leaves)[0])[None], leaves
+                linalg.symmetrize(layout.dot(gradient, leaves)[0])[None], leaves
             )
             gradient = [g.astype(i.dtype) - i for g, i in zip(gradient, within, strict=True)]
         total = [x + bar * g.astype(x.dtype) for x, g in zip(total, gradient, strict=True)]

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import Columns, check, check_count, check_least
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_count, check_least
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.types import Columns
 
 
 @jax.tree_util.register_dataclass
@@ -141,7 +142,7 @@ class Operator:
 
     def eigenbasis(self) -> tuple[jax.Array, jax.Array]:
         """Eigenvalues ``(r,)`` of ``G``, and ``T``, ``(r, r)``: its eigenvectors are ``T A``."""
-        lam, v = _linalg.eigh(self._normal())
+        lam, v = linalg.eigh(self._normal())
         return lam, v @ _power(self.gram, -0.5)
 
     def codes(self, columns: Columns) -> jax.Array:
@@ -162,7 +163,7 @@ class Operator:
 
     def _normal(self) -> jax.Array:
         root = _power(self.gram, 0.5)
-        return _linalg.symmetrize(root @ self.h @ root)
+        return linalg.symmetrize(root @ self.h @ root)
 
     def _whitened(self, function) -> jax.Array:
         """``S^{-1/2} f(N) S^{-1/2}``."""
@@ -222,8 +223,8 @@ def merge(
     stacked = [jnp.concatenate(pair) for pair in zip(*rows, strict=True)]
     root = jax.scipy.linalg.block_diag(*roots)
     gram = layout.gram(stacked)[0]
-    lam, v = _linalg.eigh(_linalg.symmetrize(root @ gram @ root))
-    lam, live = _linalg.regularize(lam[:rank], lam[:rank] > 0)
+    lam, v = linalg.eigh(linalg.symmetrize(root @ gram @ root))
+    lam, live = linalg.regularize(lam[:rank], lam[:rank] > 0)
     scale = jnp.where(live, 1 / jnp.sqrt(jnp.where(live, lam, 1)), 0)
     out = layout.combine(((scale[:, None] * v[:rank]) @ root)[None], stacked)
     return Operator(layout.tree(out), jnp.diag(lam), layout.gram(out)[0], layout)
@@ -282,15 +283,15 @@ def _dual(
     layout: Layout, stacked: Columns, weights: jax.Array, rank: int
 ) -> tuple[jax.Array, Columns]:
     """Leading eigenpairs of ``X^T D X`` through ``X X^T``."""
-    size, u = _linalg.eigh(_linalg.symmetrize(layout.gram(stacked)[0]))
-    _, live = _linalg.regularize(size, size > 0)
+    size, u = linalg.eigh(linalg.symmetrize(layout.gram(stacked)[0]))
+    _, live = linalg.regularize(size, size > 0)
     root = jnp.sqrt(jnp.where(live, size, 0))
     # In the orthonormal coordinates Λ^{-1/2} U^T X the matrix is Λ^{1/2} U^T D U Λ^{1/2}.
-    lam, v = _linalg.eigh(
-        _linalg.symmetrize((root[:, None] * u * weights[None]) @ (u.T * root[None]))
+    lam, v = linalg.eigh(
+        linalg.symmetrize((root[:, None] * u * weights[None]) @ (u.T * root[None]))
     )
     order = jnp.argsort(-jnp.where(jnp.abs(v) @ live > 0.5, lam, -jnp.inf))[:rank]
-    out = layout.combine(((v[order] * _linalg.safe_divide(1.0, root)) @ u)[None], stacked)
+    out = layout.combine(((v[order] * linalg.safe_divide(1.0, root)) @ u)[None], stacked)
     return lam[order], out
 
 
@@ -299,10 +300,10 @@ def _primal(
 ) -> tuple[jax.Array, Columns]:
     """Leading eigenpairs of ``X^T D X``, which is smaller than ``X X^T``."""
     x = jnp.concatenate([c.astype(layout.dtype) for c in stacked], axis=1)
-    lam, v = _linalg.eigh(_linalg.symmetrize((x.T * weights[None]) @ x))
+    lam, v = linalg.eigh(linalg.symmetrize((x.T * weights[None]) @ x))
     splits = [int(i) for i in np.cumsum(layout.sizes)[:-1]]
     return lam[:rank], jnp.split(v[:rank], splits, axis=1)
 
 
 def _power(a: jax.Array, power: float) -> jax.Array:
-    return _linalg.matrix_power(a, power, damping=0, rdamping=0)
+    return linalg.matrix_power(a, power, damping=0, rdamping=0)

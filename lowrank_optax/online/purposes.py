@@ -14,8 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._types import Columns, check, check_least
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_least
+from lowrank_optax._core.precision import callers_precision
+from lowrank_optax._core.types import Columns
 from lowrank_optax.online.operator import Operator
 
 Weight = float | Callable[[jax.Array], jax.Array]
@@ -255,10 +257,8 @@ class Whitening(Purpose):
         r, trace, square = h.shape[0], jnp.trace(h), jnp.sum(h**2)
         eye = jnp.eye(r, dtype=h.dtype)
         if self.relative:
-            value = _linalg.safe_divide(r * square, trace**2) - (trace > 0)
-            d = _linalg.safe_divide(
-                2 * r * (h - _linalg.safe_divide(square, trace) * eye), trace**2
-            )
+            value = linalg.safe_divide(r * square, trace**2) - (trace > 0)
+            d = linalg.safe_divide(2 * r * (h - linalg.safe_divide(square, trace) * eye), trace**2)
         else:
             value = square - trace**2 / r
             d = 2 * (h - trace / r * eye)
@@ -286,11 +286,11 @@ class Entropy(Purpose):
     def terms(self, view: View, theta: Any) -> Terms:
         h = view.operator.h
         r, trace = h.shape[0], jnp.trace(h)
-        lam, v = _linalg.eigh(_linalg.symmetrize(_linalg.safe_divide(h, trace)))
+        lam, v = linalg.eigh(linalg.symmetrize(linalg.safe_divide(h, trace)))
         # A logarithm bounded by what the dtype resolves: dead directions are drawn in, not thrown.
         log = jnp.log(jnp.maximum(lam, jnp.finfo(h.dtype).eps))
         negative = jnp.sum(jnp.maximum(lam, 0) * log)
-        d = _linalg.safe_divide((v.T * (log - negative)) @ v, trace)
+        d = linalg.safe_divide((v.T * (log - negative)) @ v, trace)
         return Terms(jnp.where(trace > 0, jnp.log(float(r)) + negative, 0), *_moments(view, d))
 
 
@@ -383,7 +383,7 @@ class Dynamics(Purpose):
         ridge = self.ridge * jnp.trace(memory.past) / r
         shrunk = memory.past + jnp.where(ridge > 0, ridge, 1) * jnp.eye(r, dtype=gram.dtype)
         back = jnp.linalg.solve(shrunk, memory.lag.T).T
-        return _linalg.matrix_power(gram, -1.0, damping=0, rdamping=0) @ back
+        return linalg.matrix_power(gram, -1.0, damping=0, rdamping=0) @ back
 
     def terms(self, view: View, theta: Any) -> Terms:
         pairs = _pairs(view)
@@ -405,7 +405,7 @@ class Dynamics(Purpose):
         if self.f is None:
             return codes @ theta.T
         apply = self.f[1] if isinstance(self.f, tuple) else self.f.apply
-        return jax.vmap(_linalg.as_called(lambda z: apply(theta, z)))(codes)
+        return jax.vmap(callers_precision(lambda z: apply(theta, z)))(codes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,11 +439,11 @@ class EditLocality(Purpose):
         along = layout.dot(outside, view.stream.columns)[0]  # (e, k)
         q = jnp.sum(along**2 * view.stream.weights[None], axis=1)
         s = _inner(view, outside, keys)
-        value = jnp.sum(weights * _linalg.safe_divide(q, s**2))
+        value = jnp.sum(weights * linalg.safe_divide(q, s**2))
         ck = layout.combine((along * view.stream.weights[None])[None], view.stream.columns)
         # The cotangent of A^T A k is that of k_⊥ with the other sign.
-        one = -2 * weights * _linalg.safe_divide(1.0, s**2)
-        two = 2 * weights * _linalg.safe_divide(q, s**3)
+        one = -2 * weights * linalg.safe_divide(1.0, s**2)
+        two = 2 * weights * linalg.safe_divide(q, s**3)
         cotangent = [a + b for a, b in zip(_scaled(ck, one), _scaled(keys, two), strict=True)]
         return Terms(value, *_through(view, keys, codes, cotangent))
 
@@ -482,7 +482,7 @@ class Activation(Purpose):
 
     def terms(self, view: View, theta: Any) -> Terms:
         layout, (columns, weights) = view.operator.layout, view.stream
-        logits = lambda x: jax.vmap(_linalg.as_called(self.head))(layout.vectors(x))
+        logits = lambda x: jax.vmap(callers_precision(self.head))(layout.vectors(x))
         target = jax.nn.log_softmax(logits(columns))
 
         def loss(x):
@@ -545,7 +545,7 @@ class Custom(Purpose):
             codes = op.codes(view.stream.columns)
             h = through(old.h, (codes.T * view.stream.weights[None]) @ codes)
             gram = through(old.gram, layout.gram(layout.leaves(rows))[0])
-            own = _linalg.as_called(self.function)
+            own = callers_precision(self.function)
             return own(dataclasses.replace(op, h=h, gram=gram), batch)
 
         value, rows = jax.value_and_grad(loss)(old.rows)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._types import check, check_count
+from lowrank_optax._core.checks import check, check_count
 
 
 def gradients(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax._types import check
+from lowrank_optax._core.checks import check
 from lowrank_optax.spectral.methods import Moments
 from lowrank_optax.spectral.operators import Operator
 

@@ -10,7 +10,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from lowrank_optax._types import check
+from lowrank_optax._core.checks import check
 from lowrank_optax.spectral.decomposition import Decomposition
 from lowrank_optax.spectral.fit import fit
 from lowrank_optax.spectral.methods import Method, NestedLoRA

@@ -15,8 +15,8 @@ import optax
 from jax import lax
 from jax.experimental.shard_alike import shard_alike
 
-from lowrank_optax._tree import everywhere, mesh_of, spread
-from lowrank_optax._types import check, check_count, check_decay
+from lowrank_optax._core.checks import check, check_count, check_decay
+from lowrank_optax._core.devices import everywhere, mesh_of, split_over_devices
 from lowrank_optax.spectral._fingerprint import fingerprint
 from lowrank_optax.spectral.decomposition import (
     Decomposition,
@@ -249,7 +249,7 @@ def _start(operator: Operator, networks, method, optimizer, batch_size, key) -> 
         sampler=operator.init(),
         faults=jnp.zeros((), jnp.int32),
     )
-    large = lambda tree: spread(tree, mesh)
+    large = lambda tree: split_over_devices(tree, mesh)
     state = state._replace(
         params=large(state.params), average=large(state.average), optimizer=large(state.optimizer)
     )
@@ -270,7 +270,7 @@ def _advance(operator, networks, method, optimizer, ema, batch_size, key, state,
     def step(state: FitState, _) -> tuple[FitState, None]:
         batch = operator.sample(jax.random.fold_in(key, state.step), batch_size, state.sampler)
         mesh = mesh_of(batch)
-        batch = spread(batch, mesh, (0,))
+        batch = split_over_devices(batch, mesh, (0,))
 
         def loss(params) -> tuple[jax.Array, Any]:
             pairs = _pairs(operator.apply(*functions_of(networks, params), batch))
@@ -310,7 +310,7 @@ def _evaluate(operator, networks, batch_size, batches, key, state):
 
     def one(_, i):
         batch = operator.sample(jax.random.fold_in(key, i), batch_size, state.sampler)
-        batch = spread(batch, mesh_of(batch), (0,))
+        batch = split_over_devices(batch, mesh_of(batch), (0,))
         return None, moments(_pairs(operator.apply(*functions, batch)))
 
     return lax.scan(one, None, jnp.arange(batches))[1]

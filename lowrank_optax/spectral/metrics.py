@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_optax._types import check
+from lowrank_optax._core.checks import check
 
 
 def relative_error(values: Any, truth: Any) -> np.ndarray:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lowrank_optax._types import check
+from lowrank_optax._core.checks import check
 
 
 class Nesting(abc.ABC):

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._types import check, check_count
+from lowrank_optax._core.checks import check, check_count
 from lowrank_optax.spectral.operators import Operator
 
 

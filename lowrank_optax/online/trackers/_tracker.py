@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, check_fits, check_kind, orthonormal, random_rows
-from lowrank_optax._types import Columns, Vector, check, check_count, check_decay
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_count, check_decay
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.precision import full_precision
+from lowrank_optax._core.rows import orthonormal, random_rows
+from lowrank_optax._core.states import check_fits, check_kind
+from lowrank_optax._core.types import Columns, Vector
 from lowrank_optax.online.operator import Operator
 
 
@@ -132,7 +136,7 @@ class Tracker(abc.ABC):
         begin = lambda key: self.init(key, example)
         check_fits(owner, state, begin, (jax.random.key(0),), but="key")  # typed or raw
 
-    @_linalg.exact
+    @full_precision
     def _update(self, state: TrackerState, columns: Columns, *others: Columns) -> TrackerState:
         dtype = state.layout.dtype
         squares = [jnp.sum(c.astype(dtype) ** 2, axis=1) for c in columns]
@@ -142,8 +146,8 @@ class Tracker(abc.ABC):
         return dataclasses.replace(
             state,
             memory=memory,
-            seen=_linalg.tally(state.seen, jnp.sum(taken), _linalg.DRAWS),
-            skipped=_linalg.tally(state.skipped, jnp.sum(~taken)),
+            seen=linalg.tally(state.seen, jnp.sum(taken), linalg.DRAWS),
+            skipped=linalg.tally(state.skipped, jnp.sum(~taken)),
         )
 
     @abc.abstractmethod
@@ -245,7 +249,7 @@ class OnRows(Tracker):
             v, fine, *others = given
             weight = self.decay * old.weight + 1
             new = RowMemory(*self.step(layout, old.rows, old.small, v, weight, *others), weight)
-            ok = fine & _linalg.finite(*jax.tree.leaves(new.small))
+            ok = fine & linalg.finite(*jax.tree.leaves(new.small))
             return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old), ok
 
         return lax.scan(one, state.memory, (columns, fine, *others))

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg, basis
-from lowrank_optax._tree import Layout, cast_like
-from lowrank_optax._types import Columns, Increment, check, check_count
+from lowrank_optax import basis
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_count
+from lowrank_optax._core.layout import Layout, cast_like
+from lowrank_optax._core.types import Columns, SymmetricCorrection
 from lowrank_optax.basis._average import Average
 from lowrank_optax.basis._frame import Seen, Turn
 from lowrank_optax.online.operator import Operator
@@ -67,7 +69,7 @@ class OnBasis(Tracker):
         return done.state, fine & ~done.failed[0]
 
     def _absorb(self, state: TrackerState, columns: Columns, weights: jax.Array) -> Any:
-        given = Increment(columns, weights[None])
+        given = SymmetricCorrection(columns, weights[None])
         key = jax.random.fold_in(state.key, state.seen)
         accept = jnp.any(weights != 0)[None]
         return self.basis.absorb(state.layout, state.memory, given, accept, key)
@@ -150,9 +152,9 @@ class AdaptiveRule(basis.Rule):
         a = rows @ x
         # Squares of gradients move with the rows like any second moment.
         squares = (v * v) @ memory + jnp.sum((a @ x.T) ** 2, axis=1)
-        step = _linalg.safe_divide(a, jnp.sqrt(squares)[:, None])
-        g = step @ _linalg.inv(jnp.eye(x.shape[1], dtype=x.dtype) + a.T @ step)
-        return _linalg.lean(rows, g, x - rows.T @ a, jnp.arctan), squares
+        step = linalg.safe_divide(a, jnp.sqrt(squares)[:, None])
+        g = step @ linalg.inv(jnp.eye(x.shape[1], dtype=x.dtype) + a.T @ step)
+        return linalg.lean(rows, g, x - rows.T @ a, jnp.arctan), squares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +257,7 @@ class HistoryBasis(Average):
         z = s = seen.seated(self.rank)
         for _ in range(self.iterations):
             s = z @ b
-            z = _linalg.orthonormalize_rows(s)
+            z = linalg.orthonormalize_rows(s)
         size = jnp.linalg.norm(s, axis=1)
         order = jnp.argsort(-size)
         lam, live = self.stored(size[order], size[order] > 0)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout
-from lowrank_optax._types import Columns, Vector, check_least
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_least
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.types import Columns, Vector
 from lowrank_optax.online.trackers._tracker import Forgetting
 
 
@@ -41,7 +42,7 @@ class Ascent(Forgetting):
 
     def step(self, layout, rows, small, v, weight):
         most, size = self.decay * jnp.max(small), layout.inner(v, v)[0]
-        eta = _linalg.safe_divide(self.learning_rate, most + self.learning_rate * size)
+        eta = linalg.safe_divide(self.learning_rate, most + self.learning_rate * size)
 
         def one(rest: Vector, w: Vector):
             a = layout.inner(w, v)[0]
@@ -103,7 +104,7 @@ class EigenGame(Ascent):
     def ascend(self, layout, w, rest, a, eta):
         new = _plus(w, eta * a, _plus(rest, -layout.inner(rest, w)[0], w))
         length = jnp.sqrt(layout.inner(new, new)[0])
-        return _plus([jnp.zeros_like(x) for x in w], _linalg.safe_divide(1.0, length), new)
+        return _plus([jnp.zeros_like(x) for x in w], linalg.safe_divide(1.0, length), new)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,20 +152,20 @@ class CCIPCA(Forgetting):
 
         def one(u: Vector, row):
             w, length = row
-            along = _linalg.safe_divide(layout.inner(u, w)[0], length)
+            along = linalg.safe_divide(layout.inner(u, w)[0], length)
             left = layout.inner(u, u)[0]
             fresh = (length == 0) & (left > enough)
             keep = jnp.where(length == 0, 0, 1 - gain)
             take = jnp.where(length == 0, fresh, gain * along)
             w = _plus([keep.astype(x.dtype) * x for x in w], take, u)
             squared = layout.inner(w, w)[0]
-            u = _plus(u, -_linalg.safe_divide(layout.inner(u, w)[0], squared), w)
+            u = _plus(u, -linalg.safe_divide(layout.inner(u, w)[0], squared), w)
             return u, (w, jnp.sqrt(squared))
 
         return lax.scan(one, v, (rows, small))[1]
 
     def read(self, layout, rows, small, weight):
-        scale = _linalg.safe_divide(1.0, small)[:, None]
+        scale = linalg.safe_divide(1.0, small)[:, None]
         return [(scale * w).astype(w.dtype) for w in rows], jnp.diag(small)
 
 

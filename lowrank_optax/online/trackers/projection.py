@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import _linalg
-from lowrank_optax._tree import Layout, orthonormal, repeat
-from lowrank_optax._types import Columns, check_count
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_count
+from lowrank_optax._core.layout import Layout
+from lowrank_optax._core.loops import now_and_then
+from lowrank_optax._core.rows import orthonormal
+from lowrank_optax._core.types import Columns
 from lowrank_optax.online.trackers._tracker import Forgetting, OnRows, TrackerState
 
 
@@ -114,7 +117,7 @@ class PETRELS(Forgetting):
 
     def begin(self, layout, rows, lam, weight):
         unit = jnp.mean(lam)
-        known = jnp.diag(1 / (1 + _linalg.safe_divide(lam * weight, unit)))
+        known = jnp.diag(1 / (1 + linalg.safe_divide(lam * weight, unit)))
         inverse = [jnp.tile(known.astype(w.dtype), (w.shape[1], 1, 1)) for w in rows]
         return (rows, inverse), (jnp.diag(lam * weight), unit)
 
@@ -125,7 +128,7 @@ class PETRELS(Forgetting):
         # Inverses are in units of a first code's square, so that they start as the identity.
         many = jnp.maximum(sum(jnp.sum(t) for t in there), 1)
         unit = jnp.where(unit == 0, layout.inner(v, v)[0] / many, unit)
-        x = _linalg.safe_divide(a, jnp.sqrt(unit))
+        x = linalg.safe_divide(a, jnp.sqrt(unit))
         leaves = zip(rows, inverse, v, there, strict=True)
         done = [self._coordinates(*leaf, a, x, unit) for leaf in leaves]
         rows = [d[0] for d in done]
@@ -142,11 +145,11 @@ class PETRELS(Forgetting):
         px = inverse @ x.astype(w.dtype) * there[:, None]
         gain = px / (decay + px @ x.astype(w.dtype)[:, None])
         rest = there * (v - a.astype(w.dtype) @ w)
-        step = gain * rest[:, None] * _linalg.safe_divide(1.0, jnp.sqrt(unit)).astype(w.dtype)
+        step = gain * rest[:, None] * linalg.safe_divide(1.0, jnp.sqrt(unit)).astype(w.dtype)
         return w + step.T, (inverse - gain[:, :, None] * px[:, None]) / decay[:, :, None]
 
     def read(self, layout, rows, small, weight):
-        one = _linalg.safe_divide(1.0, _lengths(layout, rows[0]))[:, None]
+        one = linalg.safe_divide(1.0, _lengths(layout, rows[0]))[:, None]
         return [(one * w).astype(w.dtype) for w in rows[0]], small[0] / weight
 
 
@@ -195,12 +198,12 @@ class NoisyPower(OnRows):
             pairs = zip(s, q, strict=True)
             new = orthonormal(layout, [x + shift.astype(w.dtype) * w for x, w in pairs])
             along = layout.dot(s, new)[0]  # S = along @ new, hence |S| in the new rows:
-            size = _linalg.matrix_power(along.T @ along, 0.5, damping=0, rdamping=0)
-            fine = _linalg.finite(size) & (shift > 0)
+            size = linalg.matrix_power(along.T @ along, 0.5, damping=0, rdamping=0)
+            fine = linalg.finite(size) & (shift > 0)
             q = [jnp.where(fine, x, w) for x, w in zip(new, q, strict=True)]
             return q, layout.zeros(self.rank), jnp.where(fine, size, h)
 
-        q, s, h = repeat(count >= self.block, full, (q, s, h))
+        q, s, h = now_and_then(count >= self.block, full, (q, s, h))
         return (q, s), (h, jnp.where(count >= self.block, 0, count))
 
     def read(self, layout, rows, small, weight):

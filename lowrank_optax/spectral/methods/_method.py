@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._linalg import safe_divide
+from lowrank_optax._core.linalg import safe_divide
 
 Pairs = tuple[tuple[jax.Array, jax.Array], ...]
 """``((f, T f),)``, or ``((f, T g), (g, T* f))`` for an operator with two sides."""

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._linalg import symmetrize
-from lowrank_optax._types import check
+from lowrank_optax._core.checks import check
+from lowrank_optax._core.linalg import symmetrize
 from lowrank_optax.spectral.methods._method import Method, Moments, Pairs, moments
 from lowrank_optax.spectral.methods.estimates import Coefficients, Estimate, WholeBatch
 

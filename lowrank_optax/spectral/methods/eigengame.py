@@ -7,8 +7,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._linalg import safe_divide
-from lowrank_optax._types import check_least
+from lowrank_optax._core.checks import check_least
+from lowrank_optax._core.linalg import safe_divide
 from lowrank_optax.spectral.methods._moments import MomentLoss
 from lowrank_optax.spectral.methods.estimates import Estimate, WholeBatch
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._linalg import safe_divide, symmetrize
-from lowrank_optax._types import check, check_least
+from lowrank_optax._core.checks import check, check_least
+from lowrank_optax._core.linalg import safe_divide, symmetrize
 from lowrank_optax.spectral.methods._method import Method, Pairs
 from lowrank_optax.spectral.methods._moments import MomentMethod, whitening
 from lowrank_optax.spectral.methods.estimates import Estimate, WholeBatch

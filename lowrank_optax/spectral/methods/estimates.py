@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._types import check, check_count
+from lowrank_optax._core.checks import check, check_count
 from lowrank_optax.spectral.methods._method import Moments, Pairs, moments
 
 Coefficients = tuple[tuple[jax.Array, jax.Array], ...]

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from lowrank_optax._linalg import symmetrize
+from lowrank_optax._core.linalg import symmetrize
 from lowrank_optax.spectral.methods._moments import MomentMethod, whitening
 from lowrank_optax.spectral.methods.estimates import Estimate, Halves, WholeBatch
 from lowrank_optax.spectral.nesting import Nesting, SequentialNesting

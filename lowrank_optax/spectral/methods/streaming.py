@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from lowrank_optax._linalg import symmetrize
+from lowrank_optax._core.linalg import symmetrize
 from lowrank_optax.spectral.methods._moments import MomentMethod, whitening
 from lowrank_optax.spectral.methods.estimates import Estimate, WholeBatch
 from lowrank_optax.spectral.nesting import Nesting, Unnested

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._linalg import symmetrize
-from lowrank_optax._types import check_decay, check_least
+from lowrank_optax._core.checks import check_decay, check_least
+from lowrank_optax._core.linalg import symmetrize
 from lowrank_optax.spectral.methods._moments import MomentMethod, whitening
 from lowrank_optax.spectral.methods.estimates import Estimate, Halves
 from lowrank_optax.spectral.nesting import Nesting, SequentialNesting, Unnested

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._types import check
+from lowrank_optax._core.checks import check
 
 Function = Callable[[Any], jax.Array]
 """One point to the values ``(L,)`` of the modes there."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax._types import check, check_least
+from lowrank_optax._core.checks import check, check_least
 from lowrank_optax.spectral.laplacian import Jet, laplacian
 from lowrank_optax.spectral.operators._operator import Function, Operator
 from lowrank_optax.spectral.operators.proposals import Proposal

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._types import check
+from lowrank_optax._core.checks import check
 from lowrank_optax.spectral.operators._operator import Function, Operator, check_rows
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax._types import check, check_least
+from lowrank_optax._core.checks import check, check_least
 
 
 class Potential(abc.ABC):

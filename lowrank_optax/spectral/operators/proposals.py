@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._types import check, check_count, check_decay, check_least
+from lowrank_optax._core.checks import check, check_count, check_decay, check_least
 
 
 class Proposal(abc.ABC):

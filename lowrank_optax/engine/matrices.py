@@ -16,44 +16,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import _linalg
-from lowrank_optax._derivatives import undifferentiated
-from lowrank_optax._entry import attend
-from lowrank_optax._tree import (
-    Layout,
-    Step,
-    advance,
-    alike,
-    check_fits,
-    check_kind,
-    concrete,
-    per_leaf,
-    repeat,
-    spread,
-    start,
-    step_alike,
-    wide,
-)
-from lowrank_optax._types import (
-    NEEDS,
-    Context,
-    Eigenbasis,
-    Increment,
-    Inner,
-    Law,
-    as_size,
-    check,
-    check_count,
-    check_least,
-)
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import as_size, check, check_count, check_least
+from lowrank_optax._core.derivatives import undifferentiated
+from lowrank_optax._core.devices import Step, init_on_devices, split_over_devices, step_on_devices
+from lowrank_optax._core.entry import own_arguments
+from lowrank_optax._core.layout import Layout, per_leaf
+from lowrank_optax._core.loops import now_and_then
+from lowrank_optax._core.precision import callers_precision, full_precision
+from lowrank_optax._core.states import advance_where_taken, at_least_float32, check_fits, check_kind
+from lowrank_optax._core.types import NEEDS, Context, Eigenbasis, Inner, Law, SymmetricCorrection
 from lowrank_optax.basis import Basis, FullMatrix
 from lowrank_optax.basis.full import FullMatrixState
+from lowrank_optax.engine.vectors import Events, carry, step_inside
+from lowrank_optax.engine.views import View, default_matrix_view
 from lowrank_optax.inner import as_inner
-from lowrank_optax.transform import Events, carry, step_inside
 
 OWNER = "scale_by_matrix_lre"
 
-deal = partial(spread, axes=(0, -1))
+
+deal = partial(split_over_devices, axes=(0, -1))
 """Arrays of ``n`` matrices dealt out to the devices, or split along their last axis."""
 
 
@@ -97,23 +79,6 @@ class ScaleByMatrixLREState(NamedTuple):
     complement: Any
     dropped: jax.Array
     key: jax.Array
-
-
-View = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
-"""A function of a leaf's path and shape to the rows and columns it is seen as, or ``None``."""
-
-
-def squarest(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The split of the axes into two that gives the squarest matrix; ``None`` for vectors.
-
-    Example:
-      >>> from lowrank_optax import squarest
-      >>> squarest((64, 4, 16)), squarest((3, 3, 16, 32)), squarest((10,)), squarest((1, 10))
-      ((64, 64), (144, 32), None, None)
-    """
-    splits = ((math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape)))
-    best = max(splits, key=min, default=(0, 0))
-    return best if min(best) > 1 else None
 
 
 def scale_by_matrix_lre(
@@ -183,7 +148,7 @@ def scale_by_matrix_lre(
         bases of full rank that have seen one gradient only, it is diagonal in them, and the rest of
         its coordinates rounding, which Adam would blow up.
       view: a function of a leaf's path and shape to ``(rows, columns)``, to which it is reshaped,
-        or ``None`` to leave it to ``rest``; by default `squarest` of the shape.
+        or ``None`` to leave it to ``rest``; by default `default_matrix_view` of the shape.
       rest: the optimizer of the leaves that are no matrices, by default `optax.scale_by_adam`. It
         sees them in float32 at least.
       complement: what becomes of ``G - Q_S Q_S^T G Q_L Q_L^T``: dropped (``None``), scaled by a
@@ -256,7 +221,7 @@ def matrix_engine(
     check(
         view is None or callable(view),
         f"{OWNER}: view is {view!r}; pass a function of a leaf's path and shape, such as "
-        "lambda path, shape: lowrank_optax.squarest(shape).",
+        "lambda path, shape: lowrank_optax.default_matrix_view(shape).",
     )
     check(
         rest is None or isinstance(rest, optax.GradientTransformation),
@@ -264,7 +229,7 @@ def matrix_engine(
     )
     told = any(isinstance(tx, optax.GradientTransformationExtraArgs) for tx in (rest, complement))
     called = lambda tx: optax.with_extra_args_support(
-        tx._replace(update=_linalg.as_called(tx.update))
+        tx._replace(update=callers_precision(tx.update))
     )
     if isinstance(complement, optax.GradientTransformation):
         complement = called(complement)
@@ -274,7 +239,7 @@ def matrix_engine(
         dtype is None or jnp.issubdtype(dtype, jnp.floating),
         f"{OWNER}: dtype is {dtype!r}; pass a floating-point dtype such as jnp.bfloat16.",
     )
-    seen: Any = view or (lambda path, shape: squarest(shape))
+    seen: Any = view or (lambda path, shape: default_matrix_view(shape))
     return MatrixEngine(
         short,
         long,
@@ -365,7 +330,7 @@ class _Looked(NamedTuple):
     due: jax.Array
     turning: jax.Array
     broken: jax.Array
-    sides: list[tuple[Any, Increment]]
+    sides: list[tuple[Any, SymmetricCorrection]]
     inner: Any
     key: jax.Array
 
@@ -396,9 +361,9 @@ class MatrixEngine:
     seed: Any
     told: bool
 
-    @_linalg.exact
+    @full_precision
     def init(self, params: Any) -> ScaleByMatrixLREState:
-        return start(self._init, params)
+        return init_on_devices(self._init, params)
 
     def _init(self, params: Any) -> ScaleByMatrixLREState:
         key, *keys = jax.random.split(jax.random.key(self.seed), 3)
@@ -450,19 +415,19 @@ class MatrixEngine:
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any):
         return self.step(updates, state, params, extra)[:2]
 
-    @_linalg.exact
+    @full_precision
     def step(self, updates: Any, state: Any, params: Any, extra: dict[str, Any]):
         """Updates, state, and which leaves were dropped for something that is not finite."""
         updates = undifferentiated(OWNER, updates)
-        params, extra = attend(OWNER, updates, params, extra)
+        params, extra = own_arguments(OWNER, updates, params, extra)
         check_kind(OWNER, state, ScaleByMatrixLREState)
         layout = self.layout(updates, state, params)
         if not layout.names:
-            return updates, state._replace(count=_linalg.tally(state.count)), []
+            return updates, state._replace(count=linalg.tally(state.count)), []
         check_fits(OWNER, state, self.init, (layout.example,), self._known, but="rest")
         if not self.told:  # what nobody reads need not keep a step from being compiled
             extra = {}
-        return step_alike(self._step, updates, state, params, extra)
+        return step_on_devices(self._step, updates, state, params, extra)
 
     @cached_property
     def _step(self) -> Step:
@@ -513,19 +478,19 @@ class MatrixEngine:
                 kind, looked[name], turned[name], state.matrices[name]
             )
             # Taken from their devices all at once: one by one they would go to every device.
-            leaves |= kind.write(spread(step, layout.mesh, (1, 2)))
+            leaves |= kind.write(split_over_devices(step, layout.mesh, (1, 2)))
             if rest_of_it is not None:
-                apart |= kind.write(spread(rest_of_it, layout.mesh, (1, 2)))
+                apart |= kind.write(split_over_devices(rest_of_it, layout.mesh, (1, 2)))
             dropped |= dict(zip(kind.leaves, bad, strict=True))
         leaves, beyond = self._beyond(layout, views, leaves, apart, dropped, state, params, extra)
         leaves = [leaves[i] for i in range(len(layout.names))]
         dropped = [dropped[i] for i in range(len(layout.names))]
         new_state = ScaleByMatrixLREState(
-            count=_linalg.tally(state.count, period=_linalg.DRAWS),
+            count=linalg.tally(state.count, period=linalg.DRAWS),
             matrices=new,
             rest=rest,
             complement=beyond,
-            dropped=_linalg.tally(state.dropped, lost),
+            dropped=linalg.tally(state.dropped, lost),
             key=state.key,
         )
         return layout.unflatten(leaves, updates), new_state, dropped
@@ -539,7 +504,7 @@ class MatrixEngine:
             return {}, old, {}, 0
         at = [i for i, view in enumerate(views) if view is None]
         given, mine = layout.leaves(updates), partial(_others, layout, views)
-        sound, _ = _flags({i: jnp.sum(jnp.square(wide(given[i]))) for i in at})
+        sound, _ = _flags({i: jnp.sum(jnp.square(at_least_float32(given[i]))) for i in at})
         clean = [jnp.where(sound[i], x, 0) if i in sound else x for i, x in enumerate(given)]
         step, new = self.rest.update(
             mine(layout.tree(clean)), old, None if params is None else mine(params), **extra
@@ -552,11 +517,11 @@ class MatrixEngine:
             if jnp.issubdtype(x.dtype, jnp.inexact)
         ]
         size = {i: jnp.max(jnp.abs(x), initial=0) for i, x in step.items()}
-        whole = _linalg.finite(*burst, jnp.zeros(()))
+        whole = linalg.finite(*burst, jnp.zeros(()))
         size = {i: jnp.where(sound[i], x, jnp.inf) for i, x in size.items()}
         sound, lost = _flags(size, whole)
         on = [sound.get(i, optax.MaskedNode()) for i in range(len(views))]
-        state = advance(self.rest, layout, on, new, old)
+        state = advance_where_taken(self.rest, layout, on, new, old)
         step = {i: jnp.where(ok, jnp.reshape(step[i], -1), 0) for i, ok in sound.items()}
         return step, state, {i: ~ok for i, ok in sound.items()}, lost
 
@@ -598,7 +563,7 @@ class MatrixEngine:
         for (basis, layout), state, y in zip(
             self._sides(kind), (old.short, old.long), (jnp.swapaxes(g, 1, 2), g), strict=True
         ):
-            known = Increment(
+            known = SymmetricCorrection(
                 [x.astype(t) for x, t in zip(y, layout.rows, strict=True)],
                 jnp.ones(y.shape[:2], layout.dtype),
                 # Without it a full matrix would start as the identity, which rounds gradients away.
@@ -634,7 +599,7 @@ class MatrixEngine:
             return start
         if self._always:
             return turn(0, start)
-        return repeat(_any([x.turning for x in looked.values()]), turn, start)
+        return now_and_then(_any([x.turning for x in looked.values()]), turn, start)
 
     @property
     def _always(self) -> bool:
@@ -719,14 +684,14 @@ class MatrixEngine:
             gamma, apart = jnp.asarray(self.complement, g.dtype), None
             step = back(u - jnp.where(moves, gamma * u0, 0)) + gamma * jnp.where(moves, g, 0)
         failures = Events(~jnp.isfinite(seen.square), seen.square == 0, failed, accept & ~fine)
-        captured = _linalg.safe_divide(jnp.sum(u0**2, axis=(1, 2)), seen.square)
+        captured = linalg.safe_divide(jnp.sum(u0**2, axis=(1, 2)), seen.square)
         state = MatricesState(
-            steps=_linalg.tally(old.steps, taken),
-            since=jnp.where(seen.due & ~failed, 0, _linalg.tally(old.since, taken)),
+            steps=linalg.tally(old.steps, taken),
+            since=jnp.where(seen.due & ~failed, 0, linalg.tally(old.since, taken)),
             short=now.short,
             long=now.long,
             inner=inside,
-            events=jax.tree.map(_linalg.tally, old.events, failures),
+            events=jax.tree.map(linalg.tally, old.events, failures),
             captured=jnp.where(taken, captured, old.captured),
         )
         return step, apart, state, failures.nonfinite | failures.eigh | failures.inner
@@ -749,7 +714,7 @@ class MatrixEngine:
         step = layout.leaves(step)
         return leaves | {
             i: leaves[i] + jnp.where(ok, jnp.reshape(step[i], -1), 0) for i, ok in sound.items()
-        }, advance(tx, layout, on, new, old)
+        }, advance_where_taken(tx, layout, on, new, old)
 
     def _eigenbasis(self, kind: _Matrices, short: Any, long: Any) -> Eigenbasis:
         """Those of both sides multiplied, ``(n, r_S r_L)``; of one side spread over the other."""
@@ -842,7 +807,7 @@ def _others(layout: Layout, views: Sequence[Any], tree: Any, matrices: bool = Fa
     """The tree of the leaves that are no matrices, or of those that are, in float32 at least."""
     return layout.tree(
         [
-            wide(x) if (view is not None) == matrices else optax.MaskedNode()
+            at_least_float32(x) if (view is not None) == matrices else optax.MaskedNode()
             for x, view in zip(layout.leaves(tree), views, strict=True)
         ]
     )
@@ -863,90 +828,3 @@ def _check_parts(bases: Sequence[Basis], inner: Inner) -> None:
         f"{OWNER}: {inner} holds matrices over all r_S r_L coordinates of a matrix; pass "
         "elementwise parts such as lro.inner.Adam(), or see leaves as vectors with scale_by_lre.",
     )
-
-
-def orthogonalize(
-    rms: float = 0.2,
-    *,
-    iterations: int = 5,
-    view: View | None = None,
-) -> optax.GradientTransformation:
-    r"""Replaces every matrix-shaped update by its orthogonal polar factor, as Muon does.
-
-    With ``G = U diag(s) V^T``, ``(a, b)``:
-
-    .. math:: \Delta \approx \rho\,\sqrt{\max(a, b)}\; U V^T
-
-    by the quintic Newton–Schulz iteration, whose singular values end between .7 and 1.2. Stands
-    behind any optimizer: all directions that it moves in, it then moves in alike. Leaves that are
-    no matrices, and updates that are zero or not finite, stay as they are.
-
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.orthogonalize(rms=1.0)
-      >>> updates, _ = tx.update(jnp.array([[100.0, 0.0], [0.0, -1.0]]), tx.init(jnp.zeros((2, 2))))
-      >>> print(jnp.round(updates / 2**0.5))
-      [[ 1.  0.]
-       [ 0. -1.]]
-
-    Args:
-      rms: root mean square of the entries of an update of full rank, ``rho``; that of Adam's
-        updates is about .2.
-      iterations: of Newton–Schulz.
-      view: a function of a leaf's path and shape to ``(rows, columns)`` or ``None``; by default
-        `squarest` of the shape.
-
-    Raises:
-      ValueError: for an ``rms`` or a number of iterations out of range.
-
-    Cost: ``4 a² b + 2 a³`` flops an iteration, ``a <= b``; no state.
-
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the
-    scale of Liu et al., "Muon is Scalable for LLM Training", 2025.
-    """
-    check_least("orthogonalize", "rms", rms, strict=True)
-    check_count("orthogonalize", "iterations", iterations)
-    seen = view or (lambda path, shape: squarest(shape))
-
-    def polar(g: jax.Array) -> jax.Array:
-        """Of one matrix that is not higher than wide."""
-        top = jnp.max(jnp.abs(g))
-        sound = jnp.isfinite(top) & (top > 0)
-        # First the largest entry, or the norm's squares leave the dtype's range; its inverse has to
-        # stay in it too.
-        y = g / jnp.where(sound, jnp.minimum(top, jnp.finfo(g.dtype).max / 64), 1)
-        y = y / jnp.where(sound, jnp.linalg.norm(y), 1)
-
-        def newton_schulz(_, y):
-            k = y @ y.T
-            return 3.4445 * y + (-4.775 * k + 2.0315 * k @ k) @ y
-
-        y = jax.lax.fori_loop(0, iterations, newton_schulz, y)  # unrolled it compiles for long
-        return jnp.where(sound, rms * g.shape[1] ** 0.5 * y, g)
-
-    def step(updates: Any) -> tuple[Any]:
-        paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
-        leaves = [x for _, x in paths]
-        kinds: dict[Any, list[int]] = {}
-        for i, (path, x) in enumerate(paths):
-            size = seen(path, x.shape)
-            if size is not None:
-                kinds.setdefault((x.shape, size, x.dtype), []).append(i)
-        for (shape, size, dtype), members in kinds.items():
-            upright = size[0] > size[1]
-            g = jnp.reshape(jnp.stack([leaves[i] for i in members]), (-1, *size))
-            g = g.astype(jnp.promote_types(dtype, jnp.float32))
-            y = jax.vmap(polar)(jnp.swapaxes(g, 1, 2) if upright else g)
-            y = jnp.reshape(jnp.swapaxes(y, 1, 2) if upright else y, (-1, *shape)).astype(dtype)
-            for i, x in zip(members, y, strict=True):
-                leaves[i] = x
-        return (treedef.unflatten(leaves),)
-
-    compiled = jax.jit(step)
-
-    def update(updates: Any, state: Any, params: Any = None):
-        if concrete(updates):  # outside of `jax.jit` the loop would be compiled at every call
-            return *compiled(updates), state
-        return *alike(step, (updates,), updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._linalg import as_called
-from lowrank_optax._types import check
+from lowrank_optax._core.checks import check
+from lowrank_optax._core.precision import callers_precision
 
 Function = Callable[[Any], jax.Array]
 
@@ -75,7 +75,7 @@ def flat_residuals(owner: str, name: str, fn: Any) -> Function:
 
 def _wrap(owner: str, name: str, fn: Any, meaning: str, read: Callable[[Any], Any]) -> Function:
     check(callable(fn), f"{owner}: {name} is {fn!r}; pass {meaning}.")
-    fn = as_called(fn)
+    fn = callers_precision(fn)
     return lambda params: read(fn(params))
 
 

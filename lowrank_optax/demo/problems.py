@@ -85,6 +85,7 @@ OPERATORS: dict[str, Callable[[], Problem]] = {
     "langevin": langevin,
 }
 
+
 Options = Callable[[operators.Operator, int, int], dict[str, Any]]
 """What `spectral.fit` is given for an operator, a number of modes and of steps."""
 

@@ -15,11 +15,12 @@ import optax
 FUNCTIONS = ("value_fn", "losses_fn", "residuals_fn")
 """Extra arguments of ``update`` that are functions of the parameters."""
 
+
 TREES = ("per_example_grads",)
 """Extra arguments of ``update`` that are trees like the gradients."""
 
 
-def attend(owner: str, updates: Any, params: Any, extra: dict[str, Any]) -> tuple[Any, dict]:
+def own_arguments(owner: str, updates: Any, params: Any, extra: dict[str, Any]) -> tuple[Any, dict]:
     """The parameters of the leaves of ``updates``, and ``extra`` in terms of these alone.
 
     Args:

@@ -5,16 +5,13 @@ Shapes are those of one group of parameters; the engine adds a leading axis of g
 """
 
 import dataclasses
-import numbers
-from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import jax.core
-import numpy as np
 
 Vector = list[jax.Array]
 """One vector of the parameters' space: a flat array for every leaf, in the tree's order."""
+
 
 Columns = list[jax.Array]
 """Several such vectors: an array ``(k, leaf.size)`` for every leaf."""
@@ -58,7 +55,7 @@ class Correction(NamedTuple):
     independent: bool = False
 
 
-class Increment(NamedTuple):
+class SymmetricCorrection(NamedTuple):
     """A correction as the engine hands it to the basis: symmetric, ``sum_i w_i y_i y_i^T``.
 
     Attributes:
@@ -95,20 +92,36 @@ class Law:
 
 SCALAR = Law(0)
 """Counters and norms: unchanged."""
+
+
 VECTOR = Law(1)
 """Momentum: ``C m``."""
+
+
 SECOND_MOMENT = Law(1, 2)
 """Adam's second moment: ``(C∘C) v = diag(C diag(v) C^T)``."""
+
+
 THIRD_MOMENT = Law(1, 3)
 """Diagonal third moment: ``(C∘C∘C) t``."""
+
+
 MATRIX = Law(2)
 """Full second moments and Hessians: ``C M C^T``."""
+
+
 TENSOR = Law(3)
 """Full third moments: ``einsum('ai,bj,ck,ijk->abc', C, C, C, T)``."""
+
+
 MOMENTS = Law(1, 2, centred=True)
 """The pair ``(m, v)``, corrected for its start: ``C m`` and ``|(C∘C)(v - m²) + (C m)²|``."""
+
+
 SURROUNDED_DIAGONAL = Law(1, 2, surrounded=True)
 """The pair ``(v, s)``: ``(C∘C) v + s (1 - (C∘C) 1) = diag(C diag(v) C^T + s (I - C C^T))``."""
+
+
 SURROUNDED_MATRIX = Law(2, surrounded=True)
 """The pair ``(M, s)``: ``C M C^T + s (I - C C^T)``."""
 
@@ -155,7 +168,7 @@ class Context(NamedTuple):
     outside: Outside | None = None
 
 
-class Absorbed(NamedTuple):
+class BasisUpdate(NamedTuple):
     """What a basis returns after a correction.
 
     Attributes:
@@ -204,87 +217,3 @@ NEEDS = {
     "lro.inner.LInv()",
 }
 """What a part may need of the others, and where it can be had."""
-
-
-def check(condition: Any, message: str) -> None:
-    """Raises ``ValueError(message)`` unless ``condition`` holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def check_count(owner: str, name: str, value: Any, least: int = 1) -> None:
-    """A whole number of at least ``least``; traced values pass."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    number = _number(value)
-    ok = isinstance(number, numbers.Integral) and int(number) >= least
-    check(ok, f"{owner}: {name} is {value!r}; pass a whole number of at least {least}.")
-
-
-def as_size(owner: str, name: str, value: Any, least: int = 1) -> int:
-    """A whole number that shapes depend on; a concrete array passes for its number."""
-    check(
-        not isinstance(value, jax.core.Tracer),
-        f"{owner}: {name} is traced, and shapes depend on it. Under optax.inject_hyperparams name "
-        f"it in static_args: optax.inject_hyperparams(..., static_args=({name!r},)).",
-    )
-    check_count(owner, name, value, least)
-    return int(_number(value))
-
-
-def fix_size(part: Any, name: str, least: int = 1) -> None:
-    """Makes a field of a frozen part the whole number that it stands for: shapes depend on it."""
-    size = as_size(type(part).__name__, name, getattr(part, name), least)
-    object.__setattr__(part, name, size)
-
-
-def check_decay(owner: str, name: str, value: Any, closed: bool = False) -> None:
-    """A decay in [0, 1), or in [0, 1] when ``closed``; traced values pass."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    number = _number(value)
-    ok = number is not None and (0 <= number < 1 or (closed and number == 1))
-    check(ok, f"{owner}: {name} is {value!r}; pass a number in [0, 1{']' if closed else ')'}.")
-
-
-def check_least(
-    owner: str, name: str, value: Any, least: float = 0.0, strict: bool = False
-) -> None:
-    """A real number at or (``strict``) above ``least``; traced values pass."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    number = _number(value)
-    ok = number is not None and (number > least if strict else number >= least)
-    check(
-        ok,
-        f"{owner}: {name} is {value!r}; pass a number {'above' if strict else 'of at least'} "
-        f"{least:g}.",
-    )
-
-
-def check_finite(owner: str, name: str, value: Any) -> None:
-    """A finite real number; traced values pass."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    number = _number(value)
-    ok = number is not None and abs(number) < float("inf")
-    check(ok, f"{owner}: {name} is {value!r}; pass a finite number such as -0.5.")
-
-
-def require(owner: str, extra: Mapping[str, Any], name: str, meaning: str) -> Any:
-    """The extra argument ``name``, or an error that says what to pass to ``update``."""
-    value = extra.get(name)
-    check(
-        value is not None,
-        f"{owner} needs `{name}` ({meaning}), which was not passed: call "
-        f"tx.update(grads, state, params, {name}=...).",
-    )
-    return value
-
-
-def _number(value: Any) -> Any:
-    """A real number as Python's, a concrete array without axes as its number; else ``None``."""
-    if isinstance(value, jax.Array | np.ndarray | np.generic) and np.ndim(value) == 0:
-        value = np.asarray(value).item()
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value
-    return value if real else None

@@ -68,9 +68,6 @@ class Task:
         return self.losses(outputs, targets).mean(), jnp.asarray(accuracy)
 
 
-# Tasks ------------------------------------------------------------------------------------------
-
-
 def digits(data_dir: Path | None = None) -> Task:
     """Classify the 8×8 digits of scikit-learn: 64-128-128-10 network, cross-entropy."""
     images, labels = _digits()
@@ -153,9 +150,6 @@ TASKS: dict[str, Callable[[Path | None], Task]] = {
 }
 
 
-# Models -----------------------------------------------------------------------------------------
-
-
 class MLP(nn.Module):
     """Dense layers with an activation between them."""
 
@@ -214,9 +208,6 @@ class CharTransformer(nn.Module):
             hidden = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
             x += nn.Dense(self.width)(hidden)
         return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
-
-
-# Data -------------------------------------------------------------------------------------------
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:

@@ -16,33 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax import _linalg
-from lowrank_optax._derivatives import undifferentiated
-from lowrank_optax._entry import attend, check_one_replica
-from lowrank_optax._tree import (
-    Layout,
-    Step,
-    advance,
-    check_fits,
-    check_kind,
-    repeat,
-    stack,
-    start,
-    step_alike,
-)
-from lowrank_optax._types import (
+from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check, check_count, check_least
+from lowrank_optax._core.derivatives import undifferentiated
+from lowrank_optax._core.devices import Step, init_on_devices, step_on_devices
+from lowrank_optax._core.entry import check_one_replica, own_arguments
+from lowrank_optax._core.layout import Layout, stack
+from lowrank_optax._core.loops import now_and_then
+from lowrank_optax._core.precision import callers_precision, full_precision
+from lowrank_optax._core.states import advance_where_taken, check_fits, check_kind
+from lowrank_optax._core.types import (
     NEEDS,
     Columns,
     Context,
     Correction,
-    Increment,
     Inner,
     Law,
     Outside,
+    SymmetricCorrection,
     Vector,
-    check,
-    check_count,
-    check_least,
 )
 from lowrank_optax.basis import Basis
 from lowrank_optax.basis._basis import Spectrum
@@ -207,7 +199,7 @@ def scale_by_lre(
     `jax.shard_map`, pass the mean gradient. Layers of a scanned model are ``jax.vmap`` of ``init``
     and ``update`` over their axis; with `GGT` it copies no rows.
 
-    Source: the original LRE; for the products see `lowrank_optax.alias`.
+    Source: the original LRE; for the products see `lowrank_optax.recipes`.
     """
     engine = vector_engine(
         curvature,
@@ -274,7 +266,7 @@ def vector_engine(
     told = isinstance(complement, optax.GradientTransformationExtraArgs)
     if isinstance(complement, optax.GradientTransformation):
         complement = optax.with_extra_args_support(complement)
-        complement = complement._replace(update=_linalg.as_called(complement.update))
+        complement = complement._replace(update=callers_precision(complement.update))
     _check_product(curvature, basis, rule, complement)
     return VectorEngine(
         curvature,
@@ -328,9 +320,9 @@ class VectorEngine:
         """Whether it is known before tracing that each step updates the basis."""
         return isinstance(self.update_every, numbers.Integral) and self.update_every == 1
 
-    @_linalg.exact
+    @full_precision
     def init(self, params: Any) -> ScaleByLREState:
-        return start(self._init, params)
+        return init_on_devices(self._init, params)
 
     def _init(self, params: Any) -> ScaleByLREState:
         layout = Layout.of(params, self.groups, self.dtype)
@@ -359,15 +351,15 @@ class VectorEngine:
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any):
         return self.step(updates, state, params, extra)[:2]
 
-    @_linalg.exact
+    @full_precision
     def step(self, updates: Any, state: Any, params: Any, extra: dict[str, Any]):
         """Updates, state, and which leaves were dropped for something that is not finite."""
         updates = undifferentiated(OWNER, updates)
-        params, extra = attend(OWNER, updates, params, extra)
+        params, extra = own_arguments(OWNER, updates, params, extra)
         check_kind(OWNER, state, ScaleByLREState)
         layout = self.layout(updates, state, params)
         if not layout.names:
-            return updates, state._replace(count=_linalg.tally(state.count)), []
+            return updates, state._replace(count=linalg.tally(state.count)), []
         # The complement's state is the user's own.
         check_fits(OWNER, state, self.init, (layout.example,), self._known, but="complement")
         read = self.curvature.functions
@@ -375,7 +367,7 @@ class VectorEngine:
             extra = {name: x for name, x in extra.items() if name in read or not callable(x)}
         if self.axis_name is None:
             check_one_replica(OWNER, extra)
-        return step_alike(self._step, updates, state, params, extra)
+        return step_on_devices(self._step, updates, state, params, extra)
 
     @cached_property
     def _step(self) -> Step:
@@ -396,7 +388,7 @@ class VectorEngine:
     def _update(self, updates: Any, state: Any, params: Any, arrays: Any, **functions: Any):
         extra = arrays | functions
         layout = self.layout(updates, state, params)
-        count = _linalg.tally(state.count)
+        count = linalg.tally(state.count)
         g = layout.flatten(updates)
         square = layout.inner(g, g)
         accept = jnp.isfinite(square) & (square > 0)
@@ -434,7 +426,7 @@ class VectorEngine:
         taken = accept & fine
         # After a failed update the next step tries again; should that fail too, a step that was
         # collected before is to blame.
-        since = _linalg.tally(state.since, taken | new.failed)
+        since = linalg.tally(state.since, taken | new.failed)
         again = new.failed & (since > self._period(state))
 
         # Back to the parameters, with what becomes of the part of the gradient outside the basis.
@@ -445,7 +437,7 @@ class VectorEngine:
         failures = Events(~jnp.isfinite(square), square == 0, new.failed, accept & ~fine)
         new_state = ScaleByLREState(
             count=count,
-            steps=_linalg.tally(state.steps, taken, _linalg.DRAWS),
+            steps=linalg.tally(state.steps, taken, linalg.DRAWS),
             since=jnp.where(moved, 0, since),
             curvature=self.curvature.undo(
                 layout, new.failed, again, new.curvature, state.curvature
@@ -454,7 +446,7 @@ class VectorEngine:
             inner=inside,
             complement=rest,
             key=state.key,
-            events=jax.tree.map(_linalg.tally, state.events, failures),
+            events=jax.tree.map(linalg.tally, state.events, failures),
             metrics=jax.tree.map(partial(jnp.where, taken), metrics, state.metrics),
         )
         dropped = failures.nonfinite | failures.eigh | failures.inner
@@ -484,7 +476,9 @@ class VectorEngine:
         )
         eyes = jnp.broadcast_to(jnp.eye(still.c.shape[-1], dtype=still.c.dtype), still.c.shape)
         still = still._replace(basis=state.basis, curvature=observed, c=eyes)
-        return repeat(jnp.any(due), lambda _, x: refresh(x.basis, x.curvature)[0], still), None
+        return now_and_then(
+            jnp.any(due), lambda _, x: refresh(x.basis, x.curvature)[0], still
+        ), None
 
     def _refresh(self, layout, old, curvature, g, due, params, extra, key):
         """One update of the basis; also the gradient in it where that is known without a pass."""
@@ -576,7 +570,7 @@ class VectorEngine:
             b[0] + jnp.where(a, jnp.reshape(x, -1), 0)
             for a, b, x in zip(on, both, layout.leaves(apart), strict=True)
         ]
-        return step, advance(complement, layout, on, rest, state)
+        return step, advance_where_taken(complement, layout, on, rest, state)
 
 
 def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement: Any) -> None:
@@ -611,7 +605,7 @@ def _needs(inner: Inner) -> frozenset[str]:
 
 def _symmetric(
     layout: Layout, correction: Correction, g: Vector, symmetrize: bool, params: Any
-) -> Increment:
+) -> SymmetricCorrection:
     """A correction in its symmetric form, as columns with weights ``(n, k)``."""
     columns, right, weights = correction.columns, correction.right, correction.weights
     signed = correction.signed
@@ -630,7 +624,7 @@ def _symmetric(
             # (y z^T + z y^T)/2 = p p^T - q q^T with p = (y+z)/2 and q = (y-z)/2
             columns = [jnp.concatenate(pair) for pair in zip(plus, minus, strict=True)]
             weights, signed = jnp.concatenate([weights, -weights], axis=1), True
-    return Increment(columns, weights, signed, correction.initial, params)
+    return SymmetricCorrection(columns, weights, signed, correction.initial, params)
 
 
 def _balanced(layout: Layout, left: Columns, right: Columns) -> tuple[Columns, Columns]:
@@ -642,7 +636,7 @@ def _balanced(layout: Layout, left: Columns, right: Columns) -> tuple[Columns, C
         ],
         axis=1,
     )
-    ratio = _linalg.safe_divide(size(right), size(left))
+    ratio = linalg.safe_divide(size(right), size(left))
     c = jnp.sqrt(jnp.where(ratio > 0, ratio, 1))
     grow = lambda by, columns: [
         (f[:, None] * x.astype(layout.dtype)).astype(x.dtype)
@@ -665,7 +659,7 @@ def step_inside(inner: Inner, u0: jax.Array, state: Any, context: Context, activ
     """
     u, new = inner.update(u0, state, context)
     u = jnp.where(context.basis.live, u, 0)
-    fine = _linalg.finite(
+    fine = linalg.finite(
         u, *(x for x in jax.tree.leaves(new) if jnp.issubdtype(x.dtype, jnp.inexact))
     )
     keep = active & fine
@@ -677,7 +671,7 @@ def _move(c: Any, moved: jax.Array, law: Law, state: Any) -> Any:
     """A state carried to the new basis if there is one."""
     if law.axes == 0:
         return state
-    to = partial(_linalg.transport, law, c)
+    to = partial(linalg.transport, law, c)
     new = to(state) if law.centred or law.surrounded else jax.tree.map(to, state)
     return jax.tree.map(lambda a, b: jnp.where(moved, a, b), new, state)
 
@@ -685,9 +679,9 @@ def _move(c: Any, moved: jax.Array, law: Law, state: Any) -> Any:
 def _measure(u, u0, square, c, moved, live) -> Metrics:
     """`Metrics` of a step."""
     shared = jnp.sum(u * u0, axis=1)
-    stayed = _linalg.safe_divide(jnp.sum(c**2 * live[:, None], axis=(1, 2)), jnp.sum(live, axis=1))
+    stayed = linalg.safe_divide(jnp.sum(c**2 * live[:, None], axis=(1, 2)), jnp.sum(live, axis=1))
     return Metrics(
-        captured=_linalg.safe_divide(jnp.sum(u0**2, axis=1), square),
+        captured=linalg.safe_divide(jnp.sum(u0**2, axis=1), square),
         drift=jnp.where(moved, 1 - stayed, 0),
-        cosine=_linalg.safe_divide(shared, jnp.linalg.norm(u, axis=1) * jnp.sqrt(square)),
+        cosine=linalg.safe_divide(shared, jnp.linalg.norm(u, axis=1) * jnp.sqrt(square)),
     )

@@ -1,69 +1,18 @@
 """Small dense algebra: pure functions of arrays, one group at a time."""
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-import jax
 import jax.core
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_optax._types import Law
+from lowrank_optax._core.loops import traced
+from lowrank_optax._core.types import Law
 
 _outside: ContextVar[Any] = ContextVar("outside")
-
-
-def exact(f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f`` with products of float32 numbers in float32 on every device.
-
-    GPUs multiply them in TF32 and TPUs in bfloat16 unless they are asked not to, and then a basis
-    is orthogonal to three digits and a Gram matrix blind below that. `as_called` is the exception.
-    """
-
-    @functools.wraps(f)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _exactly():
-            return f(*args, **kwargs)
-
-    return run
-
-
-def as_called(f: Callable[..., Any]) -> Callable[..., Any]:
-    """A user's function: also inside `exact` its products have the precision of the caller."""
-
-    @functools.wraps(f)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _as_outside():
-            return f(*args, **kwargs)
-
-    return run
-
-
-# Functions of the module, which cloudpickle names; what `run` itself refers to it would pickle, and
-# a `ContextVar` it cannot.
-
-
-@contextlib.contextmanager
-def _exactly() -> Iterator[None]:
-    """The precision of `exact`, within which `as_called` knows what was set outside."""
-    token = _outside.set(jax.config.jax_default_matmul_precision)  # pyright: ignore
-    try:
-        with jax.default_matmul_precision("highest"):
-            yield
-    finally:
-        _outside.reset(token)
-
-
-@contextlib.contextmanager
-def _as_outside() -> Iterator[None]:
-    """The precision that was set outside of `exact`."""
-    inside = jax.config.jax_default_matmul_precision  # pyright: ignore
-    with jax.default_matmul_precision(_outside.get(inside)):
-        yield
 
 
 def symmetrize(a: jax.Array) -> jax.Array:
@@ -133,34 +82,6 @@ def svd(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 def thin_svd(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``U``, the singular values in descending order, and ``V^T``, of ``(n, d)``."""
     return tuple(jnp.linalg.svd(a, full_matrices=False))
-
-
-def traced(tree: Any) -> bool:
-    """Whether an array of the tree is an unknown of a trace, or a trace is going on."""
-    leaves = [*jax.tree.leaves(tree), jnp.zeros(())]
-    return any(isinstance(x, jax.core.Tracer) for x in leaves)
-
-
-def repeat(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any) -> Any:
-    """`jax.lax.while_loop`.
-
-    Outside of a trace it is a loop of Python: XLA would compile a body anew at every call, since
-    the functions that make it up are other objects each time.
-    """
-    if traced(carry):
-        return lax.while_loop(condition, body, carry)
-    while condition(carry):
-        carry = body(carry)
-    return carry
-
-
-def loop(start: int, stop: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """`jax.lax.fori_loop`, and outside of a trace a loop of Python, for the reason of `repeat`."""
-    if traced(carry):
-        return lax.fori_loop(start, stop, body, carry)
-    for i in range(start, stop):
-        carry = body(i, carry)
-    return carry
 
 
 def eigh_by_size(a: jax.Array) -> tuple[jax.Array, jax.Array]:

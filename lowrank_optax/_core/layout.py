@@ -1,0 +1,396 @@
+"""Trees of parameters seen as vectors in groups, and the rows that are stored beside them.
+
+A `Layout` is the static picture of a tree: its leaves, their shapes, and which group each belongs
+to. Vectors are lists of flat leaves, rows are lists of ``(m, leaf.size)`` arrays: two-dimensional
+because XLA copies rows that carry a leaf's own shape. Sums over the leaves of a group give small
+arrays with a leading axis of groups; nothing here ever concatenates the leaves.
+
+On several devices rows and vectors are split along their last axis over as many axes of the mesh as
+divide it, whatever the parameter's own sharding: moving one gradient costs ``d``, moving the rows
+``m d``. The mesh is that of the leaves, which carry it in their types; small algebra is on all
+devices. `alike` is how a step enters and leaves this arrangement.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any
+
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from lowrank_optax._core.checks import check
+from lowrank_optax._core.devices import (
+    dividing_axes,
+    free_axes,
+    mesh_of,
+    place_of,
+    put_on,
+)
+from lowrank_optax._core.types import Columns, Vector
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Leaves of a tree by group.
+
+    Attributes:
+      treedef: the tree's structure.
+      names: the leaves' paths, for messages.
+      paths: the same as jax's key paths.
+      shapes: the leaves' shapes.
+      dtypes: the leaves' dtypes.
+      rows: the dtypes in which rows are stored.
+      group: the group of every leaf, ``0 .. n-1``.
+      n: how many groups there are; at least one.
+      dtype: of the small algebra: float32, or float64 where a leaf is.
+      mesh: the mesh of the leaves where there are several devices to spread over, else ``None``.
+    """
+
+    treedef: Any
+    names: tuple[str, ...]
+    paths: tuple[Any, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+    rows: tuple[Any, ...]
+    group: tuple[int, ...]
+    n: int
+    dtype: Any
+    mesh: Any = dataclasses.field(default=None, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        tree: Any,
+        groups: Callable[[Any], Hashable] | None,
+        rows: Any = None,
+        owner: str = "scale_by_lre",
+    ) -> "Layout":
+        """Reads the layout of a tree of floating-point arrays (or shapes of arrays)."""
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+        names = tuple(jax.tree_util.keystr(path) for path, _ in leaves)
+        dtypes = tuple(
+            dtype_of(owner, name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)
+        )
+        labels = [None if groups is None else groups(path) for path, _ in leaves]
+        order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        return cls(
+            treedef=treedef,
+            names=names,
+            paths=tuple(path for path, _ in leaves),
+            shapes=tuple(
+                tuple(np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape)
+                for _, leaf in leaves
+            ),
+            dtypes=dtypes,
+            rows=tuple(jnp.dtype(rows or dtype) for dtype in dtypes),
+            group=tuple(order[label] for label in labels),
+            n=max(1, len(order)),
+            dtype=jnp.result_type(jnp.float32, *dtypes),
+            mesh=mesh_of([leaf for _, leaf in leaves]),
+        )
+
+    @property
+    def example(self) -> Any:
+        """The tree's shapes and dtypes."""
+        leaves = zip(self.shapes, self.dtypes, strict=True)
+        return self.treedef.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of every leaf."""
+        return tuple(int(np.prod(shape)) for shape in self.shapes)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Number of entries of every group, the ``d`` of the formulas."""
+        dims = [0] * self.n
+        for size, group in zip(self.sizes, self.group, strict=True):
+            dims[group] += size
+        return tuple(dims)
+
+    def block(self, rows: int) -> int:
+        """Columns to treat at a time, so that ``rows`` of them stay below half a gradient."""
+        return min(max(sum(self.sizes) // (2 * rows), 256), 16384)
+
+    def flatten(self, tree: Any) -> Vector:
+        """The tree as a vector, rounded to the dtype of the rows."""
+        leaves = self.treedef.flatten_up_to(tree)
+        return self.split(
+            [jnp.reshape(x, -1).astype(t) for x, t in zip(leaves, self.rows, strict=True)]
+        )
+
+    def kept_in(self, dtype: Any, rows: Any) -> "Layout":
+        """The layout as a state has it: small algebra in ``dtype``, leaves in that of its rows.
+
+        ``rows`` is what `store` gave, or nothing where a basis keeps no rows.
+        """
+        own = isinstance(rows, tuple) and len(rows) == len(self.names)
+        # Rows may be codes, of which no leaf has the dtype.
+        if not own or not all(jnp.issubdtype(x.dtype, jnp.floating) for x in rows):
+            return dataclasses.replace(self, dtype=dtype)
+        dtypes = tuple(jnp.dtype(x.dtype) for x in rows)
+        return dataclasses.replace(self, dtype=dtype, dtypes=dtypes, rows=dtypes)
+
+    def on(self, tree: Any) -> "Layout":
+        """The same layout where the arrays of ``tree`` are."""
+        return dataclasses.replace(self, mesh=mesh_of(tree))
+
+    def split(self, arrays: Vector | Columns) -> Vector | Columns:
+        """Vectors or rows spread over the devices along their last axis."""
+        if self.mesh is None:
+            return arrays
+        return [put_on(x, self.mesh, s) for x, s in zip(arrays, self._specs(arrays), strict=True)]
+
+    def _specs(self, arrays: Vector | Columns) -> list[P]:
+        """How vectors or rows are split."""
+        axes = [dividing_axes(size, self.mesh) or None for size in self.sizes]
+        return [P(*[None] * (x.ndim - 1), a) for x, a in zip(arrays, axes, strict=True)]
+
+    def _locally(self, run: Callable[..., Any], given: Any, out: Any) -> Any:
+        """``run(places, *given)`` on each device's own columns.
+
+        ``places`` says of every leaf which part of it that is, and whether it is the first device
+        that has it. Lists in ``given`` hold one array a leaf, as do those in ``out``.
+        """
+        axes = free_axes(self.mesh)
+        specs = lambda tree: tuple(self._specs(x) if isinstance(x, list) else P() for x in tree)
+
+        def mine(*given):
+            return run([place_of(size, self.mesh) for size in self.sizes], *given)
+
+        return jax.shard_map(
+            mine,
+            mesh=self.mesh,
+            in_specs=specs(given),
+            out_specs=specs(out) if isinstance(out, tuple) else P(),
+            axis_names=set(axes),
+            check_vma=False,
+        )(*given)
+
+    def columns(self, tree: Any, owner: str) -> tuple[Columns, bool]:
+        """A vector, or vectors along a leading axis, as columns; and whether there was that axis.
+
+        Raises ``ValueError`` where structure or shapes are not those of the layout.
+        """
+        try:
+            leaves = self.treedef.flatten_up_to(tree)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{owner}: the vector's structure is not that of the example: {error}"
+            ) from error
+        shapes = [np.shape(x) for x in leaves]
+        count = {s[:1] for s in shapes}
+        one = shapes == list(self.shapes)
+        for name, got, shape in zip(self.names, shapes, self.shapes, strict=True):
+            check(
+                one or (len(got) > 0 and got[1:] == shape and len(count) == 1),
+                f"{owner}: the leaf {name or 'of the vector'} has shape {got}; pass {shape}, or "
+                f"({', '.join(map(str, ('k', *shape)))}) for k vectors, the same k in every leaf.",
+            )
+        head = (1,) if one else (shapes[0][0],)
+        columns = [
+            jnp.reshape(x, (*head, size)).astype(t)
+            for x, size, t in zip(leaves, self.sizes, self.rows, strict=True)
+        ]
+        return self.split(columns), not one
+
+    def vectors(self, columns: Columns) -> Any:
+        """Columns as a tree of the leaves' shapes with a leading axis."""
+        return self.treedef.unflatten(
+            [
+                jnp.reshape(_narrow(x, dtype), (-1, *shape))
+                for x, shape, dtype in zip(columns, self.shapes, self.dtypes, strict=True)
+            ]
+        )
+
+    def unflatten(self, vector: Vector, given: Any = None) -> Any:
+        """The vector as a tree of the leaves' shapes, clipped to what their dtypes can hold.
+
+        Beside ``given``, the gradients, a leaf's dtype is the one to which the gradient's and the
+        parameter's promote, as that of optax's own updates.
+        """
+        dtypes = self.dtypes
+        if given is not None:
+            pairs = zip(self.leaves(given), dtypes, strict=True)
+            dtypes = [jnp.promote_types(jnp.result_type(x), t) for x, t in pairs]
+        return self.treedef.unflatten(
+            [
+                jnp.reshape(_narrow(x, dtype), shape)
+                for x, shape, dtype in zip(vector, self.shapes, dtypes, strict=True)
+            ]
+        )
+
+    def tree(self, leaves: Sequence[Any]) -> Any:
+        """Any list with one entry a leaf, as a tree of the same structure."""
+        return self.treedef.unflatten(leaves)
+
+    def leaves(self, tree: Any) -> list[Any]:
+        """The inverse of `tree`."""
+        return self.treedef.flatten_up_to(tree)
+
+    def store(self, leaves: Sequence[jax.Array]) -> Any:
+        """Rows or vectors as a state keeps them: a tuple in the order of the leaves.
+
+        The parameters' own containers would lend them names, metadata and checks that hold for
+        parameters only. `optax.tree.map_params` calls ``init`` on a tree without leaves, to find
+        out what is shaped like parameters: a single number then stands for the whole tuple.
+        """
+        return tuple(leaves) if self.names else jnp.zeros((), self.dtype)
+
+    def stored(self, rows: Any) -> list[jax.Array]:
+        """The inverse of `store`."""
+        return list(rows) if self.names else []
+
+    def zeros(self, count: int) -> Columns:
+        """``count`` rows of zeros."""
+        return self.split(
+            [jnp.zeros((count, size), t) for size, t in zip(self.sizes, self.rows, strict=True)]
+        )
+
+    def spread(self, values: jax.Array) -> list[jax.Array]:
+        """The value of each leaf's group, from an array with a leading axis of groups."""
+        return [values[group] for group in self.group]
+
+    def gather(self, parts: Sequence[jax.Array], shape: tuple[int, ...] = ()) -> jax.Array:
+        """Sums one small array a leaf over the leaves of each group: ``(n, *shape)``."""
+        sums: list[list[jax.Array]] = [[] for _ in range(self.n)]
+        for group, part in zip(self.group, parts, strict=True):
+            sums[group].append(part.astype(self.dtype))
+        return jnp.stack([_total(each, shape, self.dtype) for each in sums])
+
+    def _sum(self, dot: Callable[..., jax.Array], shape: tuple[int, ...], *arrays: Any):
+        """`gather` of products over columns, with one sum over the devices for all the leaves."""
+
+        def own(places, *arrays):
+            parts = [dot(*each) for each in zip(*arrays, strict=True)]
+            if places:
+                parts = [jnp.where(p.first, x, 0) for p, x in zip(places, parts, strict=True)]
+            return self.gather(parts, shape)
+
+        if self.mesh is None:
+            return own((), *arrays)
+        total = lambda *all: lax.psum(own(*all), free_axes(self.mesh))
+        return self._locally(total, arrays, None)
+
+    def dot(self, rows: Columns, vector: Vector | Columns) -> jax.Array:
+        """``W v``: ``(n, m)`` for a vector, ``(n, m, k)`` for columns. One pass over the rows."""
+        if vector and vector[0].ndim == 2 and vector[0].shape[0] == 1:  # a gemv is the faster one
+            return self.dot(rows, [v[0] for v in vector])[..., None]
+        count = rows[0].shape[0] if rows else 0
+        tail = () if not rows or vector[0].ndim == 1 else (vector[0].shape[0],)
+        return self._sum(partial(contract, dtype=self.dtype), (count, *tail), rows, vector)
+
+    def inner(self, a: Vector, b: Vector) -> jax.Array:
+        """``a · b`` within each group, ``(n,)``."""
+        dot = lambda x, y: jnp.vdot(x.astype(self.dtype), y.astype(self.dtype))
+        return self._sum(dot, (), a, b)
+
+    def squares(self, columns: Columns) -> jax.Array:
+        """Squared norms of columns over all leaves, ``(k,)``."""
+        parts = [jnp.sum(jnp.square(c.astype(self.dtype)), axis=1) for c in columns]
+        return _total(parts, (columns[0].shape[0],), self.dtype)
+
+    def gram(self, columns: Columns) -> jax.Array:
+        """``(n, k, k)`` inner products of columns; one column costs one elementwise pass."""
+        if columns and columns[0].shape[0] == 1:
+            vector = [c[0] for c in columns]
+            return self.inner(vector, vector)[:, None, None]
+        return self.dot(columns, columns)
+
+    def combine(self, weights: jax.Array, rows: Columns) -> Vector | Columns:
+        """``c W``: weights ``(n, m)`` give a vector, ``(n, k, m)`` columns. One pass."""
+        return [combine(c, w, self.dtype) for c, w in zip(self.spread(weights), rows, strict=True)]
+
+
+def per_leaf(path: Any) -> str:
+    """A ``groups`` function: every leaf is a group of its own.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> tx = lro.lre(1e-2, basis=lro.basis.GGT(10), groups=lro.per_leaf)
+    """
+    return jax.tree_util.keystr(path)
+
+
+def stack(vector: Vector) -> Columns:
+    """A vector as a single column."""
+    return [x[None] for x in vector]
+
+
+def cast_like(columns: Columns, rows: Columns) -> Columns:
+    """Columns in the dtypes of the rows they are to join."""
+    return [c.astype(w.dtype) for c, w in zip(columns, rows, strict=True)]
+
+
+def combine(weights: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
+    """``c W`` with the accumulation in ``dtype``."""
+    over = (((weights.ndim - 1,), (0,)), ((), ()))
+    return _product(weights.astype(rows.dtype), rows, over, dtype)
+
+
+def _total(parts: Sequence[jax.Array], shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The sum of small arrays of one shape, as a reduction that stays one.
+
+    XLA puts a copy of a chain of additions into every operation that reads the sum, and there are
+    some of these for every leaf: programs, and the time to compile them, grew with the square of
+    the number of leaves. A sum over stacked arrays, or over scalars, it turns back into a chain.
+    """
+    if len(parts) < 2:
+        return parts[0] if parts else jnp.zeros(shape, dtype)
+    flat = jnp.concatenate([jnp.reshape(x, -1) for x in parts])
+    if parts[0].size > 1:
+        return jnp.reshape(jnp.sum(jnp.reshape(flat, (len(parts), -1)), axis=0), shape)
+    halves = jnp.sum(jnp.reshape(jnp.pad(flat, (0, len(parts) % 2)), (-1, 2)), axis=0)
+    return jnp.reshape(halves[0] + halves[1], shape)
+
+
+def contract(w: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:
+    """``W v`` or ``W V^T`` with the accumulation in ``dtype``."""
+    return _product(w, v.astype(w.dtype), (((1,), (v.ndim - 1,)), ((), ())), dtype)
+
+
+def _product(a: jax.Array, b: jax.Array, over: Any, dtype: Any) -> jax.Array:
+    """A product over rows: exact in what is stored, and of 16-bit rows no more than that.
+
+    An accelerator reads 16-bit rows as they are; for float32 it has to be asked for float32.
+    """
+    short = a.dtype.itemsize < 4
+    precision = lax.Precision.DEFAULT if short else lax.Precision.HIGHEST
+    return lax.dot_general(a, b, over, precision=precision, preferred_element_type=dtype)
+
+
+def dtype_of(owner: str, name: str, leaf: Any) -> Any:
+    """The dtype that jax gives a leaf, which has to be one of its floating-point kinds."""
+    place = f"{owner}: the leaf {name or 'of the tree'}"
+    advice = "pass floating-point leaves, or leave it out with optax.masked or optax.partition."
+    if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):
+        raise ValueError(f"{place} is {leaf!r}, a {type(leaf).__name__}; {advice}")
+    kind: Any = getattr(leaf, "dtype", type(leaf))
+    check(
+        not jnp.issubdtype(kind, jax.dtypes.extended),
+        f"{place} is {kind}; {advice}",
+    )
+    dtype = jax.dtypes.canonicalize_dtype(kind)
+    check(
+        not jnp.issubdtype(dtype, jnp.complexfloating),
+        f"{place} is {dtype}; pass real and imaginary parts as two leaves "
+        "(optax.contrib.split_real_and_imaginary does).",
+    )
+    check(jnp.issubdtype(dtype, jnp.floating), f"{place} is {dtype}; {advice}")
+    check(
+        dtype.itemsize >= 2,
+        f"{place} is {dtype}, in which no optimizer's step can be kept; pass bfloat16, float16, "
+        "float32 or float64, and cast to eight bits in the model.",
+    )
+    return dtype
+
+
+def _narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    """A cast that stays finite: a float32 number may be too large for float16."""
+    if jnp.dtype(dtype).itemsize >= x.dtype.itemsize:
+        return x.astype(dtype)
+    return jnp.clip(x, -jnp.finfo(dtype).max, jnp.finfo(dtype).max).astype(dtype)

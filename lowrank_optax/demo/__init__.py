@@ -1,0 +1,1 @@
+"""What the command line shows: tasks, training runs, spectra. Nothing else imports it."""
