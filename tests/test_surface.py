@@ -62,7 +62,9 @@ def documented(x):
     """The docstring of a class with those of the classes that it extends."""
     if not inspect.isclass(x):
         return inspect.getdoc(x) or ""
-    return "\n".join(inspect.cleandoc(c.__doc__ or "") for c in x.__mro__ if "lowrank" in c.__module__)
+    return "\n".join(
+        inspect.cleandoc(c.__doc__ or "") for c in x.__mro__ if "lowrank" in c.__module__
+    )
 
 
 def fields(x):

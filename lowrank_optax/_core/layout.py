@@ -251,7 +251,7 @@ class Layout:
             [jnp.zeros((count, size), t) for size, t in zip(self.sizes, self.rows, strict=True)]
         )
 
-    def spread(self, values: jax.Array) -> list[jax.Array]:
+    def to_leaves(self, values: jax.Array) -> list[jax.Array]:
         """The value of each leaf's group, from an array with a leading axis of groups."""
         return [values[group] for group in self.group]
 
@@ -303,7 +303,9 @@ class Layout:
 
     def combine(self, weights: jax.Array, rows: Columns) -> Vector | Columns:
         """``c W``: weights ``(n, m)`` give a vector, ``(n, k, m)`` columns. One pass."""
-        return [combine(c, w, self.dtype) for c, w in zip(self.spread(weights), rows, strict=True)]
+        return [
+            combine(c, w, self.dtype) for c, w in zip(self.to_leaves(weights), rows, strict=True)
+        ]
 
 
 def per_leaf(path: Any) -> str:

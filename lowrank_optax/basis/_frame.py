@@ -231,7 +231,7 @@ class Frame(Basis, Spectrum):
         # In float16 the scale of a short column would be infinite.
         columns = [
             (c.astype(layout.dtype) * s[:, None]).astype(c.dtype)
-            for c, s in zip(columns, layout.spread(scale), strict=True)
+            for c, s in zip(columns, layout.to_leaves(scale), strict=True)
         ]
         s = layout.dot(rows, columns)
         gram = gram * scale[:, :, None] * scale[:, None, :]
@@ -256,7 +256,7 @@ class Frame(Basis, Spectrum):
     def _rotate(self, layout: Layout, state: FrameState, when: jax.Array) -> FrameState:
         """``W <- T W`` in place, block by block, for the groups that need it; ``K`` measured."""
         r, m = self.slots, self.slots + self.capacity
-        each = layout.spread(state.t)
+        each = layout.to_leaves(state.t)
         rows, measured, _ = rewrite(
             layout.stored(state.rows),
             layout,
@@ -291,7 +291,7 @@ class Frame(Basis, Spectrum):
             inside = layout.combine(weights, rows)
             return [
                 f @ v.astype(layout.dtype) - x
-                for f, v, x in zip(layout.spread(mix), vectors, inside, strict=True)
+                for f, v, x in zip(layout.to_leaves(mix), vectors, inside, strict=True)
             ]
 
         def measured(vectors, rows):
@@ -314,7 +314,7 @@ class Frame(Basis, Spectrum):
             # Slots that depend on the last read let XLA write in place.
             at = jnp.where(jnp.all(jnp.isfinite(s), axis=(1, 2))[:, None], slots, m)
             gram, t = jax.vmap(_remeasure)(gram, t, at, s, corner)
-            rest = [f @ v for f, v in zip(layout.spread(unit), rest, strict=True)]
+            rest = [f @ v for f, v in zip(layout.to_leaves(unit), rest, strict=True)]
             return write(rows, layout, at, rest), gram, t
 
         return now_and_then(jnp.any(step.refine), body, carry)

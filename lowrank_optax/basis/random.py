@@ -93,7 +93,7 @@ class Random(Basis):
         due = is_due(state.updates, self.redraw)
         drawn = accept & due
         live = jnp.arange(self.rank)[None] < jnp.asarray(layout.dims)[:, None]
-        each = layout.spread(live)
+        each = layout.to_leaves(live)
 
         def draw(leaf: int, at: jax.Array, block: jax.Array) -> jax.Array:
             # A key for each column: what is drawn does not depend on blocks and devices.

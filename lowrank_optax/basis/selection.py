@@ -82,7 +82,7 @@ class Selection(Basis):
         rows, index, lam, fine = self.choose(layout, state, correction, key)
         ok = accept & fine
         if rows:
-            pairs = zip(layout.spread(ok), rows, layout.stored(state.rows), strict=True)
+            pairs = zip(layout.to_leaves(ok), rows, layout.stored(state.rows), strict=True)
             rows = layout.store([jnp.where(yes, a, b) for yes, a, b in pairs])
         index = jnp.where(ok[:, None], index, state.indices)
         new = SelectionState(
@@ -106,7 +106,7 @@ class Selection(Basis):
         places = _local(layout, state.indices)
         return [
             jnp.zeros((*v.shape[:-1], size), layout.dtype).at[..., at].set(v, mode="drop")
-            for v, at, size in zip(layout.spread(u), places, layout.sizes, strict=True)
+            for v, at, size in zip(layout.to_leaves(u), places, layout.sizes, strict=True)
         ]
 
 
@@ -204,7 +204,7 @@ class TopK(Selection):
             decay * v + gain * _weigh(w, jnp.square(y.astype(layout.dtype)))[None]
             for v, w, y in zip(
                 layout.stored(state.rows),
-                layout.spread(correction.weights),
+                layout.to_leaves(correction.weights),
                 correction.columns,
                 strict=True,
             )
@@ -355,18 +355,24 @@ class Histogram(Basis):
         old, before = layout.stored(state.rows), layout.stored(state.mean)
         mean = [
             self.beta * x + _weigh(w, y.astype(layout.dtype))[None]
-            for x, w, y in zip(before, layout.spread(share), correction.columns, strict=True)
+            for x, w, y in zip(before, layout.to_leaves(share), correction.columns, strict=True)
         ]
         low, high = _extremes(layout, mean)
         ok = accept & jnp.isfinite(high - low)
         bins = [
             jnp.where(yes, self._bin(x, a, b).astype(was.dtype), was)
             for yes, x, a, b, was in zip(
-                layout.spread(ok), mean, layout.spread(low), layout.spread(high), old, strict=True
+                layout.to_leaves(ok),
+                mean,
+                layout.to_leaves(low),
+                layout.to_leaves(high),
+                old,
+                strict=True,
             )
         ]
         mean = [
-            jnp.where(yes, a, b) for yes, a, b in zip(layout.spread(ok), mean, before, strict=True)
+            jnp.where(yes, a, b)
+            for yes, a, b in zip(layout.to_leaves(ok), mean, before, strict=True)
         ]
         pick = lambda new, old: jnp.where(ok.reshape(-1, *[1] * (new.ndim - 1)), new, old)
         r = self.rank
@@ -405,7 +411,7 @@ class Histogram(Basis):
         scaled = jnp.einsum("nr,n...r->n...r", _scale(state.counts), u)
         return [
             x[..., bins[0]]
-            for x, bins in zip(layout.spread(scaled), layout.stored(state.rows), strict=True)
+            for x, bins in zip(layout.to_leaves(scaled), layout.stored(state.rows), strict=True)
         ]
 
     def _bin(self, x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -424,10 +430,10 @@ def _starts(layout: Layout) -> list[int]:
 
 def _local(layout: Layout, index: jax.Array) -> list[jax.Array]:
     """Coordinates of each group as those ``(r,)`` of every leaf; of others the leaf's size."""
-    local = [at - start for at, start in zip(layout.spread(index), _starts(layout), strict=True)]
+    local = [at - start for at, start in zip(layout.to_leaves(index), _starts(layout), strict=True)]
     return [
         jnp.where((at >= 0) & (at < size) & (of >= 0), at, size)
-        for at, of, size in zip(local, layout.spread(index), layout.sizes, strict=True)
+        for at, of, size in zip(local, layout.to_leaves(index), layout.sizes, strict=True)
     ]
 
 

@@ -93,7 +93,7 @@ class CommonDirections(Ring):
         ]
         # Of unit length, so that no dtype of the rows is too narrow for a short step.
         size = jnp.sqrt(layout.gram(step)[:, 0])
-        step = [linalg.safe_divide(x, c) for x, c in zip(step, layout.spread(size), strict=True)]
+        step = [linalg.safe_divide(x, c) for x, c in zip(step, layout.to_leaves(size), strict=True)]
         recent = slice(1 - self.rank, None)
         columns = [
             jnp.concatenate([s.astype(y.dtype), y[recent]])
@@ -110,7 +110,7 @@ class CommonDirections(Ring):
         )
         kept = [
             jnp.where(ok, x, y)
-            for ok, x, y in zip(layout.spread(accept & ~done.failed), here, last, strict=True)
+            for ok, x, y in zip(layout.to_leaves(accept & ~done.failed), here, last, strict=True)
         ]
         return done._replace(
             state=done.state._replace(memory=layout.store(kept)), u=done.u[..., 1:]
@@ -312,7 +312,7 @@ class LowRankFactor(Ring, Spectrum):
     def _rebuild(self, layout, rows: Columns, columns: Columns, small: RingState, cut, keep: int):
         """``W <- sqrt(|lam|) Q^T`` in place, for the groups that overflow; ``K`` measured."""
         m = self.rank
-        mixes = layout.spread(cut.mix[:, :keep])
+        mixes = layout.to_leaves(cut.mix[:, :keep])
 
         def mix(leaf: int, at: jax.Array, block: jax.Array, new: jax.Array) -> jax.Array:
             return combine(mixes[leaf][:, :m], block, layout.dtype) + combine(

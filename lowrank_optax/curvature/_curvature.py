@@ -142,7 +142,7 @@ def flat(layout: Layout, tree: Any) -> Vector:
 def scale(layout: Layout, factors: jax.Array, vector: Vector) -> Vector:
     """A vector times the factor ``(n,)`` of each group; 0 wherever that is 0."""
     return [
-        jnp.where(c == 0, 0, c * x) for c, x in zip(layout.spread(factors), vector, strict=True)
+        jnp.where(c == 0, 0, c * x) for c, x in zip(layout.to_leaves(factors), vector, strict=True)
     ]
 
 
@@ -150,7 +150,7 @@ def select(layout: Layout, which: jax.Array, one: Vector, other: Vector) -> Vect
     """The groups of ``one`` where ``which``, ``(n,)``, and of ``other`` elsewhere."""
     return [
         jnp.where(c, x, y.astype(x.dtype))
-        for c, x, y in zip(layout.spread(which), one, other, strict=True)
+        for c, x, y in zip(layout.to_leaves(which), one, other, strict=True)
     ]
 
 

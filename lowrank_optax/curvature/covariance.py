@@ -217,7 +217,9 @@ class GradientEMA(Collecting):
         return Mean(layout.store(row), jnp.zeros(layout.n, bool))
 
     def remember(self, layout: Layout, memory: Mean, seen: Observation) -> Mean:
-        gains = layout.spread(jnp.where(memory.begun, 1 - jnp.asarray(self.beta, layout.dtype), 1))
+        gains = layout.to_leaves(
+            jnp.where(memory.begun, 1 - jnp.asarray(self.beta, layout.dtype), 1)
+        )
         mean = [
             m + c * (g - m)
             for c, m, g in zip(gains, recall(layout, memory.row), seen.g, strict=True)

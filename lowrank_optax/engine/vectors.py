@@ -450,7 +450,7 @@ class VectorEngine:
             metrics=jax.tree.map(partial(jnp.where, taken), metrics, state.metrics),
         )
         dropped = failures.nonfinite | failures.eigh | failures.inner
-        return layout.unflatten(step, updates), new_state, layout.spread(dropped)
+        return layout.unflatten(step, updates), new_state, layout.to_leaves(dropped)
 
     def _due(self, state: ScaleByLREState) -> jax.Array:
         """The groups whose basis this step updates, ``(n,)``."""
@@ -489,7 +489,7 @@ class VectorEngine:
             rest = basis.unproject(layout, old, (basis.measured(old) - gamma[:, None]) * u)
             return [
                 a + c * x.astype(layout.dtype)
-                for a, c, x in zip(rest, layout.spread(gamma), v, strict=True)
+                for a, c, x in zip(rest, layout.to_leaves(gamma), v, strict=True)
             ]
 
         def project(v: Vector) -> Vector:
@@ -552,7 +552,7 @@ class VectorEngine:
         complement, unproject = self.complement, partial(self.basis.unproject, layout, new.basis)
         if complement is None:
             return unproject(u), state
-        on = layout.spread(active)
+        on = layout.to_leaves(active)
         g = [jnp.where(a, x.astype(layout.dtype), 0) for a, x in zip(on, g, strict=True)]
         u0 = jnp.where(active[:, None], u0, 0)
         if not isinstance(complement, optax.GradientTransformation):
@@ -562,7 +562,9 @@ class VectorEngine:
                 complement = jnp.where(some, jnp.where(some, gamma, 1) ** complement.p, 0)
             scale = jnp.broadcast_to(jnp.asarray(complement, layout.dtype), active.shape)
             part = unproject(u - scale[:, None] * u0)
-            return [p + s * x for p, s, x in zip(part, layout.spread(scale), g, strict=True)], state
+            return [
+                p + s * x for p, s, x in zip(part, layout.to_leaves(scale), g, strict=True)
+            ], state
         both = unproject(jnp.stack([u, u0], axis=1))
         apart = [x - b[1] for x, b in zip(g, both, strict=True)]
         apart, rest = complement.update(layout.unflatten(apart), state, params, **extra)
@@ -640,7 +642,7 @@ def _balanced(layout: Layout, left: Columns, right: Columns) -> tuple[Columns, C
     c = jnp.sqrt(jnp.where(ratio > 0, ratio, 1))
     grow = lambda by, columns: [
         (f[:, None] * x.astype(layout.dtype)).astype(x.dtype)
-        for f, x in zip(layout.spread(by), columns, strict=True)
+        for f, x in zip(layout.to_leaves(by), columns, strict=True)
     ]
     return grow(c, left), grow(1 / c, right)
 

@@ -107,7 +107,7 @@ class Learned(Basis, Spectrum):
         root = jnp.sqrt(jnp.maximum(correction.weights, 0))
         columns = [
             c * w[:, None].astype(c.dtype)
-            for c, w in zip(correction.columns, layout.spread(root), strict=True)
+            for c, w in zip(correction.columns, layout.to_leaves(root), strict=True)
         ]
         on = accept[:, None] & (correction.weights > 0)
         each = zip(
