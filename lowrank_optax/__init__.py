@@ -2,8 +2,8 @@
 
 The engine is `scale_by_lre`, a point of three axes: `curvature` (what is measured), `basis` (how it
 is kept), `inner` (what runs inside). `lre` is a point of these axes with a
-learning rate, `soap_muon` the recipe for networks, and the methods people know are beside them under
-their names.
+learning rate, `soap_muon` the recipe for networks, and the methods people know are beside them
+under their names.
 """
 
 import typing

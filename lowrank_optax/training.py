@@ -17,7 +17,8 @@ class TrainState(train_state.TrainState):
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> from lowrank_optax.training import TrainState
-      >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=lro.soap_muon(1e-2))
+      >>> tx = lro.soap_muon(1e-2)
+      >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=tx)
       >>> grads = {"w": jnp.ones(3)}
       >>> state = state.apply_gradients(grads=grads, value_fn=lambda p: jnp.sum(p["w"] ** 2))
       >>> int(state.step)

@@ -1,4 +1,4 @@
-"""The public surface: every name is here with a reason, and documented with all that a user needs."""
+"""The public surface: every name is documented with all that a user needs."""
 
 import dataclasses
 import importlib
@@ -6,8 +6,6 @@ import inspect
 import re
 
 import pytest
-
-import lowrank_optax
 
 MODULES = (
     "",
