@@ -25,9 +25,11 @@ from lowrank_optax._core.types import (
     Law,
     SymmetricCorrection,
 )
-from lowrank_optax.engine.matrices import MatricesState, ScaleByMatrixLREState, scale_by_matrix_lre
+from lowrank_optax.engine.matrices import ScaleByMatrixLREState, scale_by_matrix_lre
+from lowrank_optax.engine.matrix_space import Sides
 from lowrank_optax.engine.orthogonal import orthogonalize
-from lowrank_optax.engine.vectors import Events, Metrics, ScaleByLREState, scale_by_lre
+from lowrank_optax.engine.space import Events, GroupState, Metrics
+from lowrank_optax.engine.vectors import ScaleByLREState, scale_by_lre
 from lowrank_optax.engine.views import default_matrix_view
 from lowrank_optax.least_squares import LevenbergMarquardtState, levenberg_marquardt
 from lowrank_optax.recipes.matrices import galore, soap, soap_muon
@@ -57,13 +59,14 @@ __all__ = [
     "Correction",
     "Eigenbasis",
     "Events",
+    "GroupState",
     "SymmetricCorrection",
     "Law",
     "LevenbergMarquardtState",
-    "MatricesState",
     "Metrics",
     "ScaleByLREState",
     "ScaleByMatrixLREState",
+    "Sides",
     "adahessian",
     "basis",
     "curvature",

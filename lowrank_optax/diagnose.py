@@ -110,9 +110,9 @@ def matrices(state: Any) -> dict[str, MatricesSummary]:
 
 
 def _of_matrices(state: Any) -> MatricesSummary:
-    short, long = (getattr(side, "lam", None) for side in (state.short, state.long))
+    short, long = (getattr(side, "lam", None) for side in state.basis)
     dropped = jnp.sum(jnp.stack(state.events), axis=0)
-    return MatricesSummary(short, long, state.captured, dropped)
+    return MatricesSummary(short, long, state.metrics.captured, dropped)
 
 
 class OperatorSummary(NamedTuple):

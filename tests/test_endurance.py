@@ -269,7 +269,9 @@ def test_a_side_whose_eigenproblem_fails_stays(monkeypatch):
         updates, state = update(g, state)
     (old,), (new,) = before.matrices.values(), state.matrices.values()
     assert int(new.events.eigh[0]) == 1 and not np.any(updates["a"]) and np.any(updates["b"])
-    assert_same((new.short, new.long, new.inner), (old.short, old.long, old.inner))
+    assert_same(
+        (new.basis.short, new.basis.long, new.inner), (old.basis.short, old.basis.long, old.inner)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,8 +294,8 @@ def test_the_inner_state_follows_a_side_that_turned_where_the_other_failed():
         updates, state = jax.jit(tx.update)(jnp.asarray(g), state)
     (old,), (new,) = before.matrices.values(), state.matrices.values()
     assert int(new.events.eigh[0]) == 1 and not np.any(updates)
-    np.testing.assert_array_equal(new.long.t, old.long.t)
-    c = new.short.t[0] @ old.short.t[0].T
+    np.testing.assert_array_equal(new.basis.long.t, old.basis.long.t)
+    c = new.basis.short.t[0] @ old.basis.short.t[0].T
     assert np.max(np.abs(c - np.eye(2))) > 1e-2  # it turned
     moved = c @ old.inner.mean[0].reshape(2, 2)
     np.testing.assert_allclose(new.inner.mean[0].reshape(2, 2), moved, atol=1e-5)

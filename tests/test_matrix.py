@@ -151,7 +151,7 @@ def test_galore_projects_onto_the_leading_singular_directions(x64):
         got, state = steps(tx, g[None])
         np.testing.assert_allclose(got[0], want + complement * (g - want), atol=1e-6)
         captured = jnp.sum(want**2) / jnp.sum(g**2)
-        np.testing.assert_allclose(state.matrices["8x40"].captured, captured, rtol=1e-9)
+        np.testing.assert_allclose(state.matrices["8x40"].metrics.captured, captured, rtol=1e-9)
     whole = lro.scale_by_matrix_lre(basis.SubspaceIteration(8, 0.0), None, KEEP)
     np.testing.assert_allclose(steps(whole, g[None])[0][0], g, atol=1e-12)
 
@@ -169,9 +169,9 @@ def test_subspace_iteration_is_nearly_optimal():
         _, state = steps(tx, g[None])
         state = state.matrices["60x200"]
         best = np.sum(np.linalg.svd(g, compute_uv=False)[:r] ** 2) / np.sum(g**2)
-        assert least * best <= state.captured[0] <= best * (1 + 1e-5)
-        gram = state.short.t[0] @ state.short.t[0].T
-        live = state.short.lam[0] > 0
+        assert least * best <= state.metrics.captured[0] <= best * (1 + 1e-5)
+        gram = state.basis.short.t[0] @ state.basis.short.t[0].T
+        live = state.basis.short.lam[0] > 0
         assert int(jnp.sum(live)) == min(r, np.linalg.matrix_rank(g))
         np.testing.assert_allclose(gram, jnp.diag(live), atol=1e-5)
 
@@ -199,11 +199,11 @@ def test_full_matrix_turns_now_and_then(x64):
         steps(lro.scale_by_matrix_lre(basis.FullMatrix(0.9, every=n), None, KEEP), grads)[1]
         for n in (1, 3)
     )
-    often, seldom = (s.matrices["3x4"].short for s in (often, seldom))
+    often, seldom = (s.matrices["3x4"].basis.short for s in (often, seldom))
     np.testing.assert_allclose(often.matrix, seldom.matrix, rtol=1e-12)
     np.testing.assert_allclose(often.t, seldom.t, rtol=1e-12)  # the seventh is a turn for both
     state = steps(lro.scale_by_matrix_lre(basis.FullMatrix(0.9, every=3), None, KEEP), grads[:6])
-    state = state[1].matrices["3x4"].short
+    state = state[1].matrices["3x4"].basis.short
     b = sum(0.1 * 0.9 ** (3 - i) * np.asarray(g @ g.T) for i, g in enumerate(grads[:4]))
     np.testing.assert_allclose(state.t[0].T * state.lam[0] @ state.t[0], b, atol=1e-12)
 
@@ -216,7 +216,7 @@ def test_every_basis_is_a_side(name):
     updates, state = steps(lro.scale_by_matrix_lre(None, side, KEEP, update_every=2), grads)
     for g, u in zip(grads, updates, strict=True):
         np.testing.assert_allclose(jnp.vdot(g, u), jnp.vdot(u, u), rtol=1e-4)
-    captured = state.matrices["6x7"].captured[0]
+    captured = state.matrices["6x7"].metrics.captured[0]
     np.testing.assert_allclose(captured, jnp.sum(u**2) / jnp.sum(g**2), rtol=1e-4)
     assert captured > 1e-3
 

@@ -29,11 +29,11 @@ def check_fits(
     init: Callable[..., Any],
     example: tuple[Any, ...],
     known: set[Any] | None = None,
-    but: str | None = None,
+    but: tuple[str, ...] = (),
 ) -> None:
     """Raises ``ValueError`` where a state's arrays are not those of ``init(*example)``.
 
-    What lies under the field ``but`` may differ. ``known`` remembers what was found to fit, since
+    What lies under the fields ``but`` may differ. ``known`` remembers what was found to fit, since
     finding out traces ``init``.
     """
     known = set() if known is None else known
@@ -49,7 +49,7 @@ def check_fits(
     read = lambda tree: {
         jax.tree_util.keystr(path): f"an array {np.shape(leaf)} {jnp.result_type(leaf)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if getattr(path[0], "name", None) != but
+        if getattr(path[0], "name", None) not in but
     }
     got, needed = read(state), read(like)
     for path in (*needed, *got):

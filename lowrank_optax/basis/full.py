@@ -89,6 +89,11 @@ class FullMatrix(Dense, Spectrum):
             check_decay("FullMatrix", "beta", self.beta)
         check_count("FullMatrix", "every", self.every)
 
+    @property
+    def every_step(self) -> bool:
+        """Whether it is known before tracing that each correction turns the basis."""
+        return isinstance(self.every, numbers.Integral) and self.every == 1
+
     def coordinates(self, layout: Layout) -> int:
         return max(layout.dims)
 
@@ -114,8 +119,7 @@ class FullMatrix(Dense, Spectrum):
         bare, unchanged = new._replace(matrix=()), self._still(new)
         still = BasisUpdate(bare, unchanged, jnp.zeros((layout.n, 0)), jnp.zeros_like(accept))
         turn = lambda _, now: self.turn(new.matrix, now.state, when, correction.signed)
-        always = isinstance(self.every, numbers.Integral) and self.every == 1
-        done = turn(0, still) if always else now_and_then(jnp.any(when), turn, still)
+        done = turn(0, still) if self.every_step else now_and_then(jnp.any(when), turn, still)
         # A group whose eigenproblem failed has learned nothing.
         back = lambda a, b: jnp.where(done.failed.reshape(-1, *[1] * (a.ndim - 1)), b, a)
         kept = jax.tree.map(back, done.state._replace(matrix=new.matrix), state)

@@ -2,7 +2,7 @@
 
 `covariance` holds those that take one column from every step, `hessian` products of the Hessian
 with probes, `quasi_newton` the corrections that make the kept matrix agree with such a product, and
-`examples` those with a column for every example.
+`examples` those with a column for every example, and `sides` what is measured on matrices.
 """
 
 from lowrank_optax.curvature._curvature import Curvature, Evidence, Observation
@@ -28,6 +28,7 @@ from lowrank_optax.curvature.hessian import (
     StepProbe,
 )
 from lowrank_optax.curvature.quasi_newton import BFGS, SR1, ShorR
+from lowrank_optax.curvature.sides import SideColumns, SideCovariance, SideCurvature
 
 __all__ = [
     "BFGS",
@@ -51,6 +52,9 @@ __all__ = [
     "RademacherProbe",
     "SR1",
     "ShorR",
+    "SideColumns",
+    "SideCovariance",
+    "SideCurvature",
     "SquaredHessian",
     "StepProbe",
     "UnrolledGaussNewton",

@@ -134,7 +134,7 @@ class Tracker(abc.ABC):
         check_kind(owner, state, TrackerState)
         example = state.layout.example
         begin = lambda key: self.init(key, example)
-        check_fits(owner, state, begin, (jax.random.key(0),), but="key")  # typed or raw
+        check_fits(owner, state, begin, (jax.random.key(0),), but=("key",))  # typed or raw
 
     @full_precision
     def _update(self, state: TrackerState, columns: Columns, *others: Columns) -> TrackerState:
