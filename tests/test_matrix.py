@@ -1,5 +1,6 @@
 """Matrix-shaped parameters against dense Kronecker products, and what the engine promises."""
 
+import dataclasses
 import re
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import BASES, MORE_BASES
+from cases import BASES, INNERS, MORE_BASES
 from test_optax_contract import _common_test
 
 import lowrank_optax as lro
@@ -219,6 +220,116 @@ def test_every_basis_is_a_side(name):
     captured = state.matrices["6x7"].metrics.captured[0]
     np.testing.assert_allclose(captured, jnp.sum(u**2) / jnp.sum(g**2), rtol=1e-4)
     assert captured > 1e-3
+
+
+# Matrices that share bases, and what is measured ------------------------------------------------
+
+
+def shampoo(groups=None, sides=(True, True), **options):
+    """One update of both sides, ``L^{-1/4} G R^{-1/4}``, or of one, ``L^{-1/2} G``."""
+    short, long = (basis.FullMatrix(None) if on else None for on in sides)
+    return lro.scale_by_matrix_lre(short, long, inner.LInvSqrt(), groups=groups, **options)
+
+
+def root(a, power):
+    """``A^power`` of a symmetric matrix, without the directions that it does not have."""
+    lam, q = np.linalg.eigh(a)
+    return (q[:, lam > 1e-9] * lam[lam > 1e-9] ** power) @ q[:, lam > 1e-9].T
+
+
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
+def test_matrices_of_a_group_share_their_bases(x64, sides):
+    """``L = sum_j G_j G_j^T`` over a group, also of matrices that stand on end."""
+    grads = {"one": noise(0, 4, 6), "other": noise(1, 6, 4), "alone": noise(2, 4, 6)}
+    label = lambda path: "alone" if "alone" in jax.tree_util.keystr(path) else "pair"
+    updates, state = steps(shampoo(label, sides), jax.tree.map(lambda g: g[None], grads))
+    assert state.matrices.keys() == {"4x6", "2x4x6"}
+    pair = [np.asarray(grads["one"]), np.asarray(grads["other"]).T]
+    power = -0.25 if all(sides) else -0.5
+    for members, seen in (
+        ([grads["alone"]], [updates["alone"][0]]),
+        (pair, [updates["one"][0], updates["other"][0].T]),
+    ):
+        left = root(sum(g @ g.T for g in members), power) if sides[0] else np.eye(4)
+        right = root(sum(g.T @ g for g in members), power) if sides[1] else np.eye(6)
+        for g, u in zip(members, seen, strict=True):
+            np.testing.assert_allclose(u, left @ g @ right, atol=1e-8)
+
+
+@pytest.mark.parametrize("inside", ["adam", "adam_centred"])
+def test_inner_states_of_a_group_move_with_its_bases(x64, inside):
+    """As those of the same matrices side by side, ``[G_1 G_2]``, of which the one basis is."""
+    side, rule = basis.SubspaceIteration(2, 0.5), INNERS[inside]
+    one, other = noise(0, 6, 3, 5), noise(1, 6, 3, 5)
+    shared = lro.scale_by_matrix_lre(side, None, rule, groups=lambda path: "all")
+    updates, state = steps(shared, {"one": one, "other": other})
+    beside = jnp.concatenate([one, other], axis=2)
+    wide, _ = steps(lro.scale_by_matrix_lre(side, None, rule), beside)
+    got = jnp.concatenate([updates["one"], updates["other"]], axis=2)
+    np.testing.assert_allclose(got, wide, rtol=1e-6, atol=1e-9)
+    assert state.matrices["2x3x5"].steps.shape == (1,)
+
+
+def test_a_group_is_dropped_or_taken_together():
+    grads = {"one": noise(0, 4, 6), "other": noise(1, 4, 6), "alone": noise(2, 4, 6)}
+    grads["other"] = grads["other"].at[0, 0].set(jnp.nan)
+    label = lambda path: "alone" if "alone" in jax.tree_util.keystr(path) else "pair"
+    updates, state = steps(shampoo(label), jax.tree.map(lambda g: g[None], grads))
+    assert not np.any(updates["one"]) and not np.any(updates["other"]) and np.any(updates["alone"])
+    assert int(state.matrices["2x4x6"].events.nonfinite[0]) == 1
+
+
+def test_metrics_of_matrices_are_those_of_their_kronecker_products(x64):
+    grads = noise(3, 5, 4, 6)
+    side = lambda rank: basis.SubspaceIteration(rank, 0.5, iterations=3)
+    tx = lro.scale_by_matrix_lre(side(2), side(3), inner.Adam())
+    state, before = tx.init(grads[0]), None
+    for g in grads:
+        before = state.matrices["4x6"].basis
+        _, state = tx.update(g, state)
+    now = state.matrices["4x6"]
+    q, old = (jnp.kron(b.short.t[0], b.long.t[0]) for b in (now.basis, before))
+    g = jnp.reshape(grads[-1], -1)
+    captured = jnp.sum((q @ g) ** 2) / jnp.sum(g**2)
+    np.testing.assert_allclose(now.metrics.captured[0], captured, rtol=1e-9)
+    drift = 1 - jnp.sum((q @ old.T) ** 2) / len(old)
+    np.testing.assert_allclose(now.metrics.drift[0], drift, rtol=1e-6)
+    assert 0 < float(now.metrics.cosine[0]) < 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentumCovariance(lro.curvature.SideCurvature):
+    """The covariance of a momentum, written from outside."""
+
+    decay: float = 0.5
+
+    def init(self, like):
+        return jnp.zeros(like.shape, like.dtype)
+
+    def measure(self, g, state, accept):
+        m = jnp.where(accept[:, None, None, None], self.decay * state + g, state)
+        return lro.curvature.SideCovariance().measure(m, (), accept)[0], m
+
+
+def test_what_is_measured_on_matrices_is_a_choice(x64):
+    """And a step that is dropped leaves its state as it was."""
+    grads = noise(0, 3, 4, 6)
+    broken = jnp.concatenate([grads[:2], grads[:1] * jnp.nan, grads[2:]])
+    tx = shampoo(curvature=MomentumCovariance())
+    for given in (grads, broken):
+        updates, state = steps(tx, given)
+        left, right, m = np.zeros((4, 4)), np.zeros((6, 6)), 0.0
+        for g in np.asarray(grads):
+            m = 0.5 * m + g
+            left, right = left + m @ m.T, right + m.T @ m
+        want = root(left, -0.25) @ grads[-1] @ root(right, -0.25)
+        np.testing.assert_allclose(updates[-1], want, atol=1e-7)
+        np.testing.assert_allclose(state.matrices["4x6"].curvature[0, 0], m, rtol=1e-12)
+
+
+def test_a_curvature_of_vectors_is_no_curvature_of_matrices():
+    with pytest.raises(ValueError, match=r"SideCovariance\(\)"):
+        shampoo(curvature=lro.curvature.Covariance())
 
 
 # What the engine promises -----------------------------------------------------------------------
