@@ -312,8 +312,16 @@ def per_leaf(path: Any) -> str:
     """A ``groups`` function: every leaf is a group of its own.
 
     Example:
-      >>> import lowrank_optax as lro
-      >>> tx = lro.lre(1e-2, basis=lro.basis.GGT(10), groups=lro.per_leaf)
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.lre(1.0, basis=lro.basis.GGT(10), groups=lro.per_leaf)
+      >>> tx.init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})[0].steps.shape
+      (2,)
+
+    Args:
+      path: a leaf's key path, as `jax.tree_util.tree_flatten_with_path` gives it.
+
+    Returns:
+      A label that no other leaf has: the path as text.
     """
     return jax.tree_util.keystr(path)
 

@@ -75,13 +75,32 @@ class SymmetricCorrection(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """How coordinates move when the basis does, with ``C = Q_new^T Q_old``.
+    """How a state in the coordinates of a basis moves when the basis does.
 
-    The elementwise ``power`` of ``C`` is applied along the first ``axes`` axes; a state of no
-    axes is a scalar and stays. A ``centred`` law moves a pair of first and second moments, each
-    corrected for its start: it subtracts the square of the one from the other. A
-    ``surrounded`` law moves a pair of a state and the scalar ``s`` that stands for it outside the
-    basis: directions that enter bring ``s`` along, where they would come with a zero.
+    With ``C = Q_new^T Q_old``, the elementwise ``power`` of ``C`` multiplies the state along each
+    of its first ``axes`` axes: ``C m`` for a mean, ``(C∘C) v`` for second moments, ``C M C^T`` for
+    a matrix.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> C = jnp.array([[0.6, 0.8], [-0.8, 0.6]])        # both axes turned
+      >>> lro.SECOND_MOMENT == lro.Law(axes=1, power=2)
+      True
+      >>> print((C**2 @ jnp.array([1.0, 0.0])).round(2))   # what this law makes of a second moment
+      [0.36 0.64]
+
+    Args:
+      axes: how many of the state's axes are coordinates; a state of none stays as it is.
+      power: elementwise power of ``C``.
+      centred: whether the state is a pair of first and second moments, each corrected for its
+        start. The law then moves the variance and adds the square of the moved mean.
+      surrounded: whether the state is a pair of which the second, a number ``s``, stands for the
+        first outside the basis. A direction that enters then brings ``s`` along instead of zero.
+
+    Cost: ``2 r^(axes + 1)`` flops for each axis.
+
+    Source: the transport of Robert et al., "LDAdam: Adaptive Optimization from Low-Dimensional
+    Gradient Statistics", ICLR 2025, for the centred law; the others are the definitions of the moments.
     """
 
     axes: int

@@ -81,11 +81,11 @@ def scale_by_matrix_lre(
     .. math:: \Delta = Q_S\,\mathrm{inner}(Q_S^T G\, Q_L;\ \sqrt{\lambda_S \lambda_L})\,Q_L^T
               + \gamma\,(G - Q_S Q_S^T G\, Q_L Q_L^T)
 
-    The ``short`` basis learns from the ``b`` columns of ``G``, ``G G^T``, the ``long`` one from its
-    ``a`` rows, ``G^T G``; ``None`` in place of one is the identity and ``lam`` then the other's.
-    Eigenvalues are those of the Kronecker product ``(L (x) R)^{1/2}``, so that `LInvSqrt` gives
-    Shampoo's ``L^{-1/4} G R^{-1/4}``. Norms in the inner parts go over the whole matrix; their
-    states move as ``(C_S^p) V (C_L^p)^T`` when the bases do.
+    The ``short`` basis learns from the ``b`` columns of ``G``, that is ``L = G G^T``, the ``long``
+    one from its ``a`` rows, ``R = G^T G``. ``None`` in place of a basis is the identity; ``lam``
+    are then the other's eigenvalues. With two bases they are those of ``(L (x) R)^{1/2}``, so that
+    `LInvSqrt` gives Shampoo's ``L^{-1/4} G R^{-1/4}``. Norms in the inner parts go over the whole
+    matrix; their states move as ``(C_S^p) V (C_L^p)^T`` when the bases do.
 
     ================================ =========== ===============================
     short, long                      inner       is, but for what its recipe says
@@ -115,34 +115,35 @@ def scale_by_matrix_lre(
       True
 
     Args:
-      short: basis of the shorter side, from `lowrank_optax.basis`. Ranks are cut to ``a``. Of a
-        square view this is the first axis.
+      short: basis of the shorter side, from `lowrank_optax.basis`, its rank cut to ``a``. The
+        shorter side of a square view is its first axis.
       long: basis of the longer side, cut to ``b``.
-      inner: what runs inside: one part or a sequence of them. Parts that hold matrices or tensors
-        over the coordinates are refused: there are ``r_S r_L`` of them.
+      inner: what runs inside: one part or a sequence of them. A matrix has ``r_S r_L`` coordinates,
+        so parts that hold matrices or tensors over the coordinates are refused.
       curvature: what the bases learn from, by default the gradient's covariance on both sides.
       update_every: steps between two updates of the bases, or a schedule of the number of steps
         taken. The first step always updates. Only the gradients of those steps are seen;
         ``FullMatrix(every=10)`` sees all and turns at every tenth.
-      warmup_steps: first steps that build the bases and return zeros for the matrices. With two
-        bases of full rank that have seen one gradient only, it is diagonal in them, and the rest of
-        its coordinates rounding, which Adam would blow up.
+      warmup_steps: number of first steps that build the bases and return zeros for the matrices.
+        In two bases of full rank that have seen one gradient only, that gradient is diagonal; its
+        other coordinates are rounding errors, which Adam would blow up.
       groups: a function of a leaf's path to a label; matrices of one shape that share a label
         share their bases and are one problem: they are dropped or taken together. By default every
         matrix has its own.
       view: a function of a leaf's path and shape to ``(rows, columns)``, to which it is reshaped,
         or ``None`` to leave it to ``rest``; by default `default_matrix_view` of the shape.
-      rest: the optimizer of the leaves that are no matrices, by default `optax.scale_by_adam`. It
-        sees them in float32 at least.
+      rest: optax transformation for the leaves that are not seen as matrices, by default
+        `optax.scale_by_adam`. It sees them in float32 at least.
       complement: what becomes of ``G - Q_S Q_S^T G Q_L Q_L^T``: dropped (``None``), scaled by a
         number ``gamma``, or passed through an optax transformation.
       largest: sides longer than this have no basis, and matrices of which no side has one are left
         to ``rest``; ``None`` for no limit. What a full basis costs grows with the cube.
-      dtype: of the stored rows, for bases that store rows in the leaf's dtype; by default that.
-      seed: of the randomness of the bases.
+      dtype: dtype of the stored rows, by default the leaf's, for bases that store rows in that.
+      seed: seed of the bases' random draws.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`; extra arguments go to ``rest``.
+      An `optax.GradientTransformationExtraArgs` with the state `ScaleByMatrixLREState`; extra
+      arguments go to ``rest`` and to the complement.
 
     Raises:
       ValueError: for parts that do not fit together, arguments out of range, leaves that are not

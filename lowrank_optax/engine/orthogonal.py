@@ -23,9 +23,9 @@ def orthogonalize(
 
     .. math:: \Delta \approx \rho\,\sqrt{\max(a, b)}\; U V^T
 
-    by the quintic Newton–Schulz iteration, whose singular values end between .7 and 1.2. Stands
-    behind any optimizer: all directions that it moves in, it then moves in alike. Leaves that are
-    no matrices, and updates that are zero or not finite, stay as they are.
+    by the quintic Newton–Schulz iteration, whose singular values end between .7 and 1.2. Chain it
+    behind any optimizer: the step then has the same length along every singular direction. Leaves
+    that are not seen as matrices, and updates that are zero or not finite, stay as they are.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -36,11 +36,14 @@ def orthogonalize(
        [ 0. -1.]]
 
     Args:
-      rms: root mean square of the entries of an update of full rank, ``rho``; that of Adam's
+      rms: root mean square ``rho`` of the entries of an update of full rank; that of Adam's
         updates is about .2.
-      iterations: of Newton–Schulz.
+      iterations: number of Newton–Schulz iterations.
       view: a function of a leaf's path and shape to ``(rows, columns)`` or ``None``; by default
         `default_matrix_view` of the shape.
+
+    Returns:
+      An `optax.GradientTransformation` without state.
 
     Raises:
       ValueError: for an ``rms`` or a number of iterations out of range.

@@ -91,19 +91,19 @@ def scale_by_lre(
 
     .. math:: \Delta = Q\,\mathrm{inner}(Q^T g;\ \lambda) + \mathrm{complement}(g - Q Q^T g)
 
-    Like every ``scale_by_...`` of optax it returns a direction of ascent; `optax.scale_by_learning_
-    rate` turns it round. A step whose gradient is zero or not finite, or whose small eigenproblem
-    fails, returns zeros, leaves basis and inner state as they were, and is counted in
-    ``state.events``, group by group.
+    Like every ``scale_by_...`` of optax it returns a direction of ascent, which
+    `optax.scale_by_learning_rate` turns round. A step whose gradient is zero or not finite, or
+    whose small eigenproblem fails, returns zeros, leaves basis and inner state as they were, and is
+    counted in ``state.events``, group by group.
 
     Donate the state, and the parameters where nothing else reads them, so that the rows are updated
     where they lie: ``jax.jit(step, donate_argnums=(0, 1))`` for ``step(params, state, batch)``. No
     two leaves of a state share a buffer. What was donated is gone: keep the state that comes back.
 
-    Products of float32 numbers are float32 on GPUs and TPUs, too, whatever
-    ``jax.default_matmul_precision`` says, since a basis is as orthogonal as its Gram matrix is
-    exact; rows in bfloat16 (``dtype``) are read as such, with sums in float32. Functions that are
-    passed in, and an optax complement, keep the precision that was set outside.
+    A basis is as orthogonal as its Gram matrix is exact. Products of float32 numbers are therefore
+    float32 on GPUs and TPUs, too, whatever ``jax.default_matmul_precision`` says. Rows in bfloat16
+    (``dtype``) are read as they are and summed in float32. Functions that are passed in, and an
+    optax complement, keep the precision that was set outside.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -125,27 +125,28 @@ def scale_by_lre(
       update_every: steps between two updates of the basis, or a schedule of the number of steps
         taken. The first step always updates.
       warmup_steps: first steps that build the basis and return zeros.
-      symmetrize: a correction ``y z^T`` enters as ``((y+z)/2)((y+z)/2)^T``, one column, as the
-        original has it; that depends on the units of ``y`` and ``z``, and on average it is
-        ``(I + H)²/4`` for ``y = H z``. By default it enters as the exact ``(y z^T + z y^T)/2``, two
-        columns, in any units the same.
+      symmetrize: whether a correction ``y z^T`` enters as one column, ``((y+z)/2)((y+z)/2)^T``, as
+        the original has it. That depends on the units of ``y`` and ``z``; for ``y = H z`` it is
+        ``(I + H)²/4`` on average. By default a correction enters as two columns, the exact
+        ``(y z^T + z y^T)/2``, which is the same in any units.
       complement: what becomes of ``g - Q Q^T g``: dropped (``None``), scaled by a number, passed
         through an optax transformation, or multiplied by a power (``lro.inner.LInv()``) of the
         curvature outside the basis: what quasi-Newton curvatures assume there, what Hessians and
         `FrequentDirections` measure, or the largest eigenvalue that a basis may have dropped.
-      groups: a function of a leaf's path to a label; leaves that share a label share a basis.
-        `lowrank_optax.per_leaf` makes one for each leaf; by default there is one for everything.
-        Groups are independent: the result is that of as many separate optimizers.
-      dtype: of the stored rows; by default the leaf's. The gradient is rounded to it. The small
-        algebra is float32 at least.
+      groups: a function of a leaf's path to a label; leaves that share a label share a basis. By
+        default all leaves do; with `lowrank_optax.per_leaf` every leaf has its own. Groups are
+        independent: the result is that of as many separate optimizers.
+      dtype: dtype of the stored rows, by default the leaf's. The gradient is rounded to it. The
+        small algebra is float32 at least.
       axis_name: the axes of `jax.pmap` or `jax.shard_map` over which the devices have parts of a
         batch. Functions such as ``value_fn`` then give the loss of a device's own part: products
         are averaged over the axes and per-example gradients gathered, so that replicas stay alike.
         ``()`` says that every device is to go its own way.
-      seed: of the randomness of curvatures and bases.
+      seed: seed of all random draws, those of curvatures and those of bases.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`; see the curvature for the arguments it needs.
+      An `optax.GradientTransformationExtraArgs` with the state `ScaleByLREState`. The curvature
+      says which extra arguments ``update`` needs.
 
     Raises:
       ValueError: for arguments out of range, for leaves that are not floating point, and for
@@ -156,10 +157,10 @@ def scale_by_lre(
 
     Several devices: the mesh is that of the gradients, whose axes may be automatic or explicit.
     Rows are split along their last axis over all axes of the mesh that divide ``leaf.size``
-    together, whatever the parameter's own sharding; small algebra is done on every device. Of
-    ``N`` devices each receives ``2 d / N`` numbers a step, the gradient as flat vectors and the
-    update as it was, and sums of ``m``; a leaf sharded along its first axis alone is flat already.
-    A leaf that no axis divides is on all devices: pad such vocabularies. The state is placed by
+    together, whatever the parameter's own sharding; every device does the small algebra. Each of
+    ``N`` devices receives ``2 d / N`` numbers a step, to flatten the gradient and to shape the
+    update, and sums of ``m`` numbers; a leaf sharded along its first axis alone is flat already. A
+    leaf that no axis divides is on all devices: pad such vocabularies. The state is placed by
     `lowrank_optax.shardings`; updates are sharded like the parameters where these are passed. In
     `jax.shard_map`, pass the mean gradient. Layers of a scanned model are ``jax.vmap`` of ``init``
     and ``update`` over their axis; with `GGT` it copies no rows.
