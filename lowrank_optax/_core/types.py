@@ -99,8 +99,8 @@ class Law:
 
     Cost: ``2 r^(axes + 1)`` flops for each axis.
 
-    Source: the transport of Robert et al., "LDAdam: Adaptive Optimization from Low-Dimensional
-    Gradient Statistics", ICLR 2025, for the centred law; the others are the definitions of the moments.
+    Source: Robert et al., "LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics",
+    ICLR 2025, for the centred law; the others follow from the definitions of the moments.
     """
 
     axes: int
