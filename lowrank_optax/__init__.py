@@ -10,7 +10,7 @@ import typing
 
 from lowrank_optax import basis, curvature, diagnose, inner
 from lowrank_optax._core.devices import shardings
-from lowrank_optax._core.layout import per_leaf
+from lowrank_optax._core.layout import Layout, per_leaf
 from lowrank_optax._core.types import (
     MATRIX,
     MOMENTS,
@@ -19,6 +19,7 @@ from lowrank_optax._core.types import (
     TENSOR,
     THIRD_MOMENT,
     VECTOR,
+    BasisUpdate,
     Context,
     Correction,
     Eigenbasis,
@@ -55,6 +56,7 @@ __all__ = [
     "TENSOR",
     "THIRD_MOMENT",
     "VECTOR",
+    "BasisUpdate",
     "Context",
     "Correction",
     "Eigenbasis",
@@ -62,6 +64,7 @@ __all__ = [
     "GroupState",
     "SymmetricCorrection",
     "Law",
+    "Layout",
     "LevenbergMarquardtState",
     "Metrics",
     "ScaleByLREState",

@@ -103,3 +103,19 @@ def test_importing_the_package_is_light():
 
 def test_extras_are_found_when_asked_for():
     assert lowrank_optax.training.TrainState and lowrank_optax.plot
+
+
+def code_lines(function):
+    """Lines of a function's body without its docstring."""
+    first = function.body[1] if ast.get_docstring(function) and len(function.body) > 1 else None
+    start = first.lineno if first is not None else function.body[0].lineno
+    return function.end_lineno - start + 1
+
+
+def test_files_and_functions_fit_on_screens():
+    for name, path in MODULES.items():
+        text = path.read_text()
+        assert len(text.splitlines()) <= 500, f"{name} is long"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert code_lines(node) <= 60, f"{name}.{node.name} has {code_lines(node)} lines"

@@ -1,0 +1,81 @@
+"""Parts written outside the package, with public names alone, keep the same contract as ours."""
+
+import ast
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import outside
+import pytest
+from cases import BASES, CURVATURES, INNERS
+from test_contract import keep_the_contract
+from test_optax_contract import _case, _common_test
+
+import lowrank_optax as lro
+
+MEASURED, KEPT, INSIDE = outside.WithPrevious(), outside.OneDirection(), outside.HeavyBall()
+
+
+def test_only_public_names_are_used():
+    tree = ast.parse(Path(outside.__file__).read_text())
+    names = [x.attr for x in ast.walk(tree) if isinstance(x, ast.Attribute)]
+    names += [x.name for x in ast.walk(tree) if isinstance(x, ast.alias)]
+    assert not [name for name in names if name.startswith("_") or "._" in name]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (MEASURED, KEPT, INSIDE),
+        (MEASURED, BASES["eigen"], INNERS["default"]),
+        (CURVATURES["covariance"], KEPT, INNERS["adam"]),
+        (CURVATURES["hutchinson"], KEPT, INNERS["default"]),
+        (CURVATURES["covariance"], BASES["ggt"], INSIDE),
+        (CURVATURES["covariance"], BASES["full"], (INSIDE, lro.inner.Cautious())),
+    ],
+    ids=lambda parts: "-".join(type(p).__name__ for p in parts),
+)
+def test_parts_from_outside_keep_the_contract(parts):
+    keep_the_contract(*parts)
+
+
+CASES = (_case(learning_rate=3e-4, curvature=MEASURED, basis=KEPT, inner=INSIDE),)
+
+
+class ContribTest(_common_test("outside", CASES)):
+    """optax's suite of contributed optimizers."""
+
+
+def test_a_curvature_from_outside_is_what_it_says(x64):
+    """With a basis that sums everything: each gradient once as itself, once as the previous."""
+    grads = np.random.default_rng(0).normal(size=(4, 5))
+    tx = lro.scale_by_lre(MEASURED, lro.basis.FullMatrix(None), lro.inner.LInv())
+    state = tx.init(jnp.zeros(5))
+    for g in grads:
+        updates, state = tx.update(jnp.asarray(g), state)
+    b = np.eye(5) + sum(np.outer(g, g) for g in grads) + sum(np.outer(g, g) for g in grads[:-1])
+    np.testing.assert_allclose(updates, np.linalg.solve(b, grads[-1]), rtol=1e-9)
+
+
+def test_a_basis_and_a_part_from_outside_are_what_they_say(x64):
+    """One direction: the gradient's own, along which the momentum is carried by a cosine."""
+    grads = np.random.default_rng(1).normal(size=(5, 4))
+    tx = lro.scale_by_lre(lro.curvature.Covariance(), KEPT, INSIDE)
+    state, m, q = tx.init(jnp.zeros(4)), 0.0, np.zeros(4)
+    for g in grads:
+        updates, state = tx.update(jnp.asarray(g), state)
+        new = g / np.linalg.norm(g)
+        m = 0.9 * (new @ q) * m + new @ g
+        q = new
+        np.testing.assert_allclose(updates, m * q, rtol=1e-9)
+    np.testing.assert_allclose(state.basis.lam[0, 0], grads[-1] @ grads[-1], rtol=1e-12)
+
+
+def test_a_basis_from_outside_is_a_side_of_a_matrix():
+    tx = optax.chain(lro.scale_by_matrix_lre(KEPT, None, INSIDE), optax.scale(-0.1))
+    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    assert all(np.all(np.isfinite(u)) and np.any(u) for u in jax.tree.leaves(updates))
+    assert int(state[0].matrices["3x4"].steps[0]) == 1
