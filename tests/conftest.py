@@ -12,11 +12,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 import hypothesis
 import jax
 import pytest
-
-try:
-    from jax import enable_x64
-except ImportError:  # before jax 0.8
-    from jax.experimental import enable_x64
+from jax import enable_x64
 
 common = {
     "deadline": None,
