@@ -4,7 +4,7 @@ import os
 
 # Two test processes on two cores: LAPACK's own threads would wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Compiling is most of what tests cost, and hardly anything is run twice: LLVM optimizes nothing, and
+# Compiling is most of what tests cost, and hardly anything runs twice: LLVM optimizes nothing, and
 # of two ways to compile a fusion it is the one that takes half the time.
 os.environ["XLA_FLAGS"] = " ".join(
     [
