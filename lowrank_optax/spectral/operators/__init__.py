@@ -1,8 +1,9 @@
 """Operators whose spectra are learned, and what they are made of.
 
-`Schrodinger`, `Langevin`, `FokkerPlanck` act on functions of ``R^d`` and need a potential and a
-proposal; `Koopman`, `GraphLaplacian`, `CanonicalDependence` are known through pairs;
-`KernelIntegral`, `NeuralTangentKernel` through data; `Matrix`, `RectangularMatrix` are given.
+`Schrodinger`, `Langevin` and `FokkerPlanck` act on functions of ``R^d`` and need a potential and a
+proposal. `Koopman`, `GraphLaplacian` and `CanonicalDependence` are known through pairs of points,
+`KernelIntegral` and `NeuralTangentKernel` through data, `Matrix` and `RectangularMatrix` by their
+entries or products.
 """
 
 from lowrank_optax.spectral.operators._operator import Operator
