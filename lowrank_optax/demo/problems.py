@@ -28,7 +28,7 @@ class Problem:
       formula: what it is, for titles.
     """
 
-    operator: operators.Operator
+    operator: operators.SampledOperator
     truth: Callable[[int], np.ndarray]
     formula: str
 
@@ -86,7 +86,7 @@ OPERATORS: dict[str, Callable[[], Problem]] = {
 }
 
 
-Options = Callable[[operators.Operator, int, int], dict[str, Any]]
+Options = Callable[[operators.SampledOperator, int, int], dict[str, Any]]
 """What `spectral.fit` is given for an operator, a number of modes and of steps."""
 
 
@@ -95,7 +95,7 @@ def ordered(method: spectral.Method) -> Options:
     return lambda operator, modes, steps: {"network": modes, "method": method}
 
 
-def many(operator: operators.Operator, modes: int, steps: int) -> dict[str, Any]:
+def many(operator: operators.SampledOperator, modes: int, steps: int) -> dict[str, Any]:
     """Many modes in few steps: one trunk, relative energies of its span, whitening before Adam."""
     whiten = lro.scale_by_lre(lro.curvature.Covariance(), lro.basis.GGT(20), lro.inner.LInvSqrt())
     adam = optax.adam(optax.cosine_decay_schedule(3e-3, steps))

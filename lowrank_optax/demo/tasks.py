@@ -73,7 +73,7 @@ def digits(data_dir: Path | None = None) -> Task:
     images, labels = _digits()
     train, held_out = _split((images, labels), 1500)
     return Task(
-        model=MLP((128, 128, 10), nn.relu),
+        model=Perceptron((128, 128, 10), nn.relu),
         train=train,
         held_out=held_out,
         sample=_minibatch(128),
@@ -88,7 +88,7 @@ def autoencoder(data_dir: Path | None = None) -> Task:
     images, _ = _digits()
     train, held_out = _split((images, images), 1500)
     return Task(
-        model=MLP((64, 128, 64, 16, 64, 128, 64, 64), nn.tanh),
+        model=Perceptron((64, 128, 64, 16, 64, 128, 64, 64), nn.tanh),
         train=train,
         held_out=held_out,
         sample=_minibatch(128),
@@ -150,7 +150,7 @@ TASKS: dict[str, Callable[[Path | None], Task]] = {
 }
 
 
-class MLP(nn.Module):
+class Perceptron(nn.Module):
     """Dense layers with an activation between them."""
 
     widths: tuple[int, ...]

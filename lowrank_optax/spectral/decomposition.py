@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax._core.checks import check
-from lowrank_optax.spectral.methods import Moments
-from lowrank_optax.spectral.operators import Operator
+from lowrank_optax.spectral.methods import SideMoments
+from lowrank_optax.spectral.operators import SampledOperator
 
 
 class Network(NamedTuple):
@@ -42,7 +42,9 @@ def networks_of(network: Any, sides: int) -> tuple[Any, ...]:
     return tuple(networks_of(part, 1)[0] for part in network)
 
 
-def initialize(operator: Operator, networks: tuple[Any, ...], key: jax.Array) -> tuple[Any, ...]:
+def initialize(
+    operator: SampledOperator, networks: tuple[Any, ...], key: jax.Array
+) -> tuple[Any, ...]:
     """Fresh parameters of every side, made at one of the operator's points."""
     batch = jax.eval_shape(lambda k: operator.sample(k, 2, operator.init()), key)
     batch = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), batch)
@@ -70,7 +72,7 @@ class Decomposition:
       operator: the operator.
       networks: a network for every side.
       params: the parameters of every side, averaged over the last steps where the fit did so.
-      moments: the `Moments` of every side, each ``(n, L, L)`` for ``n`` batches of an evaluation.
+      moments: the `SideMoments` of every side, ``(n, L, L)`` for ``n`` batches of an evaluation.
       rotation: the matrix ``W`` of every side, ``(L, L)``.
       step: the number of steps taken.
       message: the reason why the fit ended.
@@ -86,23 +88,23 @@ class Decomposition:
       >>> from lowrank_optax import spectral
       >>> operator = spectral.operators.Matrix(np.diag([1.0, 4.0]))
       >>> eye, cross, image = np.eye(2), np.diag([1.0, 4.0]), np.diag([1.0, 16.0])
-      >>> moments = spectral.Moments(eye[None], cross[None], image[None])
+      >>> moments = spectral.SideMoments(eye[None], cross[None], image[None])
       >>> found = spectral.Decomposition.of(operator, (), (), (moments,))
       >>> print(found.eigenvalues, found.residuals)
       [4. 1.] [0. 0.]
     """
 
-    operator: Operator
+    operator: SampledOperator
     networks: tuple[Any, ...]
     params: tuple[Any, ...]
-    moments: tuple[Moments, ...]
+    moments: tuple[SideMoments, ...]
     rotation: tuple[np.ndarray, ...]
     step: int = 0
     message: str = ""
     history: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, operator: Operator, networks: Any, params: Any, moments: Any, **rest: Any):
+    def of(cls, operator: SampledOperator, networks: Any, params: Any, moments: Any, **rest: Any):
         """Orders and normalises the outputs; singular values are made positive."""
         moments = jax.tree.map(lambda a: np.asarray(a, np.float64), tuple(moments))
         mean = _mean(moments)
@@ -235,7 +237,7 @@ class Decomposition:
             np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
     @classmethod
-    def load(cls, path: str, operator: Operator, network: Any) -> "Decomposition":
+    def load(cls, path: str, operator: SampledOperator, network: Any) -> "Decomposition":
         """Reads what `save` wrote.
 
         Args:
@@ -267,7 +269,7 @@ class Decomposition:
                 operator,
                 networks,
                 jax.tree.unflatten(tree, [jnp.asarray(x) for x in read]),
-                tuple(Moments(*(data[f"{n}_{i}"] for n in Moments._fields)) for i in sides),
+                tuple(SideMoments(*(data[f"{n}_{i}"] for n in SideMoments._fields)) for i in sides),
                 tuple(data[f"rotation_{i}"] for i in sides),
                 about["step"],
                 about["message"],
@@ -279,19 +281,19 @@ class Decomposition:
         values = ", ".join(f"{value:.4g} ± {error:.1g}" for value, error in rows)
         return f"Decomposition({values}; step {self.step}, {self.message})"
 
-    def _turned(self, sides: tuple[Moments, ...]) -> tuple[Moments, ...]:
+    def _turned(self, sides: tuple[SideMoments, ...]) -> tuple[SideMoments, ...]:
         turned = []
         for side, own, other in zip(sides, self.rotation, self.rotation[::-1], strict=True):
             gram, cross, image = own.T @ side.gram @ own, own.T @ side.cross @ other, other.T
-            turned.append(Moments(gram, cross, image @ side.image @ other))
+            turned.append(SideMoments(gram, cross, image @ side.image @ other))
         return tuple(turned)
 
 
-def _mean(moments: tuple[Moments, ...]) -> tuple[Moments, ...]:
+def _mean(moments: tuple[SideMoments, ...]) -> tuple[SideMoments, ...]:
     return jax.tree.map(lambda a: a.mean(0), moments)
 
 
-def _quotients(sides: tuple[Moments, ...]) -> np.ndarray:
+def _quotients(sides: tuple[SideMoments, ...]) -> np.ndarray:
     norms = np.sqrt(np.diagonal(sides[0].gram) * np.diagonal(sides[-1].gram))
     return np.diagonal(sides[0].cross) / np.where(norms > 0, norms, 1)
 

@@ -14,7 +14,7 @@ from lowrank_optax._core.checks import check
 from lowrank_optax.spectral.decomposition import Decomposition
 from lowrank_optax.spectral.fit import fit
 from lowrank_optax.spectral.methods import Method, NestedLoRA
-from lowrank_optax.spectral.operators import Operator
+from lowrank_optax.spectral.operators import SampledOperator
 
 
 class SpectralEmbedding(TransformerMixin, BaseEstimator):
@@ -62,7 +62,7 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
 
     def __init__(
         self,
-        operator: Callable[[np.ndarray], Operator],
+        operator: Callable[[np.ndarray], SampledOperator],
         n_components: int = 2,
         *,
         network: Any = None,

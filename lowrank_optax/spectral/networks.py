@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.checks import check, check_count
-from lowrank_optax.spectral.operators import Operator
+from lowrank_optax.spectral.operators import SampledOperator
 
 
 def softplus(x: jax.Array) -> jax.Array:
@@ -189,7 +189,7 @@ class MLP(nn.Module):
         return out if self.envelope is None else out * self.envelope(x)
 
 
-def default(operator: Operator, modes: int, shared: bool = False) -> MLP | tuple[MLP, ...]:
+def default(operator: SampledOperator, modes: int, shared: bool = False) -> MLP | tuple[MLP, ...]:
     r"""What `fit` takes for a number of modes; a pair for an operator with two sides.
 
     .. math:: MLP(ScaleFeatures(s = 2\rho, \rho, \dots, \rho / 32),\; kink = [d > 1],\; tanh),

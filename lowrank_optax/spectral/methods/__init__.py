@@ -8,7 +8,7 @@ largest eigenvalues; where the smallest are wanted the operator's sign is change
 do.
 """
 
-from lowrank_optax.spectral.methods._method import Method, Moments, moments, surrogate
+from lowrank_optax.spectral.methods._method import Method, SideMoments, moments, surrogate
 from lowrank_optax.spectral.methods._moments import MomentLoss, MomentMethod
 from lowrank_optax.spectral.methods.eigengame import (
     AlphaPenalty,
@@ -42,7 +42,7 @@ __all__ = [
     "Method",
     "MomentLoss",
     "MomentMethod",
-    "Moments",
+    "SideMoments",
     "MuPenalty",
     "NestedLoRA",
     "NeuralEF",

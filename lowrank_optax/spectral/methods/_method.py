@@ -18,7 +18,7 @@ Pairs = tuple[tuple[jax.Array, jax.Array], ...]
 """``((f, T f),)``, or ``((f, T g), (g, T* f))`` for an operator with two sides."""
 
 
-class Moments(NamedTuple):
+class SideMoments(NamedTuple):
     """Second moments of one side of an operator.
 
     Attributes:
@@ -32,14 +32,14 @@ class Moments(NamedTuple):
     image: Any
 
     @classmethod
-    def of(cls, f: jax.Array, tf: jax.Array) -> "Moments":
+    def of(cls, f: jax.Array, tf: jax.Array) -> "SideMoments":
         """The means over a batch of functions and of their images, both ``(B, L)``."""
         return cls(f.T @ f / len(f), f.T @ tf / len(f), tf.T @ tf / len(f))
 
 
-def moments(pairs: Pairs) -> tuple[Moments, ...]:
-    """The `Moments` of every side."""
-    return tuple(Moments.of(f, tf) for f, tf in pairs)
+def moments(pairs: Pairs) -> tuple[SideMoments, ...]:
+    """The `SideMoments` of every side."""
+    return tuple(SideMoments.of(f, tf) for f, tf in pairs)
 
 
 class Method(abc.ABC):
@@ -107,7 +107,7 @@ def _backward(method: Method, residuals: Any, cotangent: Any):
 surrogate.defvjp(_forward, _backward)
 
 
-def quotients(seen: tuple[Moments, ...]) -> jax.Array:
+def quotients(seen: tuple[SideMoments, ...]) -> jax.Array:
     """``<f, T f> / ‖f‖²`` of every mode, or ``<f, T g> / (‖f‖ ‖g‖)`` with two sides."""
     norms = jnp.diagonal(seen[0].gram) * jnp.diagonal(seen[-1].gram)
     return safe_divide(jnp.diagonal(seen[0].cross), jnp.sqrt(norms))

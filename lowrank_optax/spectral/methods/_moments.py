@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lowrank_optax._core.checks import check
 from lowrank_optax._core.linalg import symmetrize
-from lowrank_optax.spectral.methods._method import Method, Moments, Pairs, moments
+from lowrank_optax.spectral.methods._method import Method, Pairs, SideMoments, moments
 from lowrank_optax.spectral.methods.estimates import Coefficients, Estimate, WholeBatch
 
 
@@ -34,10 +34,10 @@ class MomentMethod(Method):
     """Whether it serves operators with two sides."""
 
     @abc.abstractmethod
-    def coefficients(self, seen: tuple[Moments, ...], memory: Any) -> Coefficients:
+    def coefficients(self, seen: tuple[SideMoments, ...], memory: Any) -> Coefficients:
         """``(P, Q)`` of every side, each ``(L, L)``."""
 
-    def remember(self, seen: tuple[Moments, ...], memory: Any) -> Any:
+    def remember(self, seen: tuple[SideMoments, ...], memory: Any) -> Any:
         """The memory after the batch, which the coefficients of the same batch see already."""
         return memory
 

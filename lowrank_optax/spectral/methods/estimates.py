@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.checks import check, check_count
-from lowrank_optax.spectral.methods._method import Moments, Pairs, moments
+from lowrank_optax.spectral.methods._method import Pairs, SideMoments, moments
 
 Coefficients = tuple[tuple[jax.Array, jax.Array], ...]
 """``(P, Q)`` for every side."""
@@ -19,13 +19,13 @@ class Estimate(abc.ABC):
 
     @abc.abstractmethod
     def directions(
-        self, pairs: Pairs, coefficients: Callable[[tuple[Moments, ...]], Coefficients]
+        self, pairs: Pairs, coefficients: Callable[[tuple[SideMoments, ...]], Coefficients]
     ) -> tuple[jax.Array, ...]:
         """``G`` of every side, ``(B, L)``.
 
         Args:
           pairs: functions and images of every side, each ``(B, L)``.
-          coefficients: the method's map from `Moments` of every side to ``(P, Q)`` of every side.
+          coefficients: the method's map from `SideMoments` to ``(P, Q)``, both of every side.
         """
 
 

@@ -6,7 +6,7 @@ proposal. `Koopman`, `GraphLaplacian` and `CanonicalDependence` are known throug
 entries or products.
 """
 
-from lowrank_optax.spectral.operators._operator import Operator
+from lowrank_optax.spectral.operators._operator import SampledOperator
 from lowrank_optax.spectral.operators.differential import (
     BoxMask,
     FokkerPlanck,
@@ -56,7 +56,7 @@ __all__ = [
     "Matrix",
     "MultiScale",
     "NeuralTangentKernel",
-    "Operator",
+    "SampledOperator",
     "Potential",
     "Prinz",
     "Proposal",

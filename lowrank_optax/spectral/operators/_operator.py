@@ -15,7 +15,7 @@ Function = Callable[[Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Operator(abc.ABC):
+class SampledOperator(abc.ABC):
     """A linear operator on functions, seen through samples.
 
     Whatever the measure behind an operator, its outputs include the importance weights, so that

@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_optax._core.checks import check, check_least
 from lowrank_optax.spectral.laplacian import Jet, laplacian
-from lowrank_optax.spectral.operators._operator import Function, Operator
+from lowrank_optax.spectral.operators._operator import Function, SampledOperator
 from lowrank_optax.spectral.operators.proposals import Proposal
 
 
@@ -83,7 +83,7 @@ class RootMask:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Differential(Operator):
+class Differential(SampledOperator):
     """An operator of second order on functions of ``R^d``, by importance sampling.
 
     A batch is ``(x, log q)``: points ``(B, d)``, and the log density ``(B,)`` they were drawn from.

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.checks import check
-from lowrank_optax.spectral.operators._operator import Function, Operator, check_rows
+from lowrank_optax.spectral.operators._operator import Function, SampledOperator, check_rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class KernelIntegral(Operator):
+class KernelIntegral(SampledOperator):
     """The integral operator of a kernel, ``(T f)(x) = E_y[k(x, y) f(y)]`` over the data.
 
     The mean is over the other half of the batch. This leaves out a point's pairing with itself and

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax._core.checks import check, check_count
-from lowrank_optax.spectral.operators._operator import Function, Operator, check_rows
+from lowrank_optax.spectral.operators._operator import Function, SampledOperator, check_rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Matrix(Operator):
+class Matrix(SampledOperator):
     """A symmetric matrix on functions of an index ``0 .. n-1``, each index with the weight ``1/n``.
 
     Args:
@@ -81,7 +81,7 @@ class Matrix(Operator):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RectangularMatrix(Operator):
+class RectangularMatrix(SampledOperator):
     """A matrix ``K`` from functions of a column's index to functions of a row's.
 
     Rows weigh ``1/m``, columns ``1/n``, and ``T = sqrt(m/n) K`` so that singular values are those

@@ -10,7 +10,7 @@ import numpy as np
 from lowrank_optax._core.checks import check, check_count, check_least
 from lowrank_optax.spectral.operators._operator import (
     Function,
-    Operator,
+    SampledOperator,
     check_rows,
     with_constant,
 )
@@ -47,7 +47,7 @@ def lagged_pairs(trajectories: Any, lag: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Pairs(Operator):
+class _Pairs(SampledOperator):
     """Pairs ``(x_i, y_i)`` of equal weight; ``constant`` prepends a mode that is 1 everywhere."""
 
     x: Any
@@ -172,7 +172,7 @@ class Koopman(_Pairs):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GraphLaplacian(Operator):
+class GraphLaplacian(SampledOperator):
     r"""A weighted graph's random walk, ``T = shift - L`` with the Laplacian ``L = I - D^{-1} W``.
 
     .. math:: \langle f, L f\rangle = \tfrac12 E_{(u,v)} (f(u) - f(v))^2
