@@ -177,8 +177,8 @@ def _curves(curves: Mapping[str, Mapping[str, Any]], x: str, y: str, ax: Any):
                 f"{name}: {x} has shape {across.shape} and {y} {values.shape}; pass (seeds, t) "
                 "arrays, or (t,) where all seeds agree."
             )
-        # Seeds differ in seconds by noise alone: one clock for all of them, and a finite loss of
-        # some seeds is drawn where others have diverged.
+        # Seeds differ in seconds by noise alone, so all have one clock. Where some seeds have
+        # diverged, the finite losses of the others are drawn.
         clock = np.median(across, 0)
         values = np.ma.masked_invalid(values)
         color = _COLORS[i % len(_COLORS)]

@@ -1,4 +1,4 @@
-"""The operators of the command ``spectrum``: what each is, its true spectrum, and its picture."""
+"""The operators of the command ``spectrum``, with their true spectra, and pictures of modes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,9 +23,9 @@ class Problem:
     library's defaults.
 
     Attributes:
-      operator: what `spectral.fit` is given.
-      truth: the number of modes to the largest eigenvalues, descending.
-      formula: what it is, for titles.
+      operator: the operator that is given to `spectral.fit`.
+      truth: a function from the number of modes to the largest eigenvalues, descending.
+      formula: the operator in symbols, for titles.
     """
 
     operator: operators.SampledOperator
@@ -87,7 +87,7 @@ OPERATORS: dict[str, Callable[[], Problem]] = {
 
 
 Options = Callable[[operators.SampledOperator, int, int], dict[str, Any]]
-"""What `spectral.fit` is given for an operator, a number of modes and of steps."""
+"""From an operator and numbers of modes and of steps, the arguments of `spectral.fit`."""
 
 
 def ordered(method: spectral.Method) -> Options:
@@ -138,7 +138,7 @@ def energies(
 
 
 def rows(truth: np.ndarray, eigenvalues: Any, errors: Any = None) -> list[dict[str, float]]:
-    """A row a mode: its eigenvalue, the truth, the relative and, where known, standard error."""
+    """A row for each mode: eigenvalue, truth, relative error and, where known, standard error."""
     columns = {
         "eigenvalue": eigenvalues,
         "truth": truth,
@@ -151,7 +151,7 @@ def rows(truth: np.ndarray, eigenvalues: Any, errors: Any = None) -> list[dict[s
 
 
 def write_png(path: Path, found: spectral.Decomposition, title: str) -> None:
-    """Every mode along the line or over the plane of the first two coordinates."""
+    """Draws every mode along the line or over the plane of the first two coordinates."""
     from matplotlib.figure import Figure
 
     modes = len(found.eigenvalues)
@@ -184,7 +184,7 @@ def write_png(path: Path, found: spectral.Decomposition, title: str) -> None:
 
 
 def _extent(found: spectral.Decomposition) -> tuple[float, int]:
-    """How far from the origin all but a hundredth of the modes' mass lies, and the dimension."""
+    """The distance within which 99 % of the modes' mass lies, and the dimension."""
     operator = found.operator
 
     @jax.jit

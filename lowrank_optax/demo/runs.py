@@ -61,12 +61,12 @@ class Run:
 
     @property
     def ms_per_step(self) -> float:
-        """Median over chunks, so that a busy moment of the machine counts for little."""
+        """The median over chunks, so that a busy moment of the machine counts for little."""
         chunks = np.diff(self.seconds, prepend=0) / np.diff(self.steps, prepend=0)
         return 1e3 * float(np.median(chunks))
 
     def final(self) -> dict[str, Any]:
-        """The run with the last point of every curve in place of the curve."""
+        """The run, with the last point of every curve instead of the curve."""
         fields = dataclasses.asdict(self) | {"ms_per_step": self.ms_per_step}
         return {k: v[-1] if isinstance(v, list) else v for k, v in fields.items()}
 
@@ -99,8 +99,8 @@ def trainer(task: Any, method: Method, steps: int) -> Callable[[Run], Iterator[i
     @jax.jit
     def create(key, peak):
         state = TrainState.create(apply_fn=task.model.apply, params=task.init(key), tx=tx)
-        # A plain number would be of another type than the array it becomes in training, and the
-        # second chunk be compiled anew.
+        # Training turns a plain number into an array. That is another type, so the second chunk
+        # would be compiled again.
         peak = jnp.asarray(peak, jnp.float32)
         return state.replace(opt_state=optax.tree.set(state.opt_state, peak=peak))
 
@@ -120,7 +120,7 @@ def trainer(task: Any, method: Method, steps: int) -> Callable[[Run], Iterator[i
 
     @functools.cache
     def compile_all() -> None:
-        # By use, on states that are thrown away, so that no compilation is timed.
+        # Run once on states that are thrown away, so that no compilation is timed.
         for length in set(lengths):
             key = jax.random.key(0)
             state, _ = advance(create(key, method.rates[0]), key, task.train, length)
@@ -150,7 +150,7 @@ def trainer(task: Any, method: Method, steps: int) -> Callable[[Run], Iterator[i
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[Run, int], None]]:
-    """A bar of ``total`` steps for every method; where no terminal can show it, a line a run."""
+    """A bar of ``total`` steps for every method; without a terminal, a line for every run."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

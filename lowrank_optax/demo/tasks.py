@@ -24,7 +24,7 @@ class DataError(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """What to train and on what.
+    """A network, its data and its loss.
 
     The arrays are fields rather than closures so that they enter a jitted function as arguments:
     constants would be copied into the compiled program.
@@ -53,7 +53,7 @@ class Task:
         return self.model.init(key, self.held_out[0][:1])["params"]
 
     def outputs(self, params: Any, inputs: jax.Array) -> Any:
-        """What the model makes of the inputs."""
+        """The model's outputs for inputs."""
         return self.model.apply({"params": params}, inputs)
 
     def loss(self, params: Any, batch: Batch) -> jax.Array:

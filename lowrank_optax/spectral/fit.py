@@ -286,14 +286,14 @@ def _start(operator: SampledOperator, networks, method, optimizer, batch_size, k
     state = state._replace(
         params=large(state.params), average=large(state.average), optimizer=large(state.optimizer)
     )
-    # Weak types would turn into others after the first step, and everything be compiled twice.
+    # Weak types change after the first step, so that everything would be compiled twice.
     return jax.tree.map(
         lambda x: x if _is_key(x) else lax.convert_element_type(x, jnp.result_type(x)), state
     )
 
 
 def _pairs(outputs: tuple[jax.Array, ...]):
-    """No gradient through the images: their half of it is in the cotangents."""
+    """Pairs without a gradient through the images, whose half is in the cotangents."""
     return tuple(
         (f, lax.stop_gradient(tf)) for f, tf in zip(outputs[::2], outputs[1::2], strict=True)
     )

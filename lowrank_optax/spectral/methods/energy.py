@@ -121,7 +121,7 @@ class ExcitedStates(Method):
         cut = lambda a: a[: sets * modes].reshape(sets, modes, modes)
         f, tf = cut(f), cut(tf)
         log = jnp.linalg.slogdet(f)[1]
-        # Sets whose determinant is rounding, such as those with a point twice, weigh nothing.
+        # A determinant that is rounding, as with the same point twice, gets no weight.
         bound = jnp.sum(jnp.log(jnp.linalg.norm(f, axis=2)), axis=1)
         live = log > bound + jnp.log(100 * jnp.finfo(f.dtype).eps)
         weight = jax.nn.softmax(jnp.where(live, 2 * log, -jnp.inf))

@@ -165,7 +165,7 @@ class Koopman(_Pairs):
 
     def apply(self, function: Function, batch: Any) -> tuple[jax.Array, jax.Array]:
         value = jax.vmap(self.dress(function))
-        # Rows i and B + i are one pair; interleaved, so that halves of a batch are independent.
+        # The rows of a pair lie next to each other, so that halves of a batch are independent.
         f = jnp.stack([value(batch[0]), value(batch[1])], 1)
         swapped = f[:, ::-1]
         return f.reshape(-1, f.shape[-1]), swapped.reshape(-1, f.shape[-1])

@@ -151,7 +151,7 @@ class InfiniteWell(Potential):
         return 0 * jnp.sum(x)
 
     def energies(self, k: int, dimension: int) -> np.ndarray:
-        # k points of smallest norm lie within the cube of side k, and mostly far within.
+        # The k points of smallest norm lie within the cube of side k, most of them far within.
         side = min(k, 2 + math.ceil(2 * k ** (1 / dimension)))
         squares = np.arange(1, side + 1) ** 2
         sums = np.zeros(1)

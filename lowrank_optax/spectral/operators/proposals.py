@@ -294,7 +294,7 @@ def classical(
     anywhere = jax.random.normal(jax.random.key(0), (256, dimension))
     anywhere = anywhere / jnp.linalg.norm(anywhere, axis=1, keepdims=True)
     directions = jnp.concatenate([axes, -axes, anywhere])
-    # Rounding must not decide whether a turning point at one of the lengths is within.
+    # Slightly within each length, so that rounding does not decide on a turning point there.
     lengths = largest * 2.0 ** -jnp.arange(10)
     values = jax.vmap(jax.vmap(potential))(lengths[:, None, None] * directions * (1 - 1e-6))
     within = jnp.any(values <= energy, axis=1)
