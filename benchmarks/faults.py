@@ -42,27 +42,27 @@ import numpy as np
 import optax
 import report
 import trials
-from cases import BASES, CURVATURES, DEFAULT, INNERS, MORE_BASES, combinations
+from cases import (
+    BASES,
+    CURVATURES,
+    DEFAULT,
+    INNERS,
+    MORE_BASES,
+    RULES,
+    TRACKERS,
+    combinations,
+)
 
 import lowrank_optax as lro
 
 TESTS = Path(trials.__file__).parent
 COVARIANCE = lro.curvature.Covariance()
-RULES = {
-    "hebbian, Stiefel": lro.basis.Hebbian(4, rule=lro.basis.StiefelRule()),
-    "hebbian, Cayley": lro.basis.Hebbian(4, rule=lro.basis.CayleyAdamG()),
-    "factor, drop oldest": lro.basis.LowRankFactor(4, lro.basis.DropOldest()),
-    "factor, drop smallest": lro.basis.LowRankFactor(4, lro.basis.DropSmallest()),
-}
 ALL = BASES | MORE_BASES | RULES
-T = lro.online.trackers
-TRACKERS = {
-    name: getattr(T, name)(3)
-    for name in (
-        "Oja Krasulina AdaOja Sanger CCIPCA Brand HistoryPCA PAST OPAST GROUSE PETRELS EigenGame "
-        "FrequentDirections"
-    ).split()
-} | {"NoisyPower": T.NoisyPower(3, block=16)}
+SMALL_TRACKERS = {
+    name: make(3, 128)
+    for name, (make, _) in TRACKERS.items()
+    if name not in ("Oja, 20 at once", "Brand, m = r")
+}
 MATRICES = {
     "soap": lro.soap(1e-2),
     "soap_muon": lro.soap_muon(1e-2),
@@ -219,7 +219,7 @@ def numbers(count, rng, args):
                 goes_on = int(end.count) > int(middle.count)
                 ok = trials.whole(end) and goes_on
                 count("spoiled vectors, learners", f"{name} {size} {trial} {goes_on}", ok)
-    for name, tracker in few(args, TRACKERS, 2).items():
+    for name, tracker in few(args, SMALL_TRACKERS, 2).items():
         state = tracker.init(jax.random.key(0), np.zeros(trials.SIZE, np.float32))
         update = jax.jit(tracker.update)
         for trial in range(times):

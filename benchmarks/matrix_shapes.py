@@ -10,7 +10,7 @@ Two-sided: Adam in the eigenbases of both sides, as SOAP, which turn every 10 st
 only so many directions of each. `optax.contrib.galore` projects the longer side; SOAP is the
 reference in `peers.py`.
 
-    python benchmarks/matrix_shapes.py [--quick] [--steps 600] [--seeds 3] [--data-dir DIR]
+    python benchmarks/matrix_shapes.py [--quick] [--steps 600] [--seeds 3] [--data DIR]
 """
 
 import argparse
@@ -30,15 +30,14 @@ import numpy as np
 import optax
 import peers
 import report
+import tasks
 
 import lowrank_optax as lro
-from lowrank_optax.demo import tasks as _tasks
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RATES = (3e-3, 1e-2, 3e-2)
-DATA = os.environ.get("LOWRANK_OPTAX_DATA")
 
 
 def flat(rate: optax.Schedule) -> optax.GradientTransformation:
@@ -98,37 +97,37 @@ METHODS = {
 }
 
 
-def runner(task: _tasks.Task, make: Callable[..., Any], steps: int) -> Callable[..., jax.Array]:
+def runner(task: tasks.Problem, make: Callable[..., Any], steps: int) -> Callable[..., jax.Array]:
     """``(rate, seed) ->`` held-out loss after ``steps``, compiled once for all of them."""
 
     @jax.jit
-    def run(rate, seed, train, held_out):
+    def run(rate, seed, data):
         tx = make(lambda count: rate * (1 - count / steps))
         params = task.init(jax.random.key(seed))
 
         def step(carry, key):
             params, state = carry
-            grads = jax.grad(task.loss)(params, task.sample(key, train))
+            grads = jax.grad(task.loss)(params, task.batch(key, data))
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
         keys = jax.random.split(jax.random.key(seed + 1000), steps)
         params = jax.lax.scan(step, (params, tx.init(params)), keys)[0][0]
-        return task.measure(params, held_out)[0]
+        return task.measure(params, data)
 
-    return lambda rate, seed: run(rate, seed, task.train, task.held_out)
+    return lambda rate, seed: run(rate, seed, task.data)
 
 
-def step_times(task: _tasks.Task, rounds: int, steps: int = 50) -> dict[str, list[float]]:
+def step_times(task: tasks.Problem, rounds: int, steps: int = 50) -> dict[str, list[float]]:
     """Milliseconds a step, all methods in turn, ``rounds`` times over."""
     compiled = {}
     for name, make in METHODS.items():
         tx = make(optax.constant_schedule(1e-3))
 
-        def many(params, state, keys, train, tx=tx):
+        def many(params, state, keys, data, tx=tx):
             def step(carry, key):
                 params, state = carry
-                grads = jax.grad(task.loss)(params, task.sample(key, train))
+                grads = jax.grad(task.loss)(params, task.batch(key, data))
                 updates, state = tx.update(grads, state, params)
                 return (optax.apply_updates(params, updates), state), None
 
@@ -141,13 +140,13 @@ def step_times(task: _tasks.Task, rounds: int, steps: int = 50) -> dict[str, lis
     for i in range(rounds + 1):
         for name, (run, carry) in compiled.items():
             start = time.perf_counter()
-            carry[:] = jax.block_until_ready(run(*carry, keys, task.train))
+            carry[:] = jax.block_until_ready(run(*carry, keys, task.data))
             if i:  # the first compiles
                 times[name].append((time.perf_counter() - start) / steps * 1e3)
     return times
 
 
-def state_bytes(task: _tasks.Task, make: Callable[..., Any]) -> int:
+def state_bytes(task: tasks.Problem, make: Callable[..., Any]) -> int:
     tx = make(optax.constant_schedule(1e-3))
     state = jax.eval_shape(lambda: tx.init(task.init(jax.random.key(0))))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
@@ -155,7 +154,7 @@ def state_bytes(task: _tasks.Task, make: Callable[..., Any]) -> int:
 
 def main() -> None:
     args = arguments()
-    task = _tasks.text(args.data_dir)
+    task = tasks.text(most=None)
     path = Path(args.out) / "matrix_shapes.json"
     book = {}
     if path.exists() and not args.fresh:
@@ -228,11 +227,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
-    parser.add_argument("--data-dir", type=Path, default=Path(DATA) if DATA else None)
+    parser.add_argument("--data", help="folder of the data, see datasets.py")
     parser.add_argument("--out", default="benchmarks/results")
     parser.add_argument("--fresh", action="store_true", help="forget the runs on disk")
     parser.add_argument("--quick", action="store_true", help="a few steps of some methods")
     args = parser.parse_args()
+    if args.data:
+        os.environ["LOWRANK_OPTAX_DATA"] = args.data
     if args.quick:
         args.steps, args.seeds, args.rounds, args.fresh = 20, 1, 1, True
         for name in list(METHODS)[2:-2]:

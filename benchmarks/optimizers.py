@@ -6,7 +6,7 @@ other seeds. Tasks are in `tasks.py`, the references for SOAP and PSGD in `peers
 written as they end and not repeated; `--time` then measures milliseconds a step, every method
 beside AdamW in turns, on a machine that should have nothing else to do.
 
-    python benchmarks/optimizers.py [--tasks NAME ...] [--methods NAME ...] [--seeds 3]
+    python benchmarks/optimizers.py [--tasks NAME ...] [--methods NAME ...] [--data DIR]
     python benchmarks/optimizers.py --time
     python benchmarks/optimizers.py --quick          # two minutes, writes to a temporary folder
 """
@@ -32,7 +32,7 @@ import optax
 import peers
 import report
 from matplotlib.figure import Figure
-from tasks import EASY, TASKS, Problem
+from tasks import EASY, TASKS, UNITS, Problem
 
 import lowrank_optax as lro
 
@@ -254,7 +254,7 @@ class Book:
 def tune(book: Book, task: str, name: str, problem: Problem, grid: int, seeds: int) -> None:
     """All runs of one method on one task that are missing."""
     method = EVERY[name]
-    rates = method.rates(problem.unit, grid)
+    rates = method.rates(UNITS.get(task, 1.0), grid)
     run = None
     for seed in range(seeds):
         best = rates if seed == 0 else [book.best_rate(task, name, rates)]
@@ -276,18 +276,20 @@ def tune(book: Book, task: str, name: str, problem: Problem, grid: int, seeds: i
 # Time of a step ---------------------------------------------------------------------------------
 
 
-def step_times(problem: Problem, methods: dict[str, Method], steps: int = 40) -> dict[str, float]:
+def step_times(
+    problem: Problem, methods: dict[str, Method], unit: float, steps: int = 40
+) -> dict[str, float]:
     """Milliseconds a step, all methods in turns, the least of five rounds."""
     runs = {}
     for name, method in methods.items():
         # Evaluated once, at the end: that is in the figures, a fortieth of it in each step's.
         runs[name] = run = runner(problem, method, steps, 1)
-        jax.block_until_ready(run(method.centre(problem.unit), 0))
+        jax.block_until_ready(run(method.centre(unit), 0))
     best = dict.fromkeys(runs, np.inf)
     for _ in range(5):
         for name, run in runs.items():
             start = time.perf_counter()
-            jax.block_until_ready(run(methods[name].centre(problem.unit), 0))
+            jax.block_until_ready(run(methods[name].centre(unit), 0))
             best[name] = min(best[name], time.perf_counter() - start)
     return {name: 1e3 * seconds / steps for name, seconds in best.items()}
 
@@ -380,7 +382,10 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="measure milliseconds a step")
     parser.add_argument("--quick", action="store_true", help="two minutes, to see that it works")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--data", help="folder of the data, see datasets.py")
     args = parser.parse_args()
+    if args.data:
+        os.environ["LOWRANK_OPTAX_DATA"] = args.data
     if args.quick:
         args.tasks, args.methods = ["digits", "rosenbrock"], ["AdamW", "whitening + AdamW"]
         args.grid, args.seeds, args.out = 2, 1, Path(tempfile.mkdtemp())
@@ -393,7 +398,7 @@ def main() -> None:
         if args.time:
             chosen = {name: EVERY[name] for name in args.methods}
             times = book.times.setdefault(task, {})
-            times.update(step_times(problems[task], chosen))
+            times.update(step_times(problems[task], chosen, UNITS.get(task, 1.0)))
             print(task, {name: f"{ms:.3g} ms" for name, ms in times.items()}, flush=True)
             book.save()
             continue
@@ -401,8 +406,7 @@ def main() -> None:
             tune(book, task, name, problems[task], args.grid, args.seeds)
     # Everything that is on disk is summed up, not only what was asked for now.
     known = [t for t in every if book.find(task=t)]
-    units = {t: (problems[t] if t in problems else every[t]()).unit for t in known}
-    found = [summary(book, t, m, units[t], args.grid) for t in known for m in EVERY]
+    found = [summary(book, t, m, UNITS.get(t, 1.0), args.grid) for t in known for m in EVERY]
     rows = [row for row in found if row]
     columns = {
         "task": "task",

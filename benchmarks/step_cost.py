@@ -15,10 +15,14 @@ import argparse
 import functools
 import gc
 import os
+import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the eigenproblems are too small for more
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,23 +31,12 @@ import report
 
 import lowrank_optax as lro
 
-B = lro.basis
+UNTIMED = {"FullMatrix", "SubspaceIteration", "Learned"}
+
 BASES = {
-    "GGT": B.GGT,
-    "Eigen": B.Eigen,
-    "RandomizedEigen": B.RandomizedEigen,
-    "Nystrom": B.Nystrom,
-    "FrequentDirections": B.FrequentDirections,
-    "OPAST": B.OPAST,
-    "GROUSE": B.GROUSE,
-    "Hebbian": B.Hebbian,
-    "LowRankFactor": B.LowRankFactor,
-    "CommonDirections": B.CommonDirections,
-    "Random": B.Random,
-    "RandomPermutation": B.RandomPermutation,
-    "TopK": B.TopK,
-    "WeightedPermutation": B.WeightedPermutation,
-    "Histogram": B.Histogram,
+    type(part).__name__: type(part)
+    for part in (cases.BASES | cases.MORE_BASES).values()
+    if type(part).__name__ not in UNTIMED
 }
 
 

@@ -1,25 +1,22 @@
 """The tasks that optimizers are compared on: nine, and two more that are too easy to count.
 
-Each has parameters, batches, a loss, and one number that an optimizer is judged by.
+Each has parameters, batches, a loss, and one number that an optimizer is judged by. Some read files
+of a folder, see `datasets.py`.
 """
 
 import dataclasses
 import functools
-import gzip
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import datasets
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-from lowrank_optax.demo import tasks as _tasks
-
-DATA = Path(os.environ.get("LOWRANK_OPTAX_DATA") or Path(__file__).parents[2] / "shared" / "data")
+from datasets import Batch
+from models import CharTransformer, ConvNet, Perceptron
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +33,6 @@ class Problem:
       steps: a run's length.
       deterministic: whether all batches are the same one.
       held_out: ``(params, data) -> scalar``, reported beside, where there is data for it.
-      unit: of learning rates: how far parameters have to go, relative to a network's weights.
     """
 
     init: Callable[[jax.Array], Any]
@@ -48,86 +44,126 @@ class Problem:
     steps: int
     deterministic: bool = False
     held_out: Callable[[Any, Any], jax.Array] | None = None
-    unit: float = 1.0
 
     def loss(self, params: Any, batch: Any) -> jax.Array:
         """Mean loss of a batch."""
         return jnp.mean(self.losses(params, batch))
 
 
-def _of_task(
-    make: Callable[[Path], _tasks.Task], steps: int, judged: str = "train", most: int | None = None
+def supervised(
+    model: nn.Module,
+    parts: tuple[Batch, Batch],
+    draw: Callable[[jax.Array, Batch], Batch],
+    losses: Callable[[jax.Array, jax.Array], jax.Array],
+    steps: int,
+    judged: str = "train",
+    most: int | None = None,
 ) -> Problem:
-    """A task of the command line, judged on ``most`` of the examples it trains or is tested on."""
-    task = make(DATA)
+    """A network on inputs and targets.
+
+    Args:
+      model: the network.
+      parts: examples to train on and held-out ones.
+      draw: ``(key, training examples) -> batch`` of a step.
+      losses: ``(outputs, targets) -> (examples,)``.
+      steps: a run's length.
+      judged: the part that the loss is measured on, "train" or "held-out".
+      most: the number of examples that it is measured on; ``None`` for all.
+    """
     first = lambda batch: jax.tree.map(lambda x: x[:most], batch)
-    loss = lambda params, batch: task.loss(params, batch)
+    each = lambda params, batch: losses(model.apply({"params": params}, batch[0]), batch[1])
     whole = {
-        "train": lambda p, d: loss(p, first(d[0])),
-        "held-out": lambda p, d: loss(p, first(d[1])),
+        "train": lambda params, data: each(params, first(data[0])).mean(),
+        "held-out": lambda params, data: each(params, first(data[1])).mean(),
     }
-    quantity = "training loss" if judged == "train" else "held-out loss"
     return Problem(
-        init=task.init,
-        data=(task.train, task.held_out),
-        batch=lambda key, data: task.sample(key, data[0]),
-        losses=lambda params, batch: task.losses(task.outputs(params, batch[0]), batch[1]),
+        init=lambda key: model.init(key, parts[1][0][:1])["params"],
+        data=parts,
+        batch=lambda key, data: draw(key, data[0]),
+        losses=each,
         measure=whole[judged],
-        quantity=quantity,
+        quantity="training loss" if judged == "train" else "held-out loss",
         steps=steps,
         held_out=whole["held-out"],
     )
 
 
+def minibatch(size: int) -> Callable[[jax.Array, Batch], Batch]:
+    """Draws examples at random."""
+
+    def draw(key, data):
+        index = jax.random.randint(key, (size,), 0, len(data[0]))
+        return data[0][index], data[1][index]
+
+    return draw
+
+
+def windows(size: int, length: int) -> Callable[[jax.Array, Batch], Batch]:
+    """Draws pieces of a text, and the characters that follow."""
+
+    def draw(key, data):
+        start = jax.random.randint(key, (size, 1), 0, len(data[0]) - length)
+        window = data[0][start + jnp.arange(length + 1)]
+        return window[:, :-1], window[:, 1:]
+
+    return draw
+
+
+CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
+
+
 def digits() -> Problem:
     """64-128-128-10 network on scikit-learn's digits."""
-    return _of_task(_tasks.digits, 300)
+    parts = datasets.split(datasets.digits(), 1500)
+    return supervised(
+        Perceptron((128, 128, 10), nn.relu), parts, minibatch(128), CROSS_ENTROPY, 300
+    )
 
 
 def autoencoder() -> Problem:
     """Digits through 16 units; squared error, summed over pixels."""
-    return _of_task(_tasks.autoencoder, 2000)
+    images, _ = datasets.digits()
+    model = Perceptron((64, 128, 64, 16, 64, 128, 64, 64), nn.tanh)
+    losses = lambda outputs, targets: jnp.sum((outputs - targets) ** 2, axis=-1)
+    return supervised(model, datasets.split((images, images), 1500), minibatch(128), losses, 2000)
 
 
 def mnist() -> Problem:
     """Convolutions on 8,000 MNIST digits."""
-    return _of_task(_tasks.mnist, 500, most=2000)
+    parts = datasets.split(datasets.mnist(), 8000)
+    model = ConvNet((16, 32), 64, 10)
+    return supervised(model, parts, minibatch(128), CROSS_ENTROPY, 500, most=2000)
 
 
-def text() -> Problem:
+def text(most: int | None = 256) -> Problem:
     """Character transformer on Shakespeare, two layers of width 64."""
-    return _of_task(_tasks.text, 1000, "held-out", most=256)
+    characters, vocabulary = datasets.shakespeare()
+    length, end = 64, int(0.9 * len(characters))
+    training = jnp.asarray(characters[:end])
+    # Enough to tell optimizers apart, and little beside the cost of training.
+    count = min((len(characters) - 1 - end) // length, 512)
+    tail = jnp.asarray(characters[end : end + count * length + 1])
+    held_out = tail[:-1].reshape(count, length), tail[1:].reshape(count, length)
+    return supervised(
+        CharTransformer(vocabulary, width=64, layers=2, heads=4, length=length),
+        ((training, training), held_out),
+        windows(16, length),
+        lambda outputs, targets: CROSS_ENTROPY(outputs, targets).mean(-1),
+        1000,
+        "held-out",
+        most,
+    )
 
 
 def a9a() -> Problem:
     """123-64-64-2 network on the census data a9a."""
-
-    def read(name: str) -> tuple[jax.Array, jax.Array]:
-        lines = gzip.decompress((DATA / name).read_bytes()).decode().splitlines()
-        x, y = np.zeros((len(lines), 123), np.float32), np.zeros(len(lines), np.int32)
-        for i, line in enumerate(lines):
-            label, *features = line.split()
-            y[i] = float(label) > 0
-            for feature in features:
-                at, value = feature.split(":")
-                x[i, int(at) - 1] = float(value)
-        return jnp.asarray(x), jnp.asarray(y)
-
-    task = _tasks.Task(
-        model=_tasks.MLP((64, 64, 2), nn.relu),
-        train=read("a9a.libsvm.gz"),
-        held_out=read("a9a.t.libsvm.gz"),
-        sample=_tasks._minibatch(256),
-        losses=optax.softmax_cross_entropy_with_integer_labels,
-        correct=None,
-        steps=1000,
-    )
-    return _of_task(lambda _: task, task.steps)
+    parts = datasets.adult("a9a"), datasets.adult("a9a.t")
+    return supervised(Perceptron((64, 64, 2), nn.relu), parts, minibatch(256), CROSS_ENTROPY, 1000)
 
 
 def pinn() -> Problem:
     """``-Δu = f`` on the unit square with ``u = sin πx sin πy``: 900 points inside, 160 around."""
-    model = _tasks.MLP((32, 32, 32, 1), nn.tanh)
+    model = Perceptron((32, 32, 32, 1), nn.tanh)
     line = (jnp.arange(30) + 0.5) / 30
     inside = jnp.stack(jnp.meshgrid(line, line), -1).reshape(-1, 2)
     edge = (jnp.arange(40) + 0.5) / 40
@@ -215,7 +251,7 @@ def xor() -> Problem:
     )
 
 
-def function(f: Callable[..., jax.Array], start: list[float], steps: int, unit: float) -> Problem:
+def function(f: Callable[..., jax.Array], start: list[float], steps: int) -> Problem:
     """A function of two variables, from a start that seeds move by a tenth."""
     return Problem(
         init=lambda key: jnp.array(start) + 0.1 * jax.random.normal(key, (2,)),
@@ -226,20 +262,19 @@ def function(f: Callable[..., jax.Array], start: list[float], steps: int, unit: 
         quantity="value",
         steps=steps,
         deterministic=True,
-        unit=unit,
     )
 
 
 def rosenbrock() -> Problem:
     """``(1 - x)² + 100 (y - x²)²`` from (-1.2, 1)."""
     f = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
-    return function(f, [-1.2, 1.0], 500, 10**1.5)
+    return function(f, [-1.2, 1.0], 500)
 
 
 def booth() -> Problem:
     """``(x + 2y - 7)² + (2x + y - 5)²`` from (-5, -5)."""
     f = lambda x: (x[0] + 2 * x[1] - 7) ** 2 + (2 * x[0] + x[1] - 5) ** 2
-    return function(f, [-5.0, -5.0], 50, 10**2.5)
+    return function(f, [-5.0, -5.0], 50)
 
 
 def quadratic() -> Problem:
@@ -256,7 +291,6 @@ def quadratic() -> Problem:
         quantity="value",
         steps=500,
         deterministic=True,
-        unit=10**1.5,
     )
 
 
@@ -298,7 +332,6 @@ def logistic() -> Problem:
         measure=lambda w, data: jnp.mean(losses(w, data)) - least,
         quantity="loss above the optimum",
         steps=1000,
-        unit=10.0,
     )
 
 
@@ -317,3 +350,6 @@ TASKS: dict[str, Callable[[], Problem]] = {
 
 EASY = {"booth": booth, "quadratic": quadratic}
 """Convex quadratics without noise, where a few steps of L-BFGS are exact."""
+
+UNITS = {"rosenbrock": 10**1.5, "logistic": 10.0, "booth": 10**2.5, "quadratic": 10**1.5}
+"""Units of learning rates: how far parameters have to go, relative to a network's weights (1)."""

@@ -12,39 +12,22 @@ tracker; compiling is not timed.
 
 import argparse
 import os
+import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the eigenproblems are too small for more
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import report
+from cases import TRACKERS
 from sklearn.datasets import load_digits
 from sklearn.decomposition import IncrementalPCA
 
-from lowrank_optax.online import trackers
-
 RANK = 10
-# How a tracker is made for a stream of n vectors, and how many it takes at once.
-TRACKERS = {
-    "Oja": (lambda n: trackers.Oja(RANK), 1),
-    "Oja, 20 at once": (lambda n: trackers.Oja(RANK, buffer=20), 20),
-    "Krasulina": (lambda n: trackers.Krasulina(RANK), 1),
-    "AdaOja": (lambda n: trackers.AdaOja(RANK), 1),
-    "Sanger": (lambda n: trackers.Sanger(RANK), 1),
-    "CCIPCA": (lambda n: trackers.CCIPCA(RANK), 1),
-    "Brand, m = r": (lambda n: trackers.Brand(RANK, slots=RANK), 1),
-    "Brand": (lambda n: trackers.Brand(RANK), 1),
-    "HistoryPCA": (lambda n: trackers.HistoryPCA(RANK), 1),
-    "PAST": (lambda n: trackers.PAST(RANK), 1),
-    "OPAST": (lambda n: trackers.OPAST(RANK), 1),
-    "GROUSE": (lambda n: trackers.GROUSE(RANK), 1),
-    "PETRELS": (lambda n: trackers.PETRELS(RANK), 1),
-    "NoisyPower": (lambda n: trackers.NoisyPower(RANK, block=n // 8), 1),
-    "EigenGame": (lambda n: trackers.EigenGame(RANK), 1),
-    "FrequentDirections": (lambda n: trackers.FrequentDirections(RANK), 1),
-}
 
 
 def main() -> None:
@@ -103,7 +86,7 @@ def with_best(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def measure(name: str, stream: str, streams: list[tuple[np.ndarray, np.ndarray]]) -> dict:
     """One tracker over the streams of all seeds."""
     make, k = TRACKERS[name]
-    tracker, x = make(len(streams[0][0])), streams[0][0]
+    tracker, x = make(RANK, len(streams[0][0])), streams[0][0]
     step = lambda state, v: (tracker.update(state, v), None)
     shaped = lambda x: x if k == 1 else x[: len(x) // k * k].reshape(-1, k, x.shape[1])
     first = tracker.init(jax.random.key(0), x[0])

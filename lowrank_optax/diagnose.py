@@ -1,8 +1,8 @@
-"""Pure functions of a state: the spectrum and what becomes of the gradient in it.
+"""Functions of a state that show the spectrum and what becomes of the gradient in it.
 
-They take any state that contains a `ScaleByLREState`, a chain's or a TrainState's `opt_state`
-included, and `operator` takes an online operator; all run inside jit. ``n`` is the number of
-groups, ``r`` of coordinates.
+They take any state that contains a `ScaleByLREState`, including a chain's and a TrainState's
+``opt_state``; `operator` takes an online operator. All of them run inside jit. ``n`` is the number
+of groups of parameters, ``r`` the number of coordinates, ``m`` the number of stored rows.
 """
 
 from typing import Any, NamedTuple
@@ -12,20 +12,20 @@ import jax.numpy as jnp
 
 
 class Summary(NamedTuple):
-    """The state of one step, all of it from small arrays.
+    """What one step did, all of it from small arrays.
 
     Attributes:
-      spectrum: ``(n, r)`` eigenvalues as stored, in descending order, 0 in dead slots; averages are
-        not corrected for their start, so that theirs begin small.
-      effective_rank: ``(n,)``, `effective_rank` of the spectrum.
-      captured_energy: ``(n,)``, ``‖Q^T g‖² / ‖g‖²`` of the last step.
-      orthogonality_error: ``(n,)``, ``max|Q^T Q - I|`` as the stored Gram matrices have it.
-      drift: ``(n,)``, the share of the old basis that left it in the last step.
-      cosine: ``(n,)``, between the gradient and the update inside the basis.
-      nonfinite: ``(n,)`` steps dropped for a gradient that was not finite.
-      zero: ``(n,)`` for a zero gradient.
-      eigh: ``(n,)`` for an eigenproblem that failed.
-      inner: ``(n,)`` for inner parts that gave something that is not finite.
+      spectrum: eigenvalues as stored, ``(n, r)``, in descending order, 0 in dead slots. Averages
+        are not corrected for their start, so that early eigenvalues are too small.
+      effective_rank: the `effective_rank` of the spectrum, ``(n,)``.
+      captured_energy: the share ``‖Q^T g‖² / ‖g‖²`` of the last gradient, ``(n,)``.
+      orthogonality_error: the error ``max|Q^T Q - I|`` by the stored Gram matrices, ``(n,)``.
+      drift: the share of the old basis that left it in the last step, ``(n,)``.
+      cosine: the cosine between the gradient and the update inside the basis, ``(n,)``.
+      nonfinite: number of steps dropped for a gradient that was not finite, ``(n,)``.
+      zero: number of steps dropped for a zero gradient, ``(n,)``.
+      eigh: number of steps dropped for an eigenproblem that failed, ``(n,)``.
+      inner: number of steps dropped because an inner part's update was not finite, ``(n,)``.
     """
 
     spectrum: jax.Array
@@ -41,20 +41,28 @@ class Summary(NamedTuple):
 
 
 def summary(state: Any) -> Summary:
-    """Everything a training loop wants to log, at the cost of small algebra.
+    """Everything that a training loop wants to log.
 
-    Of bases on the sides of matrices see `matrices`.
+    `matrices` does the same for bases on the sides of matrices.
 
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.lre(1.0, basis=lro.basis.GGT(4)); state = tx.init(jnp.zeros(3))
-      >>> _, state = tx.update(jnp.array([1., 2., 2.]), state)
-      >>> s = lro.diagnose.summary(state)
-      >>> print(s.spectrum.round(3), s.captured_energy.round(3))
-      [[9. 0. 0. 0.]] [1.]
+    Args:
+      state: a state that contains a `ScaleByLREState`.
+
+    Returns:
+      A `Summary`.
 
     Raises:
       ValueError: where no state of `scale_by_lre` is found.
+
+    Cost: that of `orthogonality_error`; no pass over the rows.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.lre(1.0, basis=lro.basis.GGT(4)); state = tx.init(jnp.zeros(3))
+      >>> _, state = jax.jit(tx.update)(jnp.array([1., 2., 2.]), state)
+      >>> s = lro.diagnose.summary(state)
+      >>> print(s.spectrum.round(3), s.captured_energy.round(3))
+      [[9. 0. 0. 0.]] [1.]
     """
     state = find(state)
     lam = state.basis.lam
@@ -70,13 +78,13 @@ def summary(state: Any) -> Summary:
 
 
 class MatricesSummary(NamedTuple):
-    """The bases of the ``n`` matrices of one shape ``(a, b)``; a side without one has ``None``.
+    """The bases of the ``n`` matrices of one shape ``(a, b)``; a side without a basis has ``None``.
 
     Attributes:
-      short: ``(n, r_S)`` eigenvalues of the shorter side as stored, in descending order.
-      long: ``(n, r_L)``, those of the longer side.
-      captured_energy: ``(n,)``, ``‖Q_S^T G Q_L‖² / ‖G‖²`` of the last step.
-      dropped: ``(n,)`` steps that were not taken, for whatever reason.
+      short: eigenvalues of the shorter side as stored, ``(n, r_S)``, in descending order.
+      long: eigenvalues of the longer side as stored, ``(n, r_L)``, in descending order.
+      captured_energy: the share ``‖Q_S^T G Q_L‖² / ‖G‖²`` of the last gradient, ``(n,)``.
+      dropped: number of steps that were not taken, for whatever reason, ``(n,)``.
     """
 
     short: jax.Array | None
@@ -88,16 +96,24 @@ class MatricesSummary(NamedTuple):
 def matrices(state: Any) -> dict[str, MatricesSummary]:
     """What `scale_by_matrix_lre`, and with it `soap_muon`, keeps for every shape of matrix.
 
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.soap_muon(1e-2); state = tx.init(jnp.zeros((2, 3)))
-      >>> _, state = tx.update(jnp.diag(jnp.array([2.0, 1.0, 0.0]))[:2], state)
-      >>> seen = lro.diagnose.matrices(state)["2x3"]
-      >>> print((seen.short / seen.short[:, :1]).round(2), seen.captured_energy.round(2))
-      [[1.   0.25]] [1.]
+    Args:
+      state: a state that contains one of `scale_by_matrix_lre`.
+
+    Returns:
+      A `MatricesSummary` for every shape, by its name such as ``"2x3"``.
 
     Raises:
       ValueError: where no state of `scale_by_matrix_lre` is found.
+
+    Cost: reads small arrays that the state holds.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.soap_muon(1e-2); state = tx.init(jnp.zeros((2, 3)))
+      >>> _, state = jax.jit(tx.update)(jnp.diag(jnp.array([2.0, 1.0, 0.0]))[:2], state)
+      >>> seen = lro.diagnose.matrices(state)["2x3"]
+      >>> print((seen.short / seen.short[:, :1]).round(2), seen.captured_energy.round(2))
+      [[1.   0.25]] [1.]
     """
     is_engine = lambda x: hasattr(x, "matrices")
     for leaf in jax.tree.leaves(state, is_leaf=is_engine):
@@ -116,13 +132,13 @@ def _of_matrices(state: Any) -> MatricesSummary:
 
 
 class OperatorSummary(NamedTuple):
-    """What an online operator holds, as a single group: `plot` draws a history of these as well.
+    """What an online operator holds, as a single group, so that `plot` draws it as well.
 
     Attributes:
-      spectrum: ``(1, r)`` eigenvalues of ``G = A^T H A``, in descending order.
-      effective_rank: ``(1,)``, `effective_rank` of the spectrum.
-      captured_energy: ``(1,)``, share of the vectors' squared norm inside the span of ``A``.
-      orthogonality_error: ``(1,)``, ``max|A A^T - I|``: large for rows of free length.
+      spectrum: eigenvalues of ``G = A^T H A``, ``(1, r)``, in descending order.
+      effective_rank: the `effective_rank` of the spectrum, ``(1,)``.
+      captured_energy: the share of the vectors' squared norm inside the span of ``A``, ``(1,)``.
+      orthogonality_error: the error ``max|A A^T - I|``, ``(1,)``; large for rows of free length.
     """
 
     spectrum: jax.Array
@@ -132,7 +148,16 @@ class OperatorSummary(NamedTuple):
 
 
 def operator(op: Any, vectors: Any) -> OperatorSummary:
-    """An `online.Operator`'s spectrum and what it captures of vectors.
+    """An `online.Operator`'s spectrum, and what it captures of vectors.
+
+    Args:
+      op: the operator, an `online.Operator`.
+      vectors: one vector, shaped like the operator's example, or several along a leading axis.
+
+    Returns:
+      An `OperatorSummary`.
+
+    Cost: two passes over the rows, and one ``eigh`` of ``r x r``.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -140,12 +165,6 @@ def operator(op: Any, vectors: Any) -> OperatorSummary:
       >>> s = lro.diagnose.operator(op, jnp.array([1., 1., 2 ** 0.5]))
       >>> print(s.spectrum, s.captured_energy)
       [[4. 1.]] [0.5]
-
-    Args:
-      op: an operator.
-      vectors: one vector, shaped like the operator's example, or several along a leading axis.
-
-    Cost: two passes over the rows.
     """
     total = jnp.sum(jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(vectors)]))
     inside = jax.tree.leaves(op.project(vectors))
@@ -159,8 +178,20 @@ def operator(op: Any, vectors: Any) -> OperatorSummary:
 def find(state: Any) -> Any:
     """The first `ScaleByLREState` inside any state.
 
+    Args:
+      state: a state of an optax transformation, a pytree.
+
+    Returns:
+      The `ScaleByLREState`.
+
     Raises:
       ValueError: where there is none.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> state = optax.chain(optax.clip(1.0), lro.whiten()).init(jnp.zeros(3))
+      >>> type(lro.diagnose.find(state)).__name__
+      'ScaleByLREState'
     """
     is_engine = lambda x: hasattr(x, "basis") and hasattr(x, "metrics")
     for leaf in jax.tree.leaves(state, is_leaf=is_engine):
@@ -173,9 +204,22 @@ def find(state: Any) -> Any:
 
 
 def effective_rank(lam: jax.Array) -> jax.Array:
-    """``exp(H(p))`` of the spectrum as a distribution ``p = |lam| / sum|lam|``; 0 for no spectrum.
+    r"""The exponential of the entropy of the spectrum as a distribution; 0 for no spectrum.
+
+    .. math:: e^{-\sum_i p_i \ln p_i}, \qquad p_i = |\lambda_i| / \sum_j |\lambda_j|
+
+    Args:
+      lam: eigenvalues, ``(..., r)``, in any unit.
+
+    Returns:
+      The rank, ``(...)``, from 1 to ``r``.
 
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> print(lro.diagnose.effective_rank(jnp.array([3.0, 3.0, 0.0])).round())
+      2.0
     """
     size = jnp.abs(lam)
     total = jnp.sum(size, axis=-1, keepdims=True)
@@ -185,9 +229,26 @@ def effective_rank(lam: jax.Array) -> jax.Array:
 
 
 def orthogonality_error(state: Any) -> jax.Array:
-    """``max|T K T^T - I|`` over live slots, ``(n,)``: from the small matrices, ``O(r m²)``.
+    """The error ``max|T K T^T - I|`` of a basis over its live slots, from the small matrices alone.
 
-    Bases that select coordinates are orthonormal by construction: 0.
+    Bases that select coordinates are orthonormal by construction and have the error 0.
+
+    Args:
+      state: a state that contains a `ScaleByLREState`.
+
+    Returns:
+      The errors, ``(n,)``.
+
+    Raises:
+      ValueError: where no state of `scale_by_lre` is found.
+
+    Cost: ``2 r m²`` flops a group.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> state = lro.whiten().init(jnp.zeros(3))
+      >>> print(lro.diagnose.orthogonality_error(state))  # no slot is live yet
+      [0.]
     """
     basis = find(state).basis
     if not hasattr(basis, "t"):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,28 +27,29 @@ OWNER = "levenberg_marquardt"
 BEND = 0.75
 """The length of a curve's second term, relative to the first one's, above which it is not followed.
 
-Where it bends more the residuals are not linear over the step, and the loss may well be lower far
-away, where parameters run off to infinity. The number is that of Transtrum and Sethna.
+A curve that bends more shows that the residuals are not linear over the step. The loss may then be
+lower far away, where parameters run off to infinity. The number is that of Transtrum and Sethna.
 """
 
 STUCK = 0.95
-"""A step that leaves more than this part of the loss is tried in other units too."""
+"""The share of the loss above which a step that leaves it is tried in other units too."""
 
 
 class LevenbergMarquardtState(NamedTuple):
     """State of `levenberg_marquardt`.
 
     Attributes:
-      count: calls of ``update``.
+      count: number of calls of ``update``.
       damping: ``mu`` of the last step, in units of the squared singular values; 0 before it.
-      relative: ``mu`` of the last step that was tried relative to the parameters' sizes; 0 before.
-      step: ``(d,)`` the last update, 0 if it was refused.
-      norms: ``(d,)`` the columns' norms as ``scaling`` remembers them; ``()`` without it.
-      loss: ``½ ‖r‖²`` where the last update led.
-      refused: steps of which every trial, up to the largest ``mu`` that changes the parameters, had
-        a higher loss by more than rounding; the update was zero.
-      nonfinite: steps whose residuals, Jacobian or gradient were not finite; the update was zero
-        and everything else stayed as it was.
+      relative: ``mu`` of the last step that was tried relative to the parameters' sizes; 0 before
+        it.
+      step: the last update, ``(d,)``; 0 if it was refused.
+      norms: the columns' norms as ``scaling`` remembers them, ``(d,)``; ``()`` without it.
+      loss: the loss ``½ ‖r‖²`` after the last update.
+      refused: number of steps whose trials, up to the largest ``mu`` that changes the parameters,
+        all raised the loss by more than rounding; the update was zero.
+      nonfinite: number of steps whose residuals, Jacobian or gradient were not finite; the update
+        was zero and everything else stayed as it was.
     """
 
     count: jax.Array
@@ -81,39 +83,41 @@ def levenberg_marquardt(
 
     so that several are tried at once, each with every momentum ``b`` along the last update ``q``.
     A step is the Taylor polynomial at ``t = 1`` of the curve on which ``r`` falls in a straight
-    line, up to every ``order``; the first one is Levenberg's step, the second adds the geodesic
+    line, up to every ``order``. The first order is Levenberg's step, the second adds the geodesic
     acceleration. Terms longer than the first are cut to its length:
 
     .. math:: x(t) = x + \sum_n c_n \frac{t^n}{n!},\quad c_1 = b q - J_\mu^+ (r + b J q),\quad
               c_n = -J_\mu^+\, \frac{d^n}{dt^n}\, r\Bigl(x + \sum_{i<n} c_i \frac{t^i}{i!}\Bigr)
 
-    Of all these the one with the lowest loss is taken. The trials are powers of ``spread`` around
-    the last ``mu``. If all raise the loss, larger ones are tried in the same step, with the same
-    decomposition, until one lowers it or changes the parameters no more: then the update is zero
-    and the step is counted as refused. There is no learning rate: updates are complete.
+    The trial with the lowest loss is taken. The dampings are powers of ``spread`` around the last
+    ``mu``. If all of them raise the loss, the same step tries larger ones with the same
+    decomposition, until one lowers the loss or no longer changes the parameters. In that last case
+    the update is zero and the step is counted as refused. There is no learning rate: updates are
+    complete.
 
-    One ``mu`` for all parameters presumes that they are of similar size. Numbers in ``scaling`` do
-    without: ``mu J^T J``'s diagonal takes the place of ``mu I``, and fits do not depend on units,
+    One ``mu`` for all parameters presumes that they are of similar size. A number for ``scaling``
+    lifts that: the diagonal of ``J^T J`` takes the place of ``I``, and fits do not depend on units,
 
     .. math:: (J^T J + \mu D^2)^{-1} J^T,\quad D_j = \max(\text{scaling}\, D_j, \|J_j\|)
 
-    By default, networks are served best, whose weights are of similar size: ``D = I``. Fits of
-    curves, with fewer parameters than residuals, get two guards. A step that lowers the loss by
-    less than a twentieth is tried once more with ``D_j = 1/|x_j|``, and the better one is taken. A
-    curve whose second term is longer than 0.75 of the first is not followed, since parameters that
-    run off to infinity begin like this. The default fits NIST's 27 problems from both starts.
+    The default, ``D = I``, serves networks best, whose weights are of similar size. Fits of curves,
+    with fewer parameters than residuals, get two guards. A step that lowers the loss by less than a
+    twentieth is tried once more with ``D_j = 1/|x_j|``, and the better one is taken. A curve whose
+    second term is longer than 0.75 of the first is not followed, because that is how parameters
+    start to run off to infinity. The default fits NIST's 27 problems from both starts.
 
-    The decomposition is that of ``J D^{-1}`` itself. Neither ``J J^T`` nor the gradient ``J^T r``,
-    which have lost what is below ``sqrt(eps)`` and ``eps`` of the largest singular value, is
-    formed: in float32 this is what small residuals need.
+    The decomposition is that of ``J D^{-1}`` itself, because small residuals in float32 need it:
+    ``J J^T`` and the gradient ``J^T r`` would have lost what is below ``sqrt(eps)`` and ``eps`` of
+    the largest singular value, so neither is formed.
 
-    ``update`` takes ``residuals_fn`` (params -> residuals, as often differentiable forwards as
-    ``order``) and the parameters; the gradient it is given is only checked to be finite. Residuals
-    are an array or a tree of arrays of any shape; a complex one counts as its real and its
-    imaginary part. A tuple is such a tree, so that auxiliary output has to be left out: ``lambda
-    params: fn(params)[0]``. ``per_example_grads``, a tree of ``(k, *leaf.shape)``, spares the ``k``
-    backward passes where residuals do not share examples, as ``jax.vmap(jax.grad(residual), (None,
-    0))`` gives it. Call it under `jax.jit`; outside, every call takes some hundred times as long.
+    ``update`` takes the parameters and ``residuals_fn`` (params -> residuals), which must be
+    differentiable forwards ``order`` times. The gradient that it is given is only checked to be
+    finite. Residuals are an array or a tree of arrays of any shape; a complex one counts as its
+    real and its imaginary part. A tuple is such a tree, so auxiliary output must be left out:
+    ``lambda params: fn(params)[0]``. Where residuals do not share examples, ``per_example_grads``
+    saves the ``k`` backward passes: a tree of ``(k, *leaf.shape)``, such as
+    ``jax.vmap(jax.grad(residual), (None, 0))`` gives. Call ``update`` under `jax.jit`; outside,
+    every call takes some hundred times as long.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -129,18 +133,24 @@ def levenberg_marquardt(
       True
 
     Args:
-      damping: the first ``mu``, relative to the largest squared singular value.
-      trials: values of ``mu`` a step, by default 6.
-      spread: ratio of one to the next.
-      momenta: values of ``b``, which multiply the trials; ``(0.0,)`` for none.
-      order: terms of the curve, by default 3; their cost doubles from one to the next.
-      scaling: how much of the columns' norms is remembered from one step to the next, in [0, 1]: 0
-        for those of the step alone (Marquardt), 1 for the largest so far (Moré); ``None`` for
-        ``D = I`` with the guards above.
-      chunk: residuals that are pulled back at a time, which bounds the memory; ``None`` for all.
+      damping: the first ``mu``, relative to the largest squared singular value, 1e-3 by default.
+      trials: number of values of ``mu`` in a step, 6 by default.
+      spread: ratio of one value of ``mu`` to the next, above 1, 4 by default.
+      momenta: values of ``b``, in [0, 1], each of which multiplies the trials; 0, 0.5 and 0.9 by
+        default, ``(0.0,)`` for none.
+      order: number of terms of the curve, 3 by default; the cost doubles from one term to the next.
+      scaling: the share of the columns' norms that is remembered from one step to the next, in [0,
+        1]: 0 for the norms of the step alone (Marquardt), 1 for the largest so far (Moré);
+        ``None``, the default, for ``D = I`` with the guards above.
+      chunk: number of residuals that are pulled back at a time, which bounds the memory; ``None``,
+        the default, for all.
       axis_name: axes of `jax.pmap` or `jax.shard_map` over which the devices have residuals of
         their own. They are gathered, with their gradients, and every device takes the same step.
-        ``()`` says that every device is to go its own way.
+        ``()`` says that every device goes its own way; ``None``, the default, that there is one
+        device.
+
+    Returns:
+      An optax transformation whose state is a `LevenbergMarquardtState`.
 
     Raises:
       ValueError: for values out of range; for ``trials``, ``order`` or ``chunk`` that is traced (to
@@ -151,8 +161,8 @@ def levenberg_marquardt(
     Cost: with ``m = min(k, d)``, memory ``2 k d`` in a step and ``d`` between steps, ``2 d`` with
     ``scaling``; ``k`` backward passes, a singular value decomposition of about ``6 k d m + 20 m³``
     flops, and for every trial the residuals ``order`` times and their derivatives along a line, up
-    to that order. A second try decomposes twice. The Jacobian is one array: this is for as many
-    parameters as fit ``k`` times into one device.
+    to that order. A second try decomposes twice. The Jacobian is one array, so ``k`` times the
+    parameters have to fit into one device.
 
     Source: Levenberg, 1944, and Marquardt, 1963; Moré, "The Levenberg-Marquardt algorithm:
     implementation and theory", 1978, for the norms' maximum; acceleration and its bound are those
@@ -174,153 +184,221 @@ def levenberg_marquardt(
     if chunk is not None:
         chunk = as_size(OWNER, "chunk", chunk)
 
-    def init(params: Any) -> LevenbergMarquardtState:
-        layout = Layout.of(params, None, owner=OWNER)
-        d = sum(layout.sizes)
-        zero = lambda: jnp.zeros((), jnp.int32)
-        real = lambda *shape: jnp.zeros(shape, layout.dtype)
-        return LevenbergMarquardtState(
-            count=zero(),
-            damping=real(),
-            relative=real(),
-            step=real(d),
-            norms=() if scaling is None else real(d),
-            loss=real(),
-            refused=zero(),
-            nonfinite=zero(),
-        )
+    options = _Options(damping, trials, spread, tuple(momenta), order, scaling, chunk, axis_name)
+    return optax.GradientTransformationExtraArgs(
+        partial(_init, options), full_precision(partial(_update, options))
+    )
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any):
-        updates = undifferentiated(OWNER, updates)
-        params, extra = own_arguments(OWNER, updates, params, extra)
-        if axis_name is None:
-            check_one_replica(OWNER, extra)
-        params = need_params(OWNER, params)
-        fn = require(OWNER, extra, "residuals_fn", "params -> residuals (k,)")
-        fn = flat_residuals(OWNER, "residuals_fn", fn)
-        layout = Layout.of(params, None, owner=OWNER)
-        splits = np.cumsum(layout.sizes)[:-1]
-        parts = lambda p: jnp.split(p, splits) if layout.sizes else []
-        tree = lambda p: layout.unflatten(parts(p))
-        updated = lambda p: layout.unflatten(parts(p), updates)
 
-        def own(p: jax.Array) -> jax.Array:
-            """At the parameters as they will be after the update ``p``, rounding included."""
-            return fn(optax.apply_updates(params, tree(p))).astype(layout.dtype)
+class _Options(NamedTuple):
+    """The arguments of `levenberg_marquardt`, checked and with their defaults."""
 
-        gather = lambda x: jax.lax.all_gather(x, axis_name, tiled=True) if axis_name else x
-        residuals = lambda p: gather(own(p))
+    damping: float
+    trials: int
+    spread: float
+    momenta: tuple[float, ...]
+    order: int
+    scaling: float | None
+    chunk: int | None
+    axis_name: str | Sequence[str] | None
 
-        zero = jnp.zeros_like(state.step)
-        r = residuals(zero)
-        here = jnp.sum(r**2) / 2
-        if not r.size or not zero.size:  # nothing to fit, or nothing to fit it with
-            return updated(zero), state._replace(count=linalg.tally(state.count), loss=here)
-        given = extra.get("per_example_grads")
-        j = jacobian(own, zero, chunk)[0] if given is None else _given(layout, given)
-        j = gather(j)
-        _check_rows(j, (r.size, zero.size))
-        sound = linalg.finite(r, j, *map(jnp.asarray, jax.tree.leaves(updates)))
-        j, x = jnp.where(sound, j, 0), jnp.concatenate(flat(layout, params))
 
-        # Parameters of which there are fewer than residuals mean something each: guard them.
-        fewer = zero.size < r.size
+def _init(options: _Options, params: Any) -> LevenbergMarquardtState:
+    layout = Layout.of(params, None, owner=OWNER)
+    d = sum(layout.sizes)
+    zero = lambda: jnp.zeros((), jnp.int32)
+    real = lambda *shape: jnp.zeros(shape, layout.dtype)
+    return LevenbergMarquardtState(
+        count=zero(),
+        damping=real(),
+        relative=real(),
+        step=real(d),
+        norms=() if options.scaling is None else real(d),
+        loss=real(),
+        refused=zero(),
+        nonfinite=zero(),
+    )
 
-        # What rounding of the losses' sum, or of the parameters, can change.
-        eps = jnp.finfo(r.dtype).eps
-        noise = 4 * eps * (2 * here + jnp.linalg.norm(r[:, None] * j * x[None]))
-        noise = jnp.minimum(noise, here)  # where it overflows
 
-        def search(units: jax.Array, mu: jax.Array) -> _Found:
-            """The best step when every parameter is measured in its unit, ``(d,)``."""
-            u, s, v = linalg.thin_svd(j * units[None])
-            last = linalg.safe_divide(state.step, units)
-            last = jnp.where(jnp.isfinite(last), last, 0)
-            pushed = j @ state.step
-            in_units = lambda p: residuals(p * units)
-            top = jnp.max(s) ** 2
-            low, high = eps**2 * top, top / eps
-            # After a refused step, which is at the largest one, it starts as it did at first.
-            mu = jnp.clip(jnp.where((mu > 0) & (mu < high), mu, damping * top), low, high)
+def _update(options: _Options, updates: Any, state: Any, params: Any = None, **extra: Any):
+    updates = undifferentiated(OWNER, updates)
+    params, extra = own_arguments(OWNER, updates, params, extra)
+    axes = options.axis_name
+    if axes is None:
+        check_one_replica(OWNER, extra)
+    params = need_params(OWNER, params)
+    fn = require(OWNER, extra, "residuals_fn", "params -> residuals (k,)")
+    fn = flat_residuals(OWNER, "residuals_fn", fn)
+    layout = Layout.of(params, None, owner=OWNER)
 
-            def trial(mu: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-                """Steps of every order, ``(order, d)``, and their losses."""
-                solve = lambda y: (linalg.safe_divide(s, s**2 + mu) * (y @ u)) @ v
-                first = b * last - solve(r + b * pushed)
-                steps, bend = _curve(in_units, solve, first, order)
-                losses = jnp.sum(jax.vmap(in_units)(steps) ** 2, axis=1) / 2
-                bad = ~jnp.isfinite(losses) | (fewer & (bend > BEND))
-                return steps, jnp.where(bad, jnp.inf, losses)
+    def own(p: jax.Array) -> jax.Array:
+        """At the parameters as they will be after the update ``p``, rounding included."""
+        return fn(optax.apply_updates(params, _tree(layout, p))).astype(layout.dtype)
 
-            def attempt(found: _Found) -> _Found:
-                """Every damping around ``mu`` with every momentum and order."""
-                powers = spread ** jnp.arange(-(trials // 2), trials - trials // 2).astype(s.dtype)
-                mus = jnp.clip(found.mu * powers, low, high)
-                over = jax.vmap(jax.vmap(trial, (None, 0)), (0, None))
-                steps, losses = over(mus, jnp.array(momenta, s.dtype))
-                # Of losses that rounding cannot tell apart the first is taken: the least damped
-                # step without momentum, close to a minimum that of Gauss-Newton.
-                least = jnp.min(losses)
-                at = jnp.unravel_index(jnp.argmax(losses <= least + noise), losses.shape)
-                # A larger damping than that of the last step has to earn its place.
-                better = jnp.where(found.mu > mu, least < here, least <= here + noise)
-                better = better & jnp.isfinite(least)
-                above = jnp.clip(found.mu * spread**trials, low, high)
-                return _Found(
-                    step=jnp.where(better, steps[at] * units, 0),
-                    loss=jnp.where(better, losses[at], here),
-                    mu=jnp.where(better, mus[at[0]], above),
-                    better=better,
-                    over=better | (found.mu >= high),
-                )
+    gather = lambda x: jax.lax.all_gather(x, axes, tiled=True) if axes else x
+    residuals = lambda p: gather(own(p))
+    zero = jnp.zeros_like(state.step)
+    r = residuals(zero)
+    here = jnp.sum(r**2) / 2
+    if not r.size or not zero.size:  # nothing to fit, or nothing to fit it with
+        counted = state._replace(count=linalg.tally(state.count), loss=here)
+        return _tree(layout, zero, updates), counted
+    given = extra.get("per_example_grads")
+    j = jacobian(own, zero, options.chunk)[0] if given is None else _given(layout, given)
+    j = gather(j)
+    _check_rows(j, (r.size, zero.size))
+    sound = linalg.finite(r, j, *map(jnp.asarray, jax.tree.leaves(updates)))
+    j, x = jnp.where(sound, j, 0), jnp.concatenate(flat(layout, params))
 
-            # The decomposition serves all dampings: as long as none lowers the loss, larger ones.
-            start = _Found(zero, here, mu, jnp.zeros_like(sound), ~sound)
-            return while_loop(lambda found: ~found.over, attempt, start)
+    # What rounding of the losses' sum, or of the parameters, can change.
+    eps = jnp.finfo(r.dtype).eps
+    noise = 4 * eps * (2 * here + jnp.linalg.norm(r[:, None] * j * x[None]))
+    noise = jnp.minimum(noise, here)  # where it overflows
+    around = _Around(residuals, r, j, state.step, here, noise, sound)
+    norms = state.norms
+    if options.scaling is not None:
+        norms = jnp.maximum(options.scaling * norms, jnp.linalg.norm(j, axis=0))
+    found, other, best = _best(options, around, state, x, norms)
 
-        norms = state.norms
-        if scaling is None:
-            found = search(jnp.ones_like(zero), state.damping)
-        else:
-            norms = jnp.maximum(scaling * norms, jnp.linalg.norm(j, axis=0))
-            found = search(1 / jnp.where(norms > 0, norms, 1), state.damping)
-        other = _Found(zero, here, state.relative, jnp.zeros_like(sound), jnp.array(True))
-        if scaling is None and fewer:
-            # Where units differ a step may be a crawl: then each parameter's size is its unit.
-            size = jnp.abs(x)
-            size = jnp.where(size > 0, size, jnp.sqrt(jnp.mean(x**2)))
-            stuck = sound & ~(found.loss < STUCK * here) & (here > 0)
-            other = while_loop(
-                lambda found: ~found.over,
-                lambda found: search(size, found.mu)._replace(over=jnp.ones_like(sound)),
-                other._replace(over=~stuck),
-            )
-        swap = other.better & ~(found.better & (found.loss <= other.loss + noise))
-        best = jax.tree.map(lambda a, b: jnp.where(swap, a, b), other, found)
+    keep = lambda new, old: jnp.where(sound, new, old)
+    return _tree(layout, best.step, updates), LevenbergMarquardtState(
+        count=linalg.tally(state.count),
+        damping=keep(found.mu, state.damping),
+        relative=keep(other.mu, state.relative),
+        step=keep(best.step, state.step),
+        norms=jax.tree.map(keep, norms, state.norms),
+        loss=keep(best.loss, state.loss),
+        refused=linalg.tally(state.refused, sound & ~best.better),
+        nonfinite=linalg.tally(state.nonfinite, ~sound),
+    )
 
-        keep = lambda new, old: jnp.where(sound, new, old)
-        return updated(best.step), LevenbergMarquardtState(
-            count=linalg.tally(state.count),
-            damping=keep(found.mu, state.damping),
-            relative=keep(other.mu, state.relative),
-            step=keep(best.step, state.step),
-            norms=jax.tree.map(keep, norms, state.norms),
-            loss=keep(best.loss, state.loss),
-            refused=linalg.tally(state.refused, sound & ~best.better),
-            nonfinite=linalg.tally(state.nonfinite, ~sound),
-        )
 
-    return optax.GradientTransformationExtraArgs(init, full_precision(update))
+class _Around(NamedTuple):
+    """The residuals and what is known of them at the parameters of a step.
+
+    Attributes:
+      residuals: the residuals after an update, ``(d,) -> (k,)``.
+      r: the residuals, ``(k,)``.
+      j: their Jacobian, ``(k, d)``.
+      last: the last update, ``(d,)``.
+      here: the loss.
+      noise: what rounding can change of a loss.
+      sound: whether all of it is finite.
+    """
+
+    residuals: Callable[[jax.Array], jax.Array]
+    r: jax.Array
+    j: jax.Array
+    last: jax.Array
+    here: jax.Array
+    noise: jax.Array
+    sound: jax.Array
+
+    @property
+    def fewer(self) -> bool:
+        """Fewer parameters than residuals: each of them means something, and steps are guarded."""
+        return self.j.shape[1] < self.j.shape[0]
 
 
 class _Found(NamedTuple):
-    """The outcome of a search: a step, its loss, ``mu``, whether it is better, and all is done."""
+    """The outcome of a search.
+
+    Attributes:
+      step: the best step, ``(d,)``.
+      loss: the loss after it.
+      mu: the damping of the best step, or the next one to try.
+      better: whether the step is better than none.
+      over: whether the search is at its end.
+    """
 
     step: jax.Array
     loss: jax.Array
     mu: jax.Array
     better: jax.Array
     over: jax.Array
+
+
+def _best(
+    options: _Options, around: _Around, state: LevenbergMarquardtState, x: jax.Array, norms: Any
+) -> tuple[_Found, _Found, _Found]:
+    """The outcomes in the usual units, in units of the parameters ``x``, and the better one."""
+    zero, sound, here = jnp.zeros_like(x), around.sound, around.here
+    if options.scaling is None:
+        found = _search(options, around, jnp.ones_like(zero), state.damping)
+    else:
+        found = _search(options, around, 1 / jnp.where(norms > 0, norms, 1), state.damping)
+    other = _Found(zero, here, state.relative, jnp.zeros_like(sound), jnp.array(True))
+    if options.scaling is None and around.fewer:
+        # Where units differ a step may be a crawl: then each parameter's size is its unit.
+        size = jnp.abs(x)
+        size = jnp.where(size > 0, size, jnp.sqrt(jnp.mean(x**2)))
+        stuck = sound & ~(found.loss < STUCK * here) & (here > 0)
+        again = lambda found: _search(options, around, size, found.mu)
+        other = while_loop(
+            lambda found: ~found.over,
+            lambda found: again(found)._replace(over=jnp.ones_like(sound)),
+            other._replace(over=~stuck),
+        )
+    swap = other.better & ~(found.better & (found.loss <= other.loss + around.noise))
+    return found, other, jax.tree.map(lambda a, b: jnp.where(swap, a, b), other, found)
+
+
+def _search(options: _Options, around: _Around, units: jax.Array, mu: jax.Array) -> _Found:
+    """The best step when every parameter is measured in its unit, ``(d,)``."""
+    here, noise, spread = around.here, around.noise, options.spread
+    u, s, v = linalg.thin_svd(around.j * units[None])
+    last = linalg.safe_divide(around.last, units)
+    last = jnp.where(jnp.isfinite(last), last, 0)
+    pushed = around.j @ around.last
+    in_units = lambda p: around.residuals(p * units)
+    top = jnp.max(s) ** 2
+    eps = jnp.finfo(around.r.dtype).eps
+    low, high = eps**2 * top, top / eps
+    # After a refused step, which is at the largest one, it starts as it did at first.
+    mu = jnp.clip(jnp.where((mu > 0) & (mu < high), mu, options.damping * top), low, high)
+
+    def trial(mu: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Steps of every order, ``(order, d)``, and their losses."""
+        solve = lambda y: (linalg.safe_divide(s, s**2 + mu) * (y @ u)) @ v
+        first = b * last - solve(around.r + b * pushed)
+        steps, bend = _curve(in_units, solve, first, options.order)
+        losses = jnp.sum(jax.vmap(in_units)(steps) ** 2, axis=1) / 2
+        bad = ~jnp.isfinite(losses) | (around.fewer & (bend > BEND))
+        return steps, jnp.where(bad, jnp.inf, losses)
+
+    def attempt(found: _Found) -> _Found:
+        """Every damping around ``mu`` with every momentum and order."""
+        half = options.trials // 2
+        powers = spread ** jnp.arange(-half, options.trials - half).astype(s.dtype)
+        mus = jnp.clip(found.mu * powers, low, high)
+        over = jax.vmap(jax.vmap(trial, (None, 0)), (0, None))
+        steps, losses = over(mus, jnp.array(options.momenta, s.dtype))
+        # Rounding cannot tell some losses apart. The first of them is taken, the least damped step
+        # without momentum: close to a minimum this is the step of Gauss-Newton.
+        least = jnp.min(losses)
+        at = jnp.unravel_index(jnp.argmax(losses <= least + noise), losses.shape)
+        # A larger damping than that of the last step has to earn its place.
+        better = jnp.where(found.mu > mu, least < here, least <= here + noise)
+        better = better & jnp.isfinite(least)
+        above = jnp.clip(found.mu * spread**options.trials, low, high)
+        return _Found(
+            step=jnp.where(better, steps[at] * units, 0),
+            loss=jnp.where(better, losses[at], here),
+            mu=jnp.where(better, mus[at[0]], above),
+            better=better,
+            over=better | (found.mu >= high),
+        )
+
+    # The decomposition serves all dampings. Where none lowers the loss, larger ones are tried.
+    wrong = jnp.zeros_like(around.sound)
+    start = _Found(jnp.zeros_like(units), here, mu, wrong, ~around.sound)
+    return while_loop(lambda found: ~found.over, attempt, start)
+
+
+def _tree(layout: Layout, p: jax.Array, like: Any = None) -> Any:
+    """The flat update ``(d,)`` as a tree, in the dtypes of ``like`` where it is given."""
+    parts = jnp.split(p, np.cumsum(layout.sizes)[:-1]) if layout.sizes else []
+    return layout.unflatten(parts) if like is None else layout.unflatten(parts, like)
 
 
 def _given(layout: Layout, tree: Any) -> jax.Array:
@@ -346,7 +424,8 @@ def _curve(
 ) -> tuple[jax.Array, jax.Array]:
     """The Taylor polynomials of the curve at ``t = 1``, from ``first`` up to ``order``.
 
-    And how far it bends: the second term's length relative to the first one's.
+    The second result is how far the curve bends: the second term's length relative to the first
+    one's.
     """
     terms, steps, size = [first], [first], jnp.linalg.norm(first)
     bend = jnp.zeros_like(size)

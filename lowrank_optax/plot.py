@@ -1,6 +1,6 @@
 """Pictures of a run, with matplotlib: `pip install 'lowrank_optax[plot]'`.
 
-Every function draws into ``ax``, or into a figure of its own, and returns the axes.
+Every function draws into ``ax``, or into a new figure without it, and returns the axes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,26 @@ def spectrum(history: Any, ax: Any = None, *, steps: Sequence[int] | None = None
     Args:
       history: a `diagnose.Summary` whose fields lead with a time axis, as `jax.lax.scan` stacks
         them; ``history.spectrum`` is ``(t, groups, r)``.
-      ax: matplotlib axes to draw into.
-      steps: ``(t,)`` step numbers of the records; their count from 0 if not given.
-      group: which group of parameters to draw.
+      ax: matplotlib axes to draw into; those of a new figure by default.
+      steps: step numbers of the records, ``(t,)``; by default they are counted from 0.
+      group: index of the group of parameters to draw, 0 by default.
 
     Returns:
       The axes.
+
+    Raises:
+      ValueError: for records without a time axis, a group that is not there, or steps that do not
+        match the records.
+      ImportError: where matplotlib is not installed and no ``ax`` is given.
+
+    Example:
+      >>> import numpy as np, lowrank_optax as lro
+      >>> from matplotlib.figure import Figure
+      >>> zero = np.zeros((3, 1))
+      >>> summary = lro.diagnose.Summary(2.0 ** -np.arange(6).reshape(3, 1, 2), *[zero] * 9)
+      >>> ax = lro.plot.spectrum(summary, Figure().subplots())
+      >>> ax.get_ylabel(), ax.get_yscale()
+      ('eigenvalue', 'log')
     """
     ax = _axes(ax)
     from matplotlib.cm import ScalarMappable
@@ -56,15 +70,29 @@ def spectrum(history: Any, ax: Any = None, *, steps: Sequence[int] | None = None
 def captured_energy(history: Any, ax: Any = None, *, steps: Sequence[int] | None = None):
     """Share of the gradient's squared norm that the basis captures, ``|Q^T g|² / |g|²``, over time.
 
+    Up to seven groups get a line each; of more, the median and the band between the quartiles are
+    drawn.
+
     Args:
       history: a `diagnose.Summary` whose fields lead with a time axis, as `jax.lax.scan` stacks
-        them; ``history.captured_energy`` is ``(t, groups)``. Up to seven groups get a line each;
-        of more, the median and the band between the quartiles are drawn.
-      ax: matplotlib axes to draw into.
-      steps: ``(t,)`` step numbers of the records; their count from 0 if not given.
+        them; ``history.captured_energy`` is ``(t, groups)``.
+      ax: matplotlib axes to draw into; those of a new figure by default.
+      steps: step numbers of the records, ``(t,)``; by default they are counted from 0.
 
     Returns:
       The axes.
+
+    Raises:
+      ValueError: for records without a time axis, or steps that do not match them.
+      ImportError: where matplotlib is not installed and no ``ax`` is given.
+
+    Example:
+      >>> import numpy as np, lowrank_optax as lro
+      >>> from matplotlib.figure import Figure
+      >>> summary = lro.diagnose.Summary(*[np.full((3, 2), 0.9)] * 10)
+      >>> ax = lro.plot.captured_energy(summary, Figure().subplots())
+      >>> [line.get_label() for line in ax.lines]
+      ['group 0', 'group 1']
     """
     ax = _axes(ax)
     energy = _records("captured_energy", history.captured_energy, 2)
@@ -86,16 +114,25 @@ def loss(curves: Mapping[str, Mapping[str, Any]], x: str = "steps", ax: Any = No
     """Loss on a logarithmic scale: for every name the median over seeds and the band they span.
 
     Args:
-      curves: for every name, the arrays ``loss``, ``(t,)`` or ``(seeds, t)``, and that named by
-        ``x``, of the same shape or ``(t,)``.
-      x: what to draw the loss against, ``"steps"`` or ``"seconds"``.
-      ax: matplotlib axes to draw into.
+      curves: the curves by name. Each holds the array ``loss``, ``(t,)`` or ``(seeds, t)``, and the
+        array that ``x`` names, of the same shape or ``(t,)``.
+      x: name of the horizontal axis, ``"steps"``, the default, or ``"seconds"``.
+      ax: matplotlib axes to draw into; those of a new figure by default.
 
     Returns:
       The axes.
 
     Raises:
       ValueError: if ``x`` is neither of the two, or the shapes do not agree.
+      ImportError: where matplotlib is not installed and no ``ax`` is given.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> from matplotlib.figure import Figure
+      >>> curves = {"Adam": {"steps": [1, 2], "loss": [[1.0, 0.5], [3.0, 0.7]]}}
+      >>> ax = lro.plot.loss(curves, "steps", Figure().subplots())
+      >>> print(ax.lines[0].get_ydata()[0], ax.get_yscale())  # the median over two seeds
+      2.0 log
     """
     ax = _curves(curves, x, "loss", ax)
     ax.set_yscale("log")
@@ -103,7 +140,29 @@ def loss(curves: Mapping[str, Mapping[str, Any]], x: str = "steps", ax: Any = No
 
 
 def accuracy(curves: Mapping[str, Mapping[str, Any]], x: str = "steps", ax: Any = None):
-    """Accuracy, drawn as `loss` is; ``curves`` hold the array ``accuracy`` in its stead."""
+    """Accuracy: for every name the median over seeds and the band they span.
+
+    Args:
+      curves: the curves by name. Each holds the array ``accuracy``, ``(t,)`` or ``(seeds, t)``, and
+        the array that ``x`` names, of the same shape or ``(t,)``.
+      x: name of the horizontal axis, ``"steps"``, the default, or ``"seconds"``.
+      ax: matplotlib axes to draw into; those of a new figure by default.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: if ``x`` is neither of the two, or the shapes do not agree.
+      ImportError: where matplotlib is not installed and no ``ax`` is given.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> from matplotlib.figure import Figure
+      >>> curves = {"Adam": {"steps": [1, 2], "accuracy": [0.5, 0.9]}}
+      >>> ax = lro.plot.accuracy(curves, ax=Figure().subplots())
+      >>> ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()
+      ('steps', 'accuracy', 'linear')
+    """
     return _curves(curves, x, "accuracy", ax)
 
 
@@ -118,8 +177,8 @@ def _curves(curves: Mapping[str, Mapping[str, Any]], x: str, y: str, ax: Any):
                 f"{name}: {x} has shape {across.shape} and {y} {values.shape}; pass (seeds, t) "
                 "arrays, or (t,) where all seeds agree."
             )
-        # Seeds differ in seconds by noise alone: one clock for all of them, and a finite loss of
-        # some seeds is drawn where others have diverged.
+        # Seeds differ in seconds by noise alone, so all have one clock. Where some seeds have
+        # diverged, the finite losses of the others are drawn.
         clock = np.median(across, 0)
         values = np.ma.masked_invalid(values)
         color = _COLORS[i % len(_COLORS)]

@@ -12,7 +12,18 @@ except ImportError as error:
 
 
 class TrainState(train_state.TrainState):
-    """`flax.training.train_state.TrainState` whose ``apply_gradients`` passes extras to ``tx``.
+    """A `flax.training.train_state.TrainState` whose ``apply_gradients`` passes extras to ``tx``.
+
+    Attributes:
+      step: number of steps taken.
+      apply_fn: the model's ``apply``, which this class does not call.
+      params: the parameters, a pytree.
+      tx: the optimizer, any optax transformation.
+      opt_state: the state of ``tx``.
+
+    Cost: that of ``tx``, with one copy of the parameters.
+
+    Source: flax's class of that name.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -26,12 +37,12 @@ class TrainState(train_state.TrainState):
     """
 
     def apply_gradients(self, *, grads: Any, replace: dict[str, Any] | None = None, **extra: Any):
-        """One step of ``tx`` on ``grads``.
+        """Takes one step of ``tx`` on gradients.
 
         Args:
-          grads: gradients, shaped like the parameters.
-          replace: further fields of the state to replace, such as ``batch_stats``; flax takes
-            these as keywords, which here are the optimizer's.
+          grads: the gradients, shaped like the parameters.
+          replace: further fields of the state to replace, such as ``batch_stats``, by name. Flax
+            takes these as keywords, which here are the optimizer's.
           **extra: extra arguments of ``tx.update``, such as ``value_fn``; unknown ones are ignored.
 
         Returns:

@@ -13,6 +13,7 @@ from lowrank_optax import (
     online,
     per_leaf,
 )
+from lowrank_optax.online import trackers
 
 CURVATURES = {
     "covariance": curvature.Covariance(),
@@ -54,6 +55,34 @@ MORE_BASES = {
     "subspace_iteration": basis.SubspaceIteration(4),
     "topk": basis.TopK(4),
     "weighted_permutation": basis.WeightedPermutation(4),
+}
+
+# Bases with other rules than their defaults, which take other paths through the same code.
+RULES = {
+    "stiefel": basis.Hebbian(4, rule=basis.StiefelRule()),
+    "cayley": basis.Hebbian(4, rule=basis.CayleyAdamG()),
+    "drop_oldest": basis.LowRankFactor(4, basis.DropOldest()),
+    "drop_smallest": basis.LowRankFactor(4, basis.DropSmallest()),
+}
+
+# From a rank and the length of the stream, a tracker; and how many vectors it is shown at once.
+TRACKERS = {
+    "Oja": (lambda rank, n: trackers.Oja(rank), 1),
+    "Oja, 20 at once": (lambda rank, n: trackers.Oja(rank, buffer=20), 20),
+    "Krasulina": (lambda rank, n: trackers.Krasulina(rank), 1),
+    "AdaOja": (lambda rank, n: trackers.AdaOja(rank), 1),
+    "Sanger": (lambda rank, n: trackers.Sanger(rank), 1),
+    "CCIPCA": (lambda rank, n: trackers.CCIPCA(rank), 1),
+    "Brand, m = r": (lambda rank, n: trackers.Brand(rank, slots=rank), 1),
+    "Brand": (lambda rank, n: trackers.Brand(rank), 1),
+    "HistoryPCA": (lambda rank, n: trackers.HistoryPCA(rank), 1),
+    "PAST": (lambda rank, n: trackers.PAST(rank), 1),
+    "OPAST": (lambda rank, n: trackers.OPAST(rank), 1),
+    "GROUSE": (lambda rank, n: trackers.GROUSE(rank), 1),
+    "PETRELS": (lambda rank, n: trackers.PETRELS(rank), 1),
+    "NoisyPower": (lambda rank, n: trackers.NoisyPower(rank, block=n // 8), 1),
+    "EigenGame": (lambda rank, n: trackers.EigenGame(rank), 1),
+    "FrequentDirections": (lambda rank, n: trackers.FrequentDirections(rank), 1),
 }
 
 DEFAULT = (inner.Adam(), inner.Cautious(), inner.ClipNormByEMA(normalize=True))

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from lowrank_optax import __main__ as cli
-from lowrank_optax.demo import problems as _spectrum
-from lowrank_optax.demo import tasks as _tasks
+from lowrank_optax.demo import command, problems, report, runs, tasks, train
 
 # A shell starts its background jobs, perhaps these tests, with Ctrl-C ignored.
 INTERRUPTIBLE = """
@@ -48,7 +47,7 @@ def check_settings(result):
     assert set(result["versions"]) >= {"python", "jax", "optax", "flax", "lowrank_optax"}
     assert result["machine"]["cores"] == os.cpu_count()
     rates = result["settings"]["learning_rates"]
-    assert list(result["methods"]) == list(rates) == [m.name for m in cli.METHODS]
+    assert list(result["methods"]) == list(rates) == [m.name for m in runs.METHODS]
     tried = {(r["method"], r["learning_rate"], r["seed"]) for r in result["runs"]}
     assert tried == {(m, r, s) for m in rates for r in rates[m] for s in (0, 1)}
     assert len(result["runs"]) == len(tried)
@@ -96,13 +95,13 @@ def check_fairness(result):
 
 
 def test_table_names_the_methods(capsys):
-    run = cli.Run("Adam", 0.1, 0, False, 8, [2], [0.1], [math.nan], [math.nan], [math.nan])
+    run = runs.Run("Adam", 0.1, 0, False, 8, [2], [0.1], [math.nan], [math.nan], [math.nan])
     result = {
         "settings": {"task": "digits", "parameters": 1, "steps": 2, "seeds": [0]},
         "complete": False,
-        "methods": {"Adam": cli._summary(cli.METHODS[0], [run])},
+        "methods": {"Adam": report.summary(runs.METHODS[0], [run])},
     }
-    cli._print_table(result)
+    report.print_table(result)
     printed = capsys.readouterr().out
     assert "Adam" in printed
     assert "stopped early" in printed
@@ -110,26 +109,26 @@ def test_table_names_the_methods(capsys):
 
 def test_best_rate_ignores_diverged_and_unfinished_runs():
     def run(rate, loss, complete=True):
-        return cli.Run("Adam", rate, 0, complete, 8, [2], [0.1], [loss], [0.0], [0.0])
+        return runs.Run("Adam", rate, 0, complete, 8, [2], [0.1], [loss], [0.0], [0.0])
 
-    runs = [run(0.1, math.nan), run(0.2, 3.0), run(0.3, 2.0), run(0.4, 1.0, complete=False)]
-    assert cli._best(cli.METHODS[0], runs) == [runs[2]]
-    assert cli._best(cli.METHODS[0], runs[3:]) == [runs[3]]
-    assert cli._best(cli.METHODS[0], runs[:1]) == [runs[0]]
-    assert cli._best(cli.METHODS[1], runs) == []
+    tried = [run(0.1, math.nan), run(0.2, 3.0), run(0.3, 2.0), run(0.4, 1.0, complete=False)]
+    assert report.best_runs(runs.METHODS[0], tried) == [tried[2]]
+    assert report.best_runs(runs.METHODS[0], tried[3:]) == [tried[3]]
+    assert report.best_runs(runs.METHODS[0], tried[:1]) == [tried[0]]
+    assert report.best_runs(runs.METHODS[1], tried) == []
 
 
 @pytest.mark.parametrize("steps", [40, 43])
 def test_all_is_compiled_before_the_clock_starts(steps):
-    adam, task = cli.METHODS[0], _tasks.digits()
-    train = cli._trainer(task, adam, steps)
+    adam, task = runs.METHODS[0], tasks.digits()
+    fill = runs.trainer(task, adam, steps)
     traced = []
 
     def listen(event, *_, **__):
         if event == "/jax/core/compile/jaxpr_trace_duration":
             traced.append(event)
 
-    first, second = train(cli.Run("Adam", 0.01, 0)), train(cli.Run("Adam", 0.1, 1))
+    first, second = fill(runs.Run("Adam", 0.01, 0)), fill(runs.Run("Adam", 0.1, 1))
     next(first)
     jax.monitoring.register_event_duration_secs_listener(listen)
     assert sum(first) + sum(second) > steps
@@ -158,7 +157,7 @@ def no_work(monkeypatch):
     def fail(*_):
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(cli, "_compare", fail)
+    monkeypatch.setattr(train, "compare", fail)
     monkeypatch.delenv("LOWRANK_OPTAX_DATA", raising=False)
 
 
@@ -173,7 +172,7 @@ class TestRefusals:
     def test_unknown_task(self, capsys, tmp_path):
         line = refused(capsys, "train", "--task", "digit", "--out", str(tmp_path / "new"))
         assert "'digit'" in line
-        for task in _tasks.TASKS:
+        for task in tasks.TASKS:
             assert task in line
         assert not (tmp_path / "new").exists()
 
@@ -222,7 +221,7 @@ class TestRefusals:
         assert "/proc" in refused(capsys, "train", "--out", "/proc")
 
     def test_missing_extras(self, capsys, monkeypatch):
-        monkeypatch.setattr(cli, "_installed", lambda module: module not in ("flax", "rich"))
+        monkeypatch.setattr(command, "installed", lambda module: module not in ("flax", "rich"))
         line = refused(capsys, "train")
         assert "flax, rich" in line
         assert "lowrank_optax[demo]" in line
@@ -230,9 +229,9 @@ class TestRefusals:
     def test_unknown_operator_and_method(self, capsys, tmp_path):
         out = ("--out", str(tmp_path / "new"))
         line = refused(capsys, "spectrum", "--operator", "hydrogen", *out)
-        assert "'hydrogen'" in line and all(name in line for name in _spectrum.OPERATORS)
+        assert "'hydrogen'" in line and all(name in line for name in problems.OPERATORS)
         line = refused(capsys, "spectrum", "--method", "lora", *out)
-        assert "'lora'" in line and all(name in line for name in _spectrum.METHODS)
+        assert "'lora'" in line and all(name in line for name in problems.METHODS)
         assert not (tmp_path / "new").exists()
 
     def test_modes_and_points_there_are_not(self, capsys):
@@ -242,7 +241,7 @@ class TestRefusals:
         assert "2 points" in refused(capsys, "spectrum", "--batch", "1")
 
     def test_missing_extras_of_spectrum(self, capsys, monkeypatch):
-        monkeypatch.setattr(cli, "_installed", lambda module: module != "flax")
+        monkeypatch.setattr(command, "installed", lambda module: module != "flax")
         assert "flax: pip install" in refused(capsys, "spectrum")
 
 
@@ -305,7 +304,7 @@ def test_ctrl_c_in_the_first_run(monkeypatch, tmp_path, points):
             raise KeyboardInterrupt
         yield show
 
-    monkeypatch.setattr(cli, "_progress", impatient)
+    monkeypatch.setattr(runs, "progress", impatient)
     assert cli.main(["train", "--steps", "40", "--out", str(tmp_path)]) == 130
     result = json.loads((tmp_path / "results.json").read_text())
     assert [run["complete"] for run in result["runs"]] == [False] * points
@@ -334,9 +333,9 @@ def data_dir(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", _tasks.TASKS)
+@pytest.mark.parametrize("name", tasks.TASKS)
 def test_task(name, data_dir):
-    task = _tasks.TASKS[name](data_dir)
+    task = tasks.TASKS[name](data_dir)
     params = jax.jit(task.init)(jax.random.key(0))
     batch = jax.jit(task.sample)(jax.random.key(1), task.train)
     again = jax.jit(task.sample)(jax.random.key(1), task.train)
@@ -352,7 +351,7 @@ def test_task(name, data_dir):
 
 
 def test_mnist_reads_the_files_as_they_are(data_dir):
-    task = _tasks.mnist(data_dir)
+    task = tasks.mnist(data_dir)
     assert task.train[0].shape == (8000, 28, 28, 1)
     assert task.held_out[0].shape == (10, 28, 28, 1)
     assert float(task.train[0].max()) == 1.0
@@ -362,7 +361,7 @@ def test_mnist_reads_the_files_as_they_are(data_dir):
 
 
 def test_text_targets_are_the_next_characters(data_dir):
-    task = _tasks.text(data_dir)
+    task = tasks.text(data_dir)
     inputs, targets = task.sample(jax.random.key(0), task.train)
     np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
     np.testing.assert_array_equal(task.held_out[0].ravel()[1:], task.held_out[1].ravel()[:-1])
@@ -371,7 +370,7 @@ def test_text_targets_are_the_next_characters(data_dir):
 
 
 def test_transformer_does_not_look_ahead():
-    model = _tasks.CharTransformer(vocabulary=5, width=16, layers=2, heads=2, length=8)
+    model = tasks.CharTransformer(vocabulary=5, width=16, layers=2, heads=2, length=8)
     x = jnp.arange(8)[None] % 5
     params = jax.jit(model.init)(jax.random.key(0), x)
     apply = jax.jit(model.apply)
@@ -380,7 +379,7 @@ def test_transformer_does_not_look_ahead():
 
 
 def test_convolution_is_one():
-    model = _tasks.ConvNet(channels=(4,), hidden=3, classes=2)
+    model = tasks.ConvNet(channels=(4,), hidden=3, classes=2)
     x = jax.random.normal(jax.random.key(0), (2, 6, 6, 1))
     params = model.init(jax.random.key(1), x)
     _, seen = model.apply(params, x, capture_intermediates=True)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import trials
-from cases import BASES, DEFAULT, INNERS, MORE_BASES
+from cases import BASES, DEFAULT, INNERS, MORE_BASES, RULES
 from dense import spectrum, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,13 +38,10 @@ def assert_same(a, b):
 
 # Bases ------------------------------------------------------------------------------------------
 
-RULES = {
-    "stiefel": lro.basis.Hebbian(4, rule=lro.basis.StiefelRule()),
-    "cayley": lro.basis.Hebbian(4, rule=lro.basis.CayleyAdamG()),
-}
 DECOMPOSING = sorted(
     (MORE_BASES | RULES).keys()
     - {"random", "histogram", "topk", "permutation", "weighted_permutation", "common_directions"}
+    - {"drop_oldest", "drop_smallest"}
 )
 
 

@@ -351,7 +351,7 @@ def trained(names, methods, optimizers, sample, start, steps):
 def read(operator, h, th, w):
     """A decomposition by weights ``w`` of functions ``h``, ``(n, B, K)`` in ``n`` batches."""
     f, tf = np.asarray(h) @ w, np.asarray(th) @ w
-    moments = s.methods.Moments.of
+    moments = s.methods.SideMoments.of
     stacked = jax.tree.map(lambda *each: np.stack(each), *map(moments, f, tf))
     return s.Decomposition.of(operator, (), (), (stacked,))
 

@@ -9,7 +9,7 @@ import pytest
 
 from lowrank_optax import __main__ as cli
 from lowrank_optax import spectral as s
-from lowrank_optax.demo import problems as _spectrum
+from lowrank_optax.demo import problems, spectrum
 from lowrank_optax.spectral import operators as ops
 
 
@@ -73,13 +73,13 @@ def test_wrong_values_are_refused(make, says):
 
 
 def test_energies_on_a_line_are_the_oscillators():
-    got = _spectrum.energies(lambda x: x[0] ** 2, 6, half_width=8.0, points=120)
+    got = problems.energies(lambda x: x[0] ** 2, 6, half_width=8.0, points=120)
     np.testing.assert_allclose(got, [1, 3, 5, 7, 9, 11], rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", _spectrum.OPERATORS)
+@pytest.mark.parametrize("name", problems.OPERATORS)
 def test_truths_are_descending_and_applied_operators_finite(name):
-    problem = _spectrum.OPERATORS[name]()
+    problem = problems.OPERATORS[name]()
     truth = problem.truth(3)
     assert (np.diff(truth) <= 1e-12).all() and (truth > 0).all()
     operator = problem.operator
@@ -90,11 +90,11 @@ def test_truths_are_descending_and_applied_operators_finite(name):
 
 
 def test_options_of_every_method_are_a_fits():
-    operator = _spectrum.OPERATORS["oscillator1d"]().operator
-    for name, options in _spectrum.METHODS.items():
+    operator = problems.OPERATORS["oscillator1d"]().operator
+    for name, options in problems.METHODS.items():
         found = options(operator, 3, 100)
         assert isinstance(found["method"], s.Method), name
-    many = _spectrum.METHODS["energy"](operator, 3, 100)
+    many = problems.METHODS["energy"](operator, 3, 100)
     assert many["network"].shared and many["network"].modes == 3
 
 
@@ -107,7 +107,7 @@ def test_ctrl_c_keeps_the_last_evaluation(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return "one"
 
-    monkeypatch.setattr(cli, "_line", show)
+    monkeypatch.setattr(spectrum, "_line", show)
     # The sizes of the command's own test, for what is compiled to be there already.
     sizes = ["--modes", "1", "--steps", "200", "--batch", "64", "--seed", "3"]
     arguments = ["spectrum", "--operator", "oscillator1d", *sizes, "--out", str(tmp_path)]

@@ -1,4 +1,4 @@
-"""The operators of the command ``spectrum``: what each is, its true spectrum, and its picture."""
+"""The operators of the command ``spectrum``, with their true spectra, and pictures of modes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,12 +23,12 @@ class Problem:
     library's defaults.
 
     Attributes:
-      operator: what `spectral.fit` is given.
-      truth: the number of modes to the largest eigenvalues, descending.
-      formula: what it is, for titles.
+      operator: the operator that is given to `spectral.fit`.
+      truth: a function from the number of modes to the largest eigenvalues, descending.
+      formula: the operator in symbols, for titles.
     """
 
-    operator: operators.Operator
+    operator: operators.SampledOperator
     truth: Callable[[int], np.ndarray]
     formula: str
 
@@ -86,8 +86,8 @@ OPERATORS: dict[str, Callable[[], Problem]] = {
 }
 
 
-Options = Callable[[operators.Operator, int, int], dict[str, Any]]
-"""What `spectral.fit` is given for an operator, a number of modes and of steps."""
+Options = Callable[[operators.SampledOperator, int, int], dict[str, Any]]
+"""From an operator and numbers of modes and of steps, the arguments of `spectral.fit`."""
 
 
 def ordered(method: spectral.Method) -> Options:
@@ -95,7 +95,7 @@ def ordered(method: spectral.Method) -> Options:
     return lambda operator, modes, steps: {"network": modes, "method": method}
 
 
-def many(operator: operators.Operator, modes: int, steps: int) -> dict[str, Any]:
+def many(operator: operators.SampledOperator, modes: int, steps: int) -> dict[str, Any]:
     """Many modes in few steps: one trunk, relative energies of its span, whitening before Adam."""
     whiten = lro.scale_by_lre(lro.curvature.Covariance(), lro.basis.GGT(20), lro.inner.LInvSqrt())
     adam = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
@@ -138,7 +138,7 @@ def energies(
 
 
 def rows(truth: np.ndarray, eigenvalues: Any, errors: Any = None) -> list[dict[str, float]]:
-    """A row a mode: its eigenvalue, the truth, the relative and, where known, standard error."""
+    """A row for each mode: eigenvalue, truth, relative error and, where known, standard error."""
     columns = {
         "eigenvalue": eigenvalues,
         "truth": truth,
@@ -151,7 +151,7 @@ def rows(truth: np.ndarray, eigenvalues: Any, errors: Any = None) -> list[dict[s
 
 
 def write_png(path: Path, found: spectral.Decomposition, title: str) -> None:
-    """Every mode along the line or over the plane of the first two coordinates."""
+    """Draws every mode along the line or over the plane of the first two coordinates."""
     from matplotlib.figure import Figure
 
     modes = len(found.eigenvalues)
@@ -184,7 +184,7 @@ def write_png(path: Path, found: spectral.Decomposition, title: str) -> None:
 
 
 def _extent(found: spectral.Decomposition) -> tuple[float, int]:
-    """How far from the origin all but a hundredth of the modes' mass lies, and the dimension."""
+    """The distance within which 99 % of the modes' mass lies, and the dimension."""
     operator = found.operator
 
     @jax.jit

@@ -24,7 +24,7 @@ class DataError(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """What to train and on what.
+    """A network, its data and its loss.
 
     The arrays are fields rather than closures so that they enter a jitted function as arguments:
     constants would be copied into the compiled program.
@@ -53,7 +53,7 @@ class Task:
         return self.model.init(key, self.held_out[0][:1])["params"]
 
     def outputs(self, params: Any, inputs: jax.Array) -> Any:
-        """What the model makes of the inputs."""
+        """The model's outputs for inputs."""
         return self.model.apply({"params": params}, inputs)
 
     def loss(self, params: Any, batch: Batch) -> jax.Array:
@@ -73,7 +73,7 @@ def digits(data_dir: Path | None = None) -> Task:
     images, labels = _digits()
     train, held_out = _split((images, labels), 1500)
     return Task(
-        model=MLP((128, 128, 10), nn.relu),
+        model=Perceptron((128, 128, 10), nn.relu),
         train=train,
         held_out=held_out,
         sample=_minibatch(128),
@@ -88,7 +88,7 @@ def autoencoder(data_dir: Path | None = None) -> Task:
     images, _ = _digits()
     train, held_out = _split((images, images), 1500)
     return Task(
-        model=MLP((64, 128, 64, 16, 64, 128, 64, 64), nn.tanh),
+        model=Perceptron((64, 128, 64, 16, 64, 128, 64, 64), nn.tanh),
         train=train,
         held_out=held_out,
         sample=_minibatch(128),
@@ -150,7 +150,7 @@ TASKS: dict[str, Callable[[Path | None], Task]] = {
 }
 
 
-class MLP(nn.Module):
+class Perceptron(nn.Module):
     """Dense layers with an activation between them."""
 
     widths: tuple[int, ...]

@@ -1,8 +1,8 @@
 """Parametric spectral decomposition: eigen- and singular functions of operators by networks.
 
 `fit` trains a network on batches of an operator (`operators`) by a method (`NestedLoRA` and the
-others) and gives back a `Decomposition`. `networks` (extra: flax) has modules to start from,
-`estimator` (extra: scikit-learn) the same for arrays of data.
+others) and returns a `Decomposition`. `networks` (extra: flax) holds modules to start from,
+`estimator` (extra: demo) the interface of scikit-learn.
 
 Source: Ryu et al., "Operator SVD with Neural Networks via Nested Low-Rank Approximation", ICML
 2024.
@@ -25,7 +25,6 @@ from lowrank_optax.spectral.methods import (
     Method,
     MomentLoss,
     MomentMethod,
-    Moments,
     MuPenalty,
     NestedLoRA,
     NeuralEF,
@@ -33,6 +32,7 @@ from lowrank_optax.spectral.methods import (
     Oja,
     OrbitalMinimization,
     Penalty,
+    SideMoments,
     SpectralNet,
     SpIN,
     SquaredPenalty,
@@ -67,7 +67,7 @@ __all__ = [
     "Method",
     "MomentLoss",
     "MomentMethod",
-    "Moments",
+    "SideMoments",
     "MuPenalty",
     "NestedLoRA",
     "Nesting",
@@ -101,7 +101,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """`networks` and `estimator` need extras, so they are imported when first asked for."""
+    """Imports `networks` and `estimator`, which need extras, when they are first asked for."""
     extras = {"networks": "flax", "estimator": "demo"}
     if name in extras:
         import importlib

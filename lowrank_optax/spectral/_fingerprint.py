@@ -1,4 +1,4 @@
-"""What an operator, a network or an optimizer is, told the same in every process."""
+"""A short text for an operator, a network or an optimizer that is the same in every process."""
 
 import dataclasses
 import functools
@@ -16,11 +16,14 @@ DEPTH = 12
 def fingerprint(part: Any) -> str:
     """A name and eight digits that change with the numbers, arrays and parts within.
 
-    Functions are told by their names and what they close over, not by their code, and other objects
-    by their type: none by its address, which is another one after a restart.
+    Functions count by their names and by what they close over, not by their code. Other objects
+    count by their type. Nothing counts by its address, which changes with a restart.
 
     Args:
-      part: anything a fit is made of.
+      part: anything that a fit is made of.
+
+    Returns:
+      The name and the digits.
 
     Cost: one pass over every array within.
 

@@ -1,4 +1,4 @@
-"""What a fit gives back: eigenvalues with errors, and functions to call."""
+"""What a fit returns: eigenvalues with errors, and functions to call."""
 
 import dataclasses
 import json
@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax._core.checks import check
-from lowrank_optax.spectral.methods import Moments
-from lowrank_optax.spectral.operators import Operator
+from lowrank_optax.spectral.methods import SideMoments
+from lowrank_optax.spectral.operators import SampledOperator
 
 
 class Network(NamedTuple):
     """Functions with parameters: anything with these two, such as a flax module.
 
     Attributes:
-      init: ``(key, point) -> params``.
-      apply: ``(params, point) -> (L,)``.
+      init: fresh parameters, ``(key, point) -> params``.
+      apply: values of the modes, ``(params, point) -> (L,)``.
     """
 
     init: Callable[[jax.Array, Any], Any]
@@ -27,7 +27,7 @@ class Network(NamedTuple):
 
 
 def networks_of(network: Any, sides: int) -> tuple[Any, ...]:
-    """One network for every side of an operator; a single one serves both, with its own weights."""
+    """One network for every side of an operator; a single one serves both sides."""
     whole = lambda n: hasattr(n, "init") and hasattr(n, "apply")
     if whole(network):
         return (network,) * sides
@@ -42,7 +42,9 @@ def networks_of(network: Any, sides: int) -> tuple[Any, ...]:
     return tuple(networks_of(part, 1)[0] for part in network)
 
 
-def initialize(operator: Operator, networks: tuple[Any, ...], key: jax.Array) -> tuple[Any, ...]:
+def initialize(
+    operator: SampledOperator, networks: tuple[Any, ...], key: jax.Array
+) -> tuple[Any, ...]:
     """Fresh parameters of every side, made at one of the operator's points."""
     batch = jax.eval_shape(lambda k: operator.sample(k, 2, operator.init()), key)
     batch = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), batch)
@@ -61,7 +63,7 @@ def functions_of(networks: tuple[Any, ...], params: tuple[Any, ...]) -> tuple[An
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decomposition:
-    r"""Eigen- or singular functions of an operator, in descending order and of norm one.
+    """Eigen- or singular functions of an operator, in descending order and of norm one.
 
     Mode ``l`` is ``sum_j f_j W_jl`` of the network's outputs ``f``. By default ``W`` orders and
     normalises; `ritz` makes it diagonalise the operator in the span.
@@ -69,25 +71,40 @@ class Decomposition:
     Attributes:
       operator: the operator.
       networks: a network for every side.
-      params: their parameters, averaged over the last steps where the fit was told to.
-      moments: `Moments` of every side, ``(n, L, L)`` for ``n`` batches of an evaluation.
-      rotation: ``W`` of every side, ``(L, L)``.
-      step: steps that were taken.
-      message: why the fit ended.
-      history: a record for every evaluation.
+      params: the parameters of every side, averaged over the last steps where the fit did so.
+      moments: the `SideMoments` of every side, ``(n, L, L)`` for ``n`` batches of an evaluation.
+      rotation: the matrix ``W`` of every side, ``(L, L)``.
+      step: the number of steps taken.
+      message: the reason why the fit ended.
+      history: a record for every evaluation, a tuple of dictionaries.
+
+    Cost: memory ``3 n L²`` for each side beside the parameters; eigenvalues and errors take
+    ``6 n L³`` flops in float64.
+
+    Source: elementary.
+
+    Example:
+      >>> import numpy as np
+      >>> from lowrank_optax import spectral
+      >>> operator = spectral.operators.Matrix(np.diag([1.0, 4.0]))
+      >>> eye, cross, image = np.eye(2), np.diag([1.0, 4.0]), np.diag([1.0, 16.0])
+      >>> moments = spectral.SideMoments(eye[None], cross[None], image[None])
+      >>> found = spectral.Decomposition.of(operator, (), (), (moments,))
+      >>> print(found.eigenvalues, found.residuals)
+      [4. 1.] [0. 0.]
     """
 
-    operator: Operator
+    operator: SampledOperator
     networks: tuple[Any, ...]
     params: tuple[Any, ...]
-    moments: tuple[Moments, ...]
+    moments: tuple[SideMoments, ...]
     rotation: tuple[np.ndarray, ...]
     step: int = 0
     message: str = ""
     history: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, operator: Operator, networks: Any, params: Any, moments: Any, **rest: Any):
+    def of(cls, operator: SampledOperator, networks: Any, params: Any, moments: Any, **rest: Any):
         """Orders and normalises the outputs; singular values are made positive."""
         moments = jax.tree.map(lambda a: np.asarray(a, np.float64), tuple(moments))
         mean = _mean(moments)
@@ -104,20 +121,20 @@ class Decomposition:
 
     @property
     def eigenvalues(self) -> np.ndarray:
-        """``(L,)`` Rayleigh quotients ``<f, T f> / ‖f‖²``; singular values with two sides."""
+        """The Rayleigh quotients ``<f, T f> / ‖f‖²``, ``(L,)``; singular values with two sides."""
         return _quotients(self._turned(_mean(self.moments)))
 
     @property
     def singular_values(self) -> np.ndarray:
-        """``(L,)``: `eigenvalues` of an operator with two sides."""
+        """The `eigenvalues` of an operator with two sides, ``(L,)``."""
         return self.eigenvalues
 
     @property
     def errors(self) -> np.ndarray:
-        """``(L,)`` standard errors of `eigenvalues`, by the jackknife over batches.
+        """The standard errors of `eigenvalues`, ``(L,)``, by the jackknife over batches.
 
-        They measure the sampling of the evaluation, not how far the functions are from converged;
-        ``nan`` for a single batch.
+        They measure the sampling of the evaluation, not how far the functions are from converged.
+        They are ``nan`` for a single batch.
         """
         n = len(self.moments[0].gram)
         if n < 2:
@@ -134,15 +151,15 @@ class Decomposition:
 
     @property
     def gram(self) -> np.ndarray:
-        """``(L, L)`` inner products of the modes: the identity where they are orthonormal."""
+        """The inner products of the modes, ``(L, L)``: the identity where they are orthonormal."""
         return self._turned(_mean(self.moments))[0].gram
 
     @property
     def residuals(self) -> np.ndarray | None:
-        """``(L,)``, ``‖T f - lam f‖`` of modes of norm one; ``None`` where images are only samples.
+        """``‖T f - lam f‖`` of modes of norm one, ``(L,)``; ``None`` where images are only samples.
 
-        An eigenvalue of a self-adjoint operator lies within it. With a singular potential it is
-        dominated by the singularity unless the functions have its exact cusp.
+        A self-adjoint operator has an eigenvalue within that distance of ``lam``. With a singular
+        potential the singularity dominates the residual, unless the functions have its exact cusp.
         """
         if not self.operator.exact:
             return None
@@ -157,9 +174,12 @@ class Decomposition:
     def ritz(self) -> "Decomposition":
         """The same span with modes that diagonalise the operator in it (Rayleigh-Ritz).
 
-        Outputs that depend on each other leave modes that are 0, after the others.
+        Where outputs depend on each other, modes that are 0 take the last places.
 
-        Cost: one small ``eigh`` or ``svd``, in float64.
+        Returns:
+          Another `Decomposition` of the same functions.
+
+        Cost: one ``eigh`` or ``svd`` of ``L x L``, in float64.
         """
         sides = _mean(self.moments)
         whiten = [_whitening(side.gram) for side in sides]
@@ -176,17 +196,36 @@ class Decomposition:
         return dataclasses.replace(self, rotation=padded)
 
     def function(self, side: int = 0) -> Callable[[Any], jax.Array]:
-        """One point to the modes ``(L,)`` of a side, for `jax.grad`, `jax.jit` and the like."""
+        """A function from one point to the modes ``(L,)`` of a side, for `jax.grad` and `jax.jit`.
+
+        Args:
+          side: 0 for eigenfunctions and left singular functions, the default; 1 for right ones.
+
+        Returns:
+          The function.
+        """
         dressed = self.operator.dress(functions_of(self.networks, self.params)[side])
         rotation = jnp.asarray(self.rotation[side], jnp.float32)
         return lambda x: dressed(x) @ rotation.astype(jnp.result_type(dressed(x)))
 
     def __call__(self, points: Any, side: int = 0) -> np.ndarray:
-        """The modes at ``(n, ...)`` points: ``(n, L)``; ``side`` 1 are the right ones of an SVD."""
+        """The modes at points ``(n, ...)``.
+
+        Args:
+          points: the points, a pytree whose first axes have ``n`` entries.
+          side: 0 for eigenfunctions and left singular functions, the default; 1 for right ones.
+
+        Returns:
+          The values, ``(n, L)``.
+        """
         return np.asarray(jax.jit(jax.vmap(self.function(side)))(jax.tree.map(jnp.asarray, points)))
 
     def save(self, path: str) -> None:
-        """Writes the numbers to an ``.npz``; operator and network are code and stay with you."""
+        """Writes the numbers to an ``.npz``; operator and network are code and stay with you.
+
+        Args:
+          path: the file, which is replaced where it exists.
+        """
         arrays: dict[str, Any] = {
             f"param_{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(self.params))
         }
@@ -198,8 +237,16 @@ class Decomposition:
             np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
     @classmethod
-    def load(cls, path: str, operator: Operator, network: Any) -> "Decomposition":
-        """Reads what `save` wrote, given the same operator and network again.
+    def load(cls, path: str, operator: SampledOperator, network: Any) -> "Decomposition":
+        """Reads what `save` wrote.
+
+        Args:
+          path: the file.
+          operator: the operator of the fit.
+          network: the network of the fit.
+
+        Returns:
+          The `Decomposition`.
 
         Raises:
           ValueError: where the file's parameters are not the network's.
@@ -222,7 +269,7 @@ class Decomposition:
                 operator,
                 networks,
                 jax.tree.unflatten(tree, [jnp.asarray(x) for x in read]),
-                tuple(Moments(*(data[f"{n}_{i}"] for n in Moments._fields)) for i in sides),
+                tuple(SideMoments(*(data[f"{n}_{i}"] for n in SideMoments._fields)) for i in sides),
                 tuple(data[f"rotation_{i}"] for i in sides),
                 about["step"],
                 about["message"],
@@ -234,19 +281,19 @@ class Decomposition:
         values = ", ".join(f"{value:.4g} ± {error:.1g}" for value, error in rows)
         return f"Decomposition({values}; step {self.step}, {self.message})"
 
-    def _turned(self, sides: tuple[Moments, ...]) -> tuple[Moments, ...]:
+    def _turned(self, sides: tuple[SideMoments, ...]) -> tuple[SideMoments, ...]:
         turned = []
         for side, own, other in zip(sides, self.rotation, self.rotation[::-1], strict=True):
             gram, cross, image = own.T @ side.gram @ own, own.T @ side.cross @ other, other.T
-            turned.append(Moments(gram, cross, image @ side.image @ other))
+            turned.append(SideMoments(gram, cross, image @ side.image @ other))
         return tuple(turned)
 
 
-def _mean(moments: tuple[Moments, ...]) -> tuple[Moments, ...]:
+def _mean(moments: tuple[SideMoments, ...]) -> tuple[SideMoments, ...]:
     return jax.tree.map(lambda a: a.mean(0), moments)
 
 
-def _quotients(sides: tuple[Moments, ...]) -> np.ndarray:
+def _quotients(sides: tuple[SideMoments, ...]) -> np.ndarray:
     norms = np.sqrt(np.diagonal(sides[0].gram) * np.diagonal(sides[-1].gram))
     return np.diagonal(sides[0].cross) / np.where(norms > 0, norms, 1)
 

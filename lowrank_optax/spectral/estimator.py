@@ -14,29 +14,29 @@ from lowrank_optax._core.checks import check
 from lowrank_optax.spectral.decomposition import Decomposition
 from lowrank_optax.spectral.fit import fit
 from lowrank_optax.spectral.methods import Method, NestedLoRA
-from lowrank_optax.spectral.operators import Operator
+from lowrank_optax.spectral.operators import SampledOperator
 
 
 class SpectralEmbedding(TransformerMixin, BaseEstimator):
     """Eigenfunctions of an operator made from data, as features of new points.
 
     Args:
-      operator: data ``(n, d)`` to an operator whose points are rows, such as
+      operator: a function from data ``(n, d)`` to an operator whose points are rows, such as
         ``lambda X: KernelIntegral(kernel, X)``, or ``lambda X: Koopman(X[:-1], X[1:])``.
-      n_components: modes, where ``network`` is not given.
-      network: as for `fit`; by default `networks.default`.
-      method: as for `fit`.
-      optimizer: as for `fit`.
-      steps: as for `fit`.
-      batch_size: as for `fit`.
-      random_state: the seed of the fit, as in scikit-learn: a number; a
+      n_components: number of modes, where ``network`` is not given, 2 by default.
+      network: the network, as for `fit`, by default `networks.default`.
+      method: the method, as for `fit`, by default `NestedLoRA`.
+      optimizer: the optimizer, as for `fit`.
+      steps: number of training steps, 2000 by default.
+      batch_size: number of points in a batch, 512 by default.
+      random_state: seed of the fit, as in scikit-learn: a number, 0 by default; a
         ``numpy.random.RandomState`` or ``numpy.random.Generator`` to draw it from; or ``None`` to
         draw it from numpy's own.
 
     Attributes:
       decomposition_: the `Decomposition`, after Rayleigh-Ritz.
-      eigenvalues_: ``(L,)``.
-      errors_: ``(L,)`` standard errors of the eigenvalues.
+      eigenvalues_: the eigenvalues, ``(L,)``.
+      errors_: standard errors of the eigenvalues, ``(L,)``.
 
     Raises:
       ValueError: by ``fit``, for an operator that is not a function of the data, or a
@@ -45,20 +45,24 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
     A fitted estimator pickles where its functions do: ``operator``, a kernel and the like have to
     be functions of a module, not lambdas.
 
+    Cost: that of `fit`.
+
+    Source: scikit-learn's interface of transformers.
+
     Example:
       >>> import jax.numpy as jnp, numpy as np
       >>> from lowrank_optax import spectral
       >>> kernel = lambda x, y: jnp.exp(-jnp.sum((x - y) ** 2))
       >>> model = spectral.estimator.SpectralEmbedding(
-      ...     lambda X: spectral.operators.KernelIntegral(kernel, X), n_components=2, steps=20)
-      >>> X = np.random.default_rng(0).normal(size=(64, 3))
-      >>> model.fit_transform(X).shape
+      ...     lambda X: spectral.operators.KernelIntegral(kernel, X),
+      ...     network=spectral.networks.MLP(2, (8,)), steps=5)
+      >>> model.fit_transform(np.random.default_rng(0).normal(size=(64, 3))).shape
       (64, 2)
     """
 
     def __init__(
         self,
-        operator: Callable[[np.ndarray], Operator],
+        operator: Callable[[np.ndarray], SampledOperator],
         n_components: int = 2,
         *,
         network: Any = None,

@@ -1,5 +1,6 @@
 """Trains a network until its outputs are the eigen- or singular functions of an operator."""
 
+import dataclasses
 import json
 import os
 import time
@@ -32,7 +33,7 @@ from lowrank_optax.spectral.methods import (
     moments,
     surrogate,
 )
-from lowrank_optax.spectral.operators import Operator
+from lowrank_optax.spectral.operators import SampledOperator
 from lowrank_optax.spectral.operators.differential import Differential
 
 FAULTS = 10
@@ -46,13 +47,13 @@ class FitState(NamedTuple):
     """All that a step reads and writes.
 
     Attributes:
-      step: batches drawn.
-      params: a tree for every side.
-      average: their exponential moving average.
+      step: number of batches drawn.
+      params: the parameters, a tree for every side.
+      average: the parameters' exponential moving average.
       optimizer: the optimizer's state.
-      memory: the method's.
-      sampler: the operator's.
-      faults: steps in a row that were not finite and changed nothing.
+      memory: the method's memory.
+      sampler: the operator's state.
+      faults: number of steps in a row that were not finite and changed nothing.
     """
 
     step: jax.Array
@@ -65,7 +66,7 @@ class FitState(NamedTuple):
 
 
 def fit(
-    operator: Operator,
+    operator: SampledOperator,
     network: Any,
     *,
     method: Method = NestedLoRA(),
@@ -86,24 +87,27 @@ def fit(
     that finds the functions diverging, end the fit with a warning and the last good parameters.
 
     Args:
-      operator: an `Operator`.
-      network: a number of modes, for `networks.default`; or a flax module or a pair
-        ``(init(key, point), apply(params, point) -> (L,))``; two of them, or one for both, where
-        the operator has two sides.
-      method: a `Method`.
+      operator: the operator, such as `operators.Matrix` or `operators.Schrodinger`.
+      network: a number of modes, for `networks.default`; or a flax module or a pair ``(init(key,
+        point), apply(params, point) -> (L,))``; two of them, or one for both, where the operator
+        has two sides.
+      method: the rule that turns functions and images into a direction, a `Method`, by default
+        `NestedLoRA`.
       optimizer: any optax transformation; by default Adam with a rate that falls from 3e-3 to 0
         along a cosine over ``steps``.
-      steps: batches.
-      batch_size: points a batch.
-      seed: of parameters and batches; the same seed gives the same result.
-      ema: decay of the average of the parameters that is evaluated and returned; 0 for none.
-      evaluate_every: steps between evaluations; a tenth of ``steps`` by default.
-      evaluate_batches: batches of an evaluation.
-      progress: called with the record of every evaluation, such as `print`.
-      checkpoint: an ``.npz`` that is written at every evaluation; where it exists, the fit goes on
-        from there, as if it had never stopped. Its fit is told by the numbers and data within
-        operator, networks and optimizer, and by the names of functions, not by their code.
-      patience: evaluations without a better sum of eigenvalues after which to stop.
+      steps: number of batches, 2000 by default.
+      batch_size: number of points in a batch, 512 by default.
+      seed: seed of parameters and batches, 0 by default; the same seed gives the same result.
+      ema: decay of the average of the parameters that is evaluated and returned, in [0, 1), 0.99 by
+        default; 0 for none.
+      evaluate_every: number of steps between evaluations; a tenth of ``steps`` by default.
+      evaluate_batches: number of batches of an evaluation, 16 by default.
+      progress: function that is called with the record of every evaluation, such as `print`.
+      checkpoint: path of an ``.npz`` that is written at every evaluation. Where it exists, the fit
+        goes on from there, as if it had never stopped. A fit is recognised by the numbers and data
+        within operator, networks and optimizer, and by the names of functions, not by their code.
+      patience: number of evaluations without a better sum of eigenvalues after which the fit stops;
+        ``None``, the default, never stops it.
 
     Returns:
       A `Decomposition`.
@@ -113,9 +117,11 @@ def fit(
     state along their longest axes.
 
     Raises:
-      ValueError: for arguments out of range, outputs that do not fit, or another fit's checkpoint.
+      ValueError: for arguments out of range, parts or outputs that do not fit each other, or the
+        checkpoint of another fit.
 
-    Cost: a step is one application of the operator and one gradient of the network.
+    Cost: a step is one application of the operator and one gradient of the network. Memory is three
+    copies of the parameters beside the optimizer's state.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -128,15 +134,67 @@ def fit(
       >>> found = spectral.fit(operator, table, method=method, optimizer=adam, steps=300)
       >>> print(found.eigenvalues.round(3))
       [4. 2.]
+
+    Source: Ryu et al., "Operator SVD with Neural Networks via Nested Low-Rank Approximation", ICML
+    2024.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        check_count("fit", name, value)
-    check_count("fit", "evaluate_batches", evaluate_batches)
-    check_decay("fit", "ema", ema)
     every = max(1, steps // 10) if evaluate_every is None else evaluate_every
-    check_count("fit", "evaluate_every", every)
-    if patience is not None:
-        check_count("fit", "patience", patience)
+    counts = {"steps": steps, "batch_size": batch_size, "evaluate_batches": evaluate_batches}
+    counts |= {"evaluate_every": every} | ({} if patience is None else {"patience": patience})
+    for name, value in counts.items():
+        check_count("fit", name, value)
+    check_decay("fit", "ema", ema)
+    if optimizer is None:
+        optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    networks = _networks(operator, network)
+    _check_match(operator, networks, method)
+    programs = _programs(
+        operator, networks, method, optimizer, ema, batch_size, evaluate_batches, seed
+    )
+    state, history, identity = programs.state, [], ""
+    if checkpoint is not None:
+        parts = " ".join(fingerprint(part) for part in (operator, networks, optimizer))
+        numbers = f"steps={steps} batch={batch_size} seed={seed} ema={ema} {every=}"
+        identity = f"{method!r} {parts} {numbers}"
+        if os.path.exists(checkpoint):
+            state, history = _restore(checkpoint, state, identity)
+    start, begin = time.perf_counter(), history[-1]["seconds"] if history else 0.0
+    found = programs.read(state)
+    bound = _bound(history[0]["norm"] if history else _norm(found))
+    message = "finished"
+    while int(state.step) < steps:
+        length = min(every - int(state.step) % every, steps - int(state.step))
+        state = programs.advance(state, length)
+        latest = programs.read(state)
+        fault = _fault(int(state.faults), _norm(latest), bound)
+        found = found if fault and not _norm(latest) <= bound else latest
+        if fault:
+            message = f"stopped at step {int(state.step)}: {fault}; these are the parameters of "
+            message += f"step {found.step}."
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            break
+        history.append(_record(operator, state, found, begin + time.perf_counter() - start))
+        if checkpoint is not None:
+            _save(checkpoint, programs.gather(state), history, identity)
+        if progress is not None:
+            progress(history[-1])
+        if patience is not None and _stalled(history, patience):
+            message = f"no better for {patience} evaluations"
+            break
+    return dataclasses.replace(found, message=message, history=tuple(history))
+
+
+def _networks(operator: SampledOperator, network: Any) -> tuple[Any, ...]:
+    """A network for every side; a number of modes stands for the default."""
+    if isinstance(network, int):
+        from lowrank_optax.spectral import networks as modules  # extra: flax
+
+        network = modules.default(operator, network)
+    return networks_of(network, operator.sides)
+
+
+def _check_match(operator: SampledOperator, networks: tuple[Any, ...], method: Method) -> None:
+    """Refuses parts that would give a wrong result together, and meshes that fail."""
     estimate = getattr(method, "moments", WholeBatch())
     check(
         not getattr(operator, "everything", False) or isinstance(estimate, WholeBatch),
@@ -148,89 +206,64 @@ def fit(
         f"fit: {operator.group} rows of a {type(operator).__name__} batch are one sample and "
         f"{estimate!r} would pair them with each other; pass UStatistic({operator.group}).",
     )
-    if optimizer is None:
-        optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    if isinstance(network, int):
-        from lowrank_optax.spectral import networks as modules  # extra: flax
-
-        network = modules.default(operator, network)
-    networks = networks_of(network, operator.sides)
     kinked = any(getattr(getattr(n, "features", None), "kink", False) for n in networks)
     check(
         not (kinked and isinstance(operator, Differential) and operator.dimension == 1),
         "fit: the network's features have a kink and the operator is of second order on a line, "
         "where the kink's second derivative is a point mass that no sample sees; pass kink=False.",
     )
-    first, training, evaluation = jax.random.split(jax.random.key(seed), 3)
     kinds = jax.sharding.get_abstract_mesh().axis_types
     check(
         jax.sharding.AxisType.Explicit not in kinds,
         f"fit: the current mesh has axes of the types {kinds}; make one with "
         "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...)).",
     )
-    state = jax.jit(partial(_start, operator, networks, method, optimizer, batch_size))(first)
 
+
+class _Programs(NamedTuple):
+    """The first state of a fit, and its compiled functions.
+
+    Attributes:
+      state: the state before the first step.
+      advance: ``(state, steps) ->`` the state after so many steps.
+      read: the `Decomposition` of a state, by an evaluation.
+      gather: a state whose arrays lie whole on every device.
+    """
+
+    state: FitState
+    advance: Callable[[FitState, int], FitState]
+    read: Callable[[FitState], Decomposition]
+    gather: Callable[[Any], Any]
+
+
+def _programs(operator, networks, method, optimizer, ema, batch_size, batches, seed) -> _Programs:
+    first, training, evaluation = jax.random.split(jax.random.key(seed), 3)
+    state = jax.jit(partial(_start, operator, networks, method, optimizer, batch_size))(first)
     advance = jax.jit(
         partial(_advance, operator, networks, method, optimizer, ema, batch_size, training),
         static_argnums=1,
     )
-    evaluate = jax.jit(
-        partial(_evaluate, operator, networks, batch_size, evaluate_batches, evaluation)
-    )
-    whole = jax.jit(lambda tree: everywhere(tree, mesh_of(tree)))
+    evaluate = jax.jit(partial(_evaluate, operator, networks, batch_size, batches, evaluation))
+    gather = jax.jit(lambda tree: everywhere(tree, mesh_of(tree)))
     read = lambda state: Decomposition.of(
-        operator, networks, whole(state.average), evaluate(state), step=int(state.step)
+        operator, networks, gather(state.average), evaluate(state), step=int(state.step)
     )
-
-    identity, history = "", []
-    if checkpoint is not None:
-        parts = [fingerprint(part) for part in (operator, networks, optimizer)]
-        numbers = f"steps={steps} batch={batch_size} seed={seed} ema={ema} {every=}"
-        identity = f"{method!r} {' '.join(parts)} {numbers}"
-    if checkpoint is not None and os.path.exists(checkpoint):
-        state, history = _restore(checkpoint, state, identity)
-    start, begin = time.perf_counter(), history[-1]["seconds"] if history else 0.0
-
-    found = read(state)
-    begin_norm = history[0]["norm"] if history else _norm(found)
-    bound = GROWTH * max(1.0, begin_norm if np.isfinite(begin_norm) else 1.0)
-    message = "finished"
-    while int(state.step) < steps:
-        state = advance(state, min(every - int(state.step) % every, steps - int(state.step)))
-        latest = read(state)
-        fault = _fault(int(state.faults), _norm(latest), bound)
-        if fault:
-            message = f"stopped at step {int(state.step)}: {fault}"
-            healthy = _norm(latest) <= bound
-            found = latest if healthy else found
-            message += f"; these are the parameters of step {found.step}."
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-            break
-        found = latest
-        history.append(
-            {
-                "step": int(state.step),
-                "seconds": begin + time.perf_counter() - start,
-                "eigenvalues": found.eigenvalues.tolist(),
-                "ritz": found.ritz().eigenvalues.tolist(),
-                "norm": _norm(found),
-                "efficiency": float(operator.efficiency(state.sampler)),
-            }
-        )
-        if checkpoint is not None:
-            _save(checkpoint, whole(state), history, identity)
-        if progress is not None:
-            progress(history[-1])
-        if patience is not None and _stalled(history, patience):
-            message = f"no better for {patience} evaluations"
-            break
-    rest = {"message": message, "history": tuple(history)}
-    return Decomposition.of(
-        operator, networks, found.params, found.moments, step=found.step, **rest
-    )
+    return _Programs(state, advance, read, gather)
 
 
-def _start(operator: Operator, networks, method, optimizer, batch_size, key) -> FitState:
+def _record(operator, state: FitState, found: Decomposition, seconds: float) -> dict[str, Any]:
+    """What the history keeps of an evaluation."""
+    return {
+        "step": int(state.step),
+        "seconds": seconds,
+        "eigenvalues": found.eigenvalues.tolist(),
+        "ritz": found.ritz().eigenvalues.tolist(),
+        "norm": _norm(found),
+        "efficiency": float(operator.efficiency(state.sampler)),
+    }
+
+
+def _start(operator: SampledOperator, networks, method, optimizer, batch_size, key) -> FitState:
     batch = operator.sample(key, batch_size, operator.init())
     mesh, params = mesh_of(batch), initialize(operator, networks, key)
     apply = lambda p: operator.apply(*functions_of(networks, p), batch)
@@ -253,14 +286,14 @@ def _start(operator: Operator, networks, method, optimizer, batch_size, key) -> 
     state = state._replace(
         params=large(state.params), average=large(state.average), optimizer=large(state.optimizer)
     )
-    # Weak types would turn into others after the first step, and everything be compiled twice.
+    # Weak types change after the first step, so that everything would be compiled twice.
     return jax.tree.map(
         lambda x: x if _is_key(x) else lax.convert_element_type(x, jnp.result_type(x)), state
     )
 
 
 def _pairs(outputs: tuple[jax.Array, ...]):
-    """No gradient through the images: their half of it is in the cotangents."""
+    """Pairs without a gradient through the images, whose half is in the cotangents."""
     return tuple(
         (f, lax.stop_gradient(tf)) for f, tf in zip(outputs[::2], outputs[1::2], strict=True)
     )
@@ -305,7 +338,7 @@ def _advance(operator, networks, method, optimizer, ema, batch_size, key, state,
 
 
 def _evaluate(operator, networks, batch_size, batches, key, state):
-    """`Moments` of the averaged functions on the same keys every time, batch by batch."""
+    """`SideMoments` of the averaged functions on the same keys every time, batch by batch."""
     functions = functions_of(networks, state.average)
 
     def one(_, i):
@@ -326,6 +359,11 @@ def _norm(found: Decomposition) -> float:
     grams = [side.gram.mean(0) for side in found.moments]
     whole = all(np.isfinite(x).all() for side in found.moments for x in side)
     return float(max(np.diagonal(g).max() for g in grams)) if whole else float("inf")
+
+
+def _bound(start: float) -> float:
+    """The largest ``‖f‖²`` of a fit that does not diverge, from the one it began with."""
+    return GROWTH * max(1.0, start if np.isfinite(start) else 1.0)
 
 
 def _fault(faults: int, norm: float, bound: float) -> str:

@@ -34,19 +34,20 @@ class Jet(NamedTuple):
 
 
 def laplacian(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> Jet:
-    r"""Value, gradient and exact Laplacian of ``function`` at one point, in one forward pass.
+    r"""Value, gradient and exact Laplacian of a function at one point, in one forward pass.
 
     .. math:: \Delta f = \sum_i \partial^2 f / \partial x_i^2
 
     Args:
-      function: a point ``(d,)`` to an array of any shape; anything jax differentiates twice
-        forward.
-      x: ``(d,)``.
+      function: a function of a point ``(d,)`` with an array of any shape as its value, which jax
+        can differentiate twice forward.
+      x: the point, ``(d,)``.
 
     Returns:
-      A `Jet`, to be mapped over points with `jax.vmap`.
+      A `Jet`; map over points with `jax.vmap`.
 
-    Cost: ``d + 2`` evaluations, and in loops and custom derivatives at most ``3 d + 2``.
+    Cost: ``d + 2`` evaluations of the function, and in loops and custom derivatives at most ``3 d +
+    2``.
 
     Source: Li et al., "A computational framework for neural network-based variational Monte Carlo
     with Forward Laplacian", Nature Machine Intelligence 2024.

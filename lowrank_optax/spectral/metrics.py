@@ -1,4 +1,4 @@
-"""How far eigenvalues and functions are from known ones: pure functions of values at points."""
+"""Distances of eigenvalues and functions from known ones: functions of values at points."""
 
 from typing import Any
 
@@ -8,11 +8,14 @@ from lowrank_optax._core.checks import check
 
 
 def relative_error(values: Any, truth: Any) -> np.ndarray:
-    """``|value - truth| / |truth|`` of every mode; absolute where the truth is 0.
+    """The error ``|value - truth| / |truth|`` of every mode; absolute where the truth is 0.
 
     Args:
-      values: ``(L,)``.
-      truth: ``(L,)``.
+      values: the values, ``(L,)``.
+      truth: the true values, ``(L,)``.
+
+    Returns:
+      The errors, ``(L,)``.
 
     Raises:
       ValueError: for different shapes.
@@ -34,8 +37,12 @@ def blocks(truth: Any, tolerance: float = 1e-6) -> list[slice]:
     """Runs of equal values, relative to the largest: the degenerate eigenspaces.
 
     Args:
-      truth: ``(L,)`` sorted.
-      tolerance: of equality.
+      truth: the values, ``(L,)`` and sorted.
+      tolerance: largest difference of equal neighbours, relative to the largest value, 1e-6 by
+        default.
+
+    Returns:
+      A slice of the modes for every run.
 
     Example:
       >>> from lowrank_optax import spectral
@@ -49,12 +56,12 @@ def blocks(truth: Any, tolerance: float = 1e-6) -> list[slice]:
 
 
 def subspace_distance(f: Any, phi: Any, weights: Any = None) -> float:
-    r"""``1 - tr(P P') / k`` of the spans of two sets of functions.
+    """The distance ``1 - tr(P P') / k`` of the spans of two sets of functions.
 
     Args:
-      f: ``(n, k)`` values at ``n`` points.
-      phi: ``(n, k)`` values of the others at the same points.
-      weights: ``(n,)`` of the points in inner products, or ones.
+      f: values of ``k`` functions at ``n`` points, ``(n, k)``.
+      phi: values of the others at the same points, ``(n, k)``.
+      weights: weights of the points in inner products, ``(n,)``; ones by default.
 
     Returns:
       0 for equal spans, 1 for orthogonal ones.
@@ -63,6 +70,13 @@ def subspace_distance(f: Any, phi: Any, weights: Any = None) -> float:
       ValueError: for different shapes.
 
     Cost: ``4 n k²`` flops.
+
+    Example:
+      >>> import numpy as np
+      >>> from lowrank_optax import spectral
+      >>> line, other = np.array([[1.0], [0.0]]), np.array([[1.0], [1.0]])
+      >>> print(round(spectral.subspace_distance(line, other), 3))  # the squared sine of 45°
+      0.5
     """
     a, b = _orthonormal("subspace_distance", f, phi, weights)
     return float(1 - np.sum((a.T @ b) ** 2) / a.shape[1])
@@ -72,12 +86,22 @@ def angles(f: Any, phi: Any, weights: Any = None) -> np.ndarray:
     """The angle, in radians, between each function and its partner, whatever their signs.
 
     Args:
-      f: ``(n, k)``.
-      phi: ``(n, k)``.
-      weights: ``(n,)`` of the points in inner products, or ones.
+      f: values of ``k`` functions at ``n`` points, ``(n, k)``.
+      phi: values of their partners, ``(n, k)``.
+      weights: weights of the points in inner products, ``(n,)``; ones by default.
+
+    Returns:
+      The angles, ``(k,)``, from 0 to ``pi / 2``.
 
     Raises:
       ValueError: for different shapes.
+
+    Example:
+      >>> import numpy as np
+      >>> from lowrank_optax import spectral
+      >>> found, truth = np.array([[1.0], [0.0]]), np.array([[-1.0], [-1.0]])
+      >>> print(np.degrees(spectral.angles(found, truth)).round(3))
+      [45.]
     """
     a, b = _weighed("angles", f, phi, weights)
     a, b = a / np.linalg.norm(a, axis=0), b / np.linalg.norm(b, axis=0)
@@ -87,17 +111,29 @@ def angles(f: Any, phi: Any, weights: Any = None) -> np.ndarray:
 
 
 def align(f: Any, phi: Any, weights: Any = None) -> np.ndarray:
-    """``f`` turned by the rotation that brings it closest to ``phi`` (orthogonal Procrustes).
+    """The functions ``f``, turned by the rotation that brings them closest to ``phi``.
 
     Args:
-      f: ``(n, k)``, a basis of a degenerate eigenspace.
-      phi: ``(n, k)``, the basis to compare with.
-      weights: ``(n,)`` of the points in inner products, or ones.
+      f: values of a basis of a degenerate eigenspace, ``(n, k)``.
+      phi: values of the basis to compare with, ``(n, k)``.
+      weights: weights of the points in inner products, ``(n,)``; ones by default.
+
+    Returns:
+      The turned values, ``(n, k)``.
 
     Raises:
       ValueError: for different shapes.
 
+    Cost: ``4 n k²`` flops and an ``svd`` of ``k x k``.
+
     Source: Schönemann, "A generalized solution of the orthogonal Procrustes problem", 1966.
+
+    Example:
+      >>> import numpy as np
+      >>> from lowrank_optax import spectral
+      >>> turned = np.array([[0.6, -0.8], [0.8, 0.6]])
+      >>> bool(np.allclose(spectral.align(turned, np.eye(2)), np.eye(2)))
+      True
     """
     a, b = _weighed("align", f, phi, weights)
     u, _, vt = np.linalg.svd(a.T @ b)
@@ -105,15 +141,26 @@ def align(f: Any, phi: Any, weights: Any = None) -> np.ndarray:
 
 
 def vamp_score(gram_x: Any, gram_y: Any, cross: Any) -> float:
-    r"""The VAMP-2 score ``‖C_00^{-1/2} C_01 C_11^{-1/2}‖_F²`` of features of pairs.
+    """The VAMP-2 score ``‖C_00^{-1/2} C_01 C_11^{-1/2}‖_F²`` of features of pairs.
 
     Args:
-      gram_x: ``(L, L)``, ``<f(x), f(x)>``.
-      gram_y: ``(M, M)``, ``<g(y), g(y)>``.
-      cross: ``(L, M)``, ``<f(x), g(y)>``.
+      gram_x: inner products ``<f(x), f(x)>``, ``(L, L)``.
+      gram_y: inner products ``<g(y), g(y)>``, ``(M, M)``.
+      cross: inner products ``<f(x), g(y)>``, ``(L, M)``.
+
+    Returns:
+      The score, the sum of the squared singular values.
+
+    Cost: two Cholesky factorisations, in float64.
 
     Source: Wu and Noé, "Variational approach for learning Markov processes from time series data",
     2020.
+
+    Example:
+      >>> import numpy as np
+      >>> from lowrank_optax import spectral
+      >>> print(spectral.vamp_score(np.eye(2), 4 * np.eye(2), np.diag([1.0, 0.5])))
+      0.3125
     """
     x = np.linalg.cholesky(np.asarray(gram_x, np.float64))
     y = np.linalg.cholesky(np.asarray(gram_y, np.float64))

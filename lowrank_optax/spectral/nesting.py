@@ -11,25 +11,32 @@ from lowrank_optax._core.checks import check
 
 
 class Nesting(abc.ABC):
-    """Weighs the modes (``v``) and the moments between them (``M``)."""
+    """How a method weighs the modes (``v``) and the moments between them (``M``)."""
 
     @abc.abstractmethod
     def masks(self, modes: int) -> tuple[ArrayLike, ArrayLike]:
-        """``v``, ``(L,)``, and ``M``, ``(L, L)``; column ``m`` says what mode ``m`` sees."""
+        """``v``, ``(L,)``, and ``M``, ``(L, L)``; column ``m`` of ``M`` says what mode ``m`` sees.
+
+        Args:
+          modes: the number of modes, ``L``.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class JointNesting(Nesting):
-    r"""All nested problems at once, one objective whose minimum is ordered.
+    r"""All nested problems at once: one objective whose minimum is ordered.
 
     .. math:: v_l = \sum_{j \ge l} \alpha_j, \qquad M_{lm} = \min(v_l, v_m)
 
     Args:
-      weights: ``(L,)`` positive weights ``alpha`` of the problems of the first 1, 2, ... L modes;
-        ``None`` weighs them equally, ``1/L`` each.
+      weights: weights ``alpha`` of the problems of the first 1, 2, ... L modes, ``(L,)`` and
+        positive; ``None``, the default, gives each the weight ``1/L``.
 
     Raises:
-      ValueError: for weights that are not positive, or not as many as there are modes.
+      ValueError: for weights that are not positive; by ``masks``, where there are not as many as
+        modes.
+
+    Cost: ``L²`` numbers.
 
     Source: Ryu et al., "Operator SVD with Neural Networks via Nested Low-Rank Approximation",
     ICML 2024.
@@ -63,13 +70,21 @@ class JointNesting(Nesting):
 
 @dataclasses.dataclass(frozen=True)
 class SequentialNesting(Nesting):
-    r"""Mode ``m`` sees modes ``1 .. m`` alone: ``v = 1``, ``M`` upper triangular with ones.
+    """Mode ``m`` sees modes ``1 .. m`` alone: ``v = 1``, and ``M`` is upper triangular with ones.
 
-    The cotangent is that of one problem a mode with the gradient stopped at earlier modes; it is
-    not the gradient of any one function.
+    The cotangent is that of one problem for each mode, with the gradient stopped at earlier modes.
+    It is not the gradient of any one function.
+
+    Cost: ``L²`` numbers.
 
     Source: Ryu et al., "Operator SVD with Neural Networks via Nested Low-Rank Approximation",
     ICML 2024.
+
+    Example:
+      >>> from lowrank_optax import spectral
+      >>> print(spectral.SequentialNesting().masks(2)[1])
+      [[1. 1.]
+       [0. 1.]]
     """
 
     def masks(self, modes: int) -> tuple[ArrayLike, ArrayLike]:
@@ -78,7 +93,18 @@ class SequentialNesting(Nesting):
 
 @dataclasses.dataclass(frozen=True)
 class Unnested(Nesting):
-    """Every mode sees every other: ``v = 1``, ``M = 1``. Finds a span, with no order within it."""
+    """Every mode sees every other, ``v = 1``, ``M = 1``: the span is found, without an order.
+
+    Cost: ``L²`` numbers.
+
+    Source: elementary.
+
+    Example:
+      >>> from lowrank_optax import spectral
+      >>> print(spectral.Unnested().masks(2)[1])
+      [[1. 1.]
+       [1. 1.]]
+    """
 
     def masks(self, modes: int) -> tuple[ArrayLike, ArrayLike]:
         return jnp.ones(modes), jnp.ones((modes, modes))

@@ -1,4 +1,4 @@
-"""Flax modules for functions of a point; any other module or pair of functions does as well."""
+"""Flax modules for functions of a point; any other module or pair of functions will do as well."""
 
 import math
 from collections.abc import Callable
@@ -9,36 +9,48 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.checks import check, check_count
-from lowrank_optax.spectral.operators import Operator
+from lowrank_optax.spectral.operators import SampledOperator
 
 
 def softplus(x: jax.Array) -> jax.Array:
-    """``log(1 + e^x)``, as `jax.nn.softplus`, in a function that pickles."""
+    """The function ``log(1 + e^x)``, as `jax.nn.softplus`, in a form that pickles."""
     return nn.softplus(x)
 
 
 def tanh(x: jax.Array) -> jax.Array:
-    """The hyperbolic tangent, as `jax.numpy.tanh`, in a function that pickles."""
+    """The hyperbolic tangent, as `jax.numpy.tanh`, in a form that pickles."""
     return jnp.tanh(x)
 
 
 class ScaleFeatures(nn.Module):
-    r"""Coordinates on several scales at once, bounded whatever the size of the domain, and waves.
+    r"""Coordinates on several scales, bounded whatever the size of the domain, and waves of them.
 
     .. math:: c = \big(x_i / \sqrt{s^2 + |x|^2},\; |x| / \sqrt{s^2 + |x|^2}\big)_{i, s}, \qquad
               \sin \omega^T c,\; \cos \omega^T c, \quad \omega \sim N(0, frequency^2)
 
     The features of ``|x|`` have the kink at the origin that singular potentials ask for. On a line
     the second derivative of a kink is a point mass that samples never see, and operators of second
-    order are not self-adjoint on such functions: `fit` refuses it there. Without the waves,
+    order are not self-adjoint on such functions; `fit` refuses the kink there. Without the waves,
     networks start out nearly constant and their modes all alike.
 
     Attributes:
-      scales: ``s``, in units of the coordinates.
-      kink: whether the features of ``|x|`` are among them.
-      waves: how many frequencies.
-      frequency: their standard deviation; ``c`` has no unit.
-      seed: of the frequencies.
+      scales: the lengths ``s``, in units of the coordinates, by default powers of 2 from 0.5 to 32.
+      kink: whether the features of ``|x|`` are among them; ``True`` by default.
+      waves: number of frequencies, 128 by default.
+      frequency: standard deviation of the frequencies, 1 by default; ``c`` has no unit.
+      seed: seed of the frequencies, 0 by default.
+
+    Cost: ``waves * S (d + 1)`` products a point for ``S`` scales.
+
+    Source: the waves are those of Tancik et al., "Fourier features let networks learn high
+    frequency functions in low dimensional domains", NeurIPS 2020.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> features = spectral.networks.ScaleFeatures(scales=(1.0, 2.0), waves=4)
+      >>> features.apply({}, jnp.ones(3)).shape  # 2 (3 + 1) coordinates, 4 sines, 4 cosines
+      (16,)
     """
 
     scales: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -61,13 +73,22 @@ class FourierFeatures(nn.Module):
     """Sines and cosines of random frequencies, fixed by their seed.
 
     Attributes:
-      count: of the frequencies.
-      scale: standard deviation of the angular frequencies, in inverse units of the coordinates.
-      seed: of the frequencies.
-      kink: whether ``x`` and ``|x|`` join them, as in `ScaleFeatures`.
+      count: number of frequencies, 256 by default.
+      scale: standard deviation of the angular frequencies, in inverse units of the coordinates, 1
+        by default.
+      seed: seed of the frequencies, 0 by default.
+      kink: whether ``x`` and ``|x|`` join them, as in `ScaleFeatures`; ``False`` by default.
+
+    Cost: ``count * d`` products a point.
 
     Source: Tancik et al., "Fourier features let networks learn high frequency functions in low
     dimensional domains", NeurIPS 2020.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> spectral.networks.FourierFeatures(count=4).apply({}, jnp.ones(3)).shape
+      (8,)
     """
 
     count: int = 256
@@ -86,11 +107,23 @@ class FourierFeatures(nn.Module):
 
 
 class Envelope(nn.Module):
-    """``e^{-|x| / s}``, with a trainable ``s`` for every mode.
+    """A factor ``e^{-|x| / s}`` for every mode, with a trainable length ``s``.
 
     Attributes:
-      modes: how many.
-      scale: of ``s`` at the start.
+      modes: number of modes, ``L``.
+      scale: first value of ``s``, in units of the coordinates, 1 by default.
+
+    Cost: ``2 L`` exponentials a point.
+
+    Source: elementary.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> envelope = spectral.networks.Envelope(modes=2)
+      >>> params = envelope.init(jax.random.key(0), jnp.zeros(3))
+      >>> print(envelope.apply(params, jnp.zeros(3)).round())
+      [1. 1.]
     """
 
     modes: int
@@ -107,17 +140,29 @@ class MLP(nn.Module):
     """A multilayer perceptron of one point: ``(d,) -> (L,)``.
 
     Attributes:
-      modes: ``L``.
-      widths: of the hidden layers.
-      activation: twice differentiable, for differential operators. `softplus` and `tanh` of this
-        module pickle; those of `jax.nn` are compiled functions, which do not.
-      features: a module before the first layer, or ``None``.
-      shared: one trunk for all modes; otherwise every mode has a network of its own, all in one
-        batched product.
-      envelope: a module of ``(L,)`` factors, or ``None``.
+      modes: number of modes, ``L``.
+      widths: widths of the hidden layers, three of 64 by default.
+      activation: function between layers, by default `softplus`; differential operators need one
+        that is twice differentiable. `softplus` and `tanh` of this module pickle; those of `jax.nn`
+        are compiled functions, which do not.
+      features: a module before the first layer, or ``None``, the default.
+      shared: whether one trunk serves all modes; otherwise, by default, every mode has a network of
+        its own, all in one batched product.
+      envelope: a module of factors ``(L,)``, or ``None``, the default.
+
+    Cost: ``2 w²`` flops a point for every hidden layer of width ``w``, and for every mode unless
+    shared.
 
     Source: Ryu et al., "Operator SVD with Neural Networks via Nested Low-Rank Approximation",
     ICML 2024 (one softplus network a mode).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> network = spectral.networks.MLP(modes=3, widths=(8,))
+      >>> shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros(2))
+      >>> jax.eval_shape(network.apply, shapes, jnp.zeros(2)).shape
+      (3,)
     """
 
     modes: int
@@ -144,8 +189,8 @@ class MLP(nn.Module):
         return out if self.envelope is None else out * self.envelope(x)
 
 
-def default(operator: Operator, modes: int, shared: bool = False) -> MLP | tuple[MLP, ...]:
-    r"""What `fit` takes where it is given a number of modes; a pair for an operator with two sides.
+def default(operator: SampledOperator, modes: int, shared: bool = False) -> MLP | tuple[MLP, ...]:
+    r"""What `fit` takes for a number of modes; a pair for an operator with two sides.
 
     .. math:: MLP(ScaleFeatures(s = 2\rho, \rho, \dots, \rho / 32),\; kink = [d > 1],\; tanh),
               \qquad \rho = \text{the power of two nearest } \sqrt{E[x_i^2]}
@@ -153,19 +198,22 @@ def default(operator: Operator, modes: int, shared: bool = False) -> MLP | tuple
     so that the network follows the operator's points, whatever their unit.
 
     Many modes are learned in far less time by one trunk under ``VariationalEnergy(floor=0.01)``,
-    with whitening (`scale_by_lre` of a `Covariance`) in front of Adam; the modes are then read off
-    by `Decomposition.ritz`.
+    with whitening (`scale_by_lre` of a `Covariance`) in front of Adam. `Decomposition.ritz` then
+    reads off the modes.
 
     Args:
-      operator: one whose points are vectors ``(d,)``.
-      modes: ``L``.
-      shared: one trunk of 128 wide layers for all modes; otherwise each has a perceptron of its
-        own, of 64.
+      operator: an operator whose points are vectors ``(d,)``.
+      modes: number of modes, ``L``.
+      shared: whether one trunk of three layers of 128 serves all modes; otherwise, by default,
+        every mode has a perceptron of its own with three layers of 64.
+
+    Returns:
+      The network, or a network for each side.
 
     Raises:
       ValueError: for a number of modes below 1, or points of another kind.
 
-    Cost: one batch of points.
+    Cost: one batch of 1024 points.
 
     Example:
       >>> from lowrank_optax import spectral
@@ -197,12 +245,12 @@ def _fitting(points: Any, modes: int, shared: bool) -> MLP:
 
 
 class Trunk(nn.Module):
-    """Dense layers.
+    """Dense layers with an activation between them.
 
     Attributes:
-      widths: of the hidden layers.
-      outputs: of the last one.
-      activation: between them.
+      widths: widths of the hidden layers.
+      outputs: width of the last layer.
+      activation: function between layers.
     """
 
     widths: tuple[int, ...]

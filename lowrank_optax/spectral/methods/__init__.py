@@ -1,13 +1,14 @@
 """Methods that turn functions and their images under an operator into a direction of descent.
 
-`NestedLoRA` and `LowRankProduct` approximate the operator; `OrbitalMinimization`, `TracePenalty`,
-`ALLO`, `SpIN`, `SpectralNet` its trace; `NeuralEF` one Rayleigh quotient a mode; `VAMP2`, `DPNet`
-score a span; `VariationalEnergy`, `ExcitedStates` are Monte Carlo energies; `Oja`, `Krasulina`,
-`NoisyPower` streaming rules. The operator's largest eigenvalues are sought; what has to be smallest
-is given with its sign changed, as `operators` do.
+`NestedLoRA` and `LowRankProduct` approximate the operator. `OrbitalMinimization`, `TracePenalty`,
+`ALLO`, `SpIN` and `SpectralNet` maximise its trace. `NeuralEF` maximises one Rayleigh quotient for
+each mode. `VAMP2` and `DPNet` score a span. `VariationalEnergy` and `ExcitedStates` are Monte Carlo
+energies. `Oja`, `Krasulina` and `NoisyPower` are streaming rules. Every method seeks the operator's
+largest eigenvalues; where the smallest are wanted the operator's sign is changed, as `operators`
+do.
 """
 
-from lowrank_optax.spectral.methods._method import Method, Moments, moments, surrogate
+from lowrank_optax.spectral.methods._method import Method, SideMoments, moments, surrogate
 from lowrank_optax.spectral.methods._moments import MomentLoss, MomentMethod
 from lowrank_optax.spectral.methods.eigengame import (
     AlphaPenalty,
@@ -41,7 +42,7 @@ __all__ = [
     "Method",
     "MomentLoss",
     "MomentMethod",
-    "Moments",
+    "SideMoments",
     "MuPenalty",
     "NestedLoRA",
     "NeuralEF",

@@ -1,7 +1,8 @@
 """What every method is.
 
-Every method is a map from a batch's pairs ``(f, T f)``, each ``(B, L)``, to cotangents ``G`` of the
-``f``; no gradient flows through ``T``, because self-adjointness supplies what would.
+A method is a map from a batch's pairs ``(f, T f)``, each ``(B, L)``, to cotangents ``G`` of the
+``f``. No gradient flows through ``T``: the operator is self-adjoint, so the gradient through ``T
+f`` equals the one through ``f``, and the methods count it there.
 """
 
 import abc
@@ -17,13 +18,13 @@ Pairs = tuple[tuple[jax.Array, jax.Array], ...]
 """``((f, T f),)``, or ``((f, T g), (g, T* f))`` for an operator with two sides."""
 
 
-class Moments(NamedTuple):
-    """Second moments of one side.
+class SideMoments(NamedTuple):
+    """Second moments of one side of an operator.
 
     Attributes:
-      gram: ``(L, L)``, ``<f_l, f_m>``.
-      cross: ``(L, L)``, ``<f_l, T f_m>``.
-      image: ``(L, L)``, ``<T f_l, T f_m>``.
+      gram: inner products ``<f_l, f_m>``, ``(L, L)``.
+      cross: inner products ``<f_l, T f_m>``, ``(L, L)``.
+      image: inner products ``<T f_l, T f_m>``, ``(L, L)``.
     """
 
     gram: Any
@@ -31,21 +32,21 @@ class Moments(NamedTuple):
     image: Any
 
     @classmethod
-    def of(cls, f: jax.Array, tf: jax.Array) -> "Moments":
-        """Means over the rows of a batch."""
+    def of(cls, f: jax.Array, tf: jax.Array) -> "SideMoments":
+        """The means over a batch of functions and of their images, both ``(B, L)``."""
         return cls(f.T @ f / len(f), f.T @ tf / len(f), tf.T @ tf / len(f))
 
 
-def moments(pairs: Pairs) -> tuple[Moments, ...]:
-    """`Moments` of every side."""
-    return tuple(Moments.of(f, tf) for f, tf in pairs)
+def moments(pairs: Pairs) -> tuple[SideMoments, ...]:
+    """The `SideMoments` of every side."""
+    return tuple(SideMoments.of(f, tf) for f, tf in pairs)
 
 
 class Method(abc.ABC):
     """A rule for the cotangents, with a small memory where it needs one."""
 
     def init(self, modes: int) -> Any:
-        """The memory before the first batch; a pytree of floating-point arrays."""
+        """The memory before the first batch: a pytree of floating-point arrays."""
         return ()
 
     @abc.abstractmethod
@@ -57,13 +58,19 @@ class Method(abc.ABC):
 def surrogate(method: Method, pairs: Pairs, memory: Any = ()) -> tuple[jax.Array, Any]:
     """A number whose gradient is the method's direction, and the memory after the batch.
 
-    The number is the sum of the modes' Rayleigh quotients, the same for all methods; only its
-    gradient is the method's: ``G`` at the ``f`` of every pair and zero elsewhere.
+    The number is the sum of the modes' Rayleigh quotients, which is the same for all methods. Only
+    its gradient is the method's: ``G`` at the ``f`` of every pair, and zero elsewhere.
 
     Args:
-      method: a `Method`.
-      pairs: ``((f, T f),)`` or ``((f, T g), (g, T* f))``, each ``(B, L)``.
-      memory: the method's memory.
+      method: the rule for the cotangents, a `Method`.
+      pairs: functions and images at the batch, ``((f, T f),)`` for a self-adjoint operator and
+        ``((f, T g), (g, T* f))`` for one with two sides, each ``(B, L)``.
+      memory: the method's memory before the batch, by default the one of a method without memory.
+
+    Returns:
+      The number, a scalar, and the memory after the batch.
+
+    Cost: that of the method, and ``6 B L²`` flops for the quotients.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -71,9 +78,11 @@ def surrogate(method: Method, pairs: Pairs, memory: Any = ()) -> tuple[jax.Array
       >>> method = spectral.NestedLoRA(moments=spectral.WholeBatch())
       >>> f = jnp.eye(2)
       >>> loss = lambda f: spectral.surrogate(method, ((f, 0.5 * f),))[0]
-      >>> print(jax.grad(loss)(f))  # at f^T f / B = T, where nothing is left to do
+      >>> print(jax.grad(loss)(f))  # f^T f / B = T already, so nothing is left to do
       [[0. 0.]
        [0. 0.]]
+
+    Source: elementary.
     """
     return _forward(method, pairs, memory)[0]
 
@@ -98,7 +107,7 @@ def _backward(method: Method, residuals: Any, cotangent: Any):
 surrogate.defvjp(_forward, _backward)
 
 
-def quotients(seen: tuple[Moments, ...]) -> jax.Array:
+def quotients(seen: tuple[SideMoments, ...]) -> jax.Array:
     """``<f, T f> / ‖f‖²`` of every mode, or ``<f, T g> / (‖f‖ ‖g‖)`` with two sides."""
     norms = jnp.diagonal(seen[0].gram) * jnp.diagonal(seen[-1].gram)
     return safe_divide(jnp.diagonal(seen[0].cross), jnp.sqrt(norms))

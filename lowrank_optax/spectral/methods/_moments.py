@@ -1,11 +1,11 @@
 """Methods that read a batch through its ``L x L`` moments alone.
 
-They answer with two coefficient matrices,
+They answer with two coefficient matrices ``P`` and ``Q``,
 
     G = (T f P + f Q) / B,    M = f^T f / B,    A = f^T T f / B,    C = (T f)^T T f / B,
 
-so that a method is a few lines of small algebra, and how the moments are estimated from the batch
-is a part of its own.
+so that a method is a few lines of small algebra. How the moments are estimated from the batch is a
+part of its own, an `Estimate`.
 """
 
 import abc
@@ -17,23 +17,28 @@ import jax.numpy as jnp
 
 from lowrank_optax._core.checks import check
 from lowrank_optax._core.linalg import symmetrize
-from lowrank_optax.spectral.methods._method import Method, Moments, Pairs, moments
+from lowrank_optax.spectral.methods._method import Method, Pairs, SideMoments, moments
 from lowrank_optax.spectral.methods.estimates import Coefficients, Estimate, WholeBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class MomentMethod(Method):
-    """A method that reads moments and answers with ``P`` and ``Q`` of every side."""
+    """A method that reads moments and answers with ``P`` and ``Q`` of every side.
+
+    Attributes:
+      two_sided: whether the method serves operators with two sides; a class variable.
+      moments: how moments are estimated from a batch, an `Estimate`, in methods that have a choice.
+    """
 
     two_sided: ClassVar[bool] = False
     """Whether it serves operators with two sides."""
 
     @abc.abstractmethod
-    def coefficients(self, seen: tuple[Moments, ...], memory: Any) -> Coefficients:
-        """``(P, Q)`` of every side."""
+    def coefficients(self, seen: tuple[SideMoments, ...], memory: Any) -> Coefficients:
+        """``(P, Q)`` of every side, each ``(L, L)``."""
 
-    def remember(self, seen: tuple[Moments, ...], memory: Any) -> Any:
-        """The memory after the batch, which its own coefficients see already."""
+    def remember(self, seen: tuple[SideMoments, ...], memory: Any) -> Any:
+        """The memory after the batch, which the coefficients of the same batch see already."""
         return memory
 
     @property
@@ -53,17 +58,26 @@ class MomentMethod(Method):
 
 @dataclasses.dataclass(frozen=True)
 class MomentLoss(MomentMethod):
-    """A method given by a loss of the moments, differentiated in them.
+    """A method given by a loss of the moments, which is differentiated in them.
 
-    An ``ordered`` loss is a sum of one loss a mode: its entry ``(l, m)`` of a moment is live in
-    mode ``m`` alone, and what is read of earlier modes has its gradient stopped.
+    An ``ordered`` loss is a sum of one loss for each mode. Entry ``(l, m)`` of a moment counts in
+    the loss of mode ``m`` alone, and the gradient is stopped at what that loss reads of earlier
+    modes.
+
+    Attributes:
+      ordered: whether the loss is such a sum; a class variable.
     """
 
     ordered: ClassVar[bool] = False
 
     @abc.abstractmethod
     def loss(self, grams: tuple[jax.Array, ...], cross: jax.Array) -> jax.Array:
-        """From ``<f_l, f_m>`` of every side and ``<f_l, T f_m>`` (``<f_l, T g_m>``)."""
+        """The loss, a scalar.
+
+        Args:
+          grams: ``<f_l, f_m>`` of every side, each ``(L, L)``.
+          cross: ``<f_l, T f_m>``, or ``<f_l, T g_m>`` with two sides, ``(L, L)``.
+        """
 
     def coefficients(self, seen, memory):
         cross = seen[0].cross if len(seen) == 2 else symmetrize(seen[0].cross)

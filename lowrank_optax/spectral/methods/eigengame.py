@@ -1,4 +1,4 @@
-"""One Rayleigh quotient a mode, with penalties on what it shares with earlier ones."""
+"""One Rayleigh quotient for each mode, with penalties on what the mode shares with earlier ones."""
 
 import abc
 import dataclasses
@@ -18,14 +18,29 @@ class Penalty(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, quotient: jax.Array, cosine: jax.Array) -> jax.Array:
-        """``(L, L)`` penalties; entry ``(l, m)`` is counted for ``l < m``, live in mode ``m``."""
+        """The penalties ``(L, L)``; for ``l < m`` entry ``(l, m)`` is part of mode ``m``'s loss.
+
+        Args:
+          quotient: ``R_lm = <f_l, T f_m> / (‖f_l‖ ‖f_m‖)``, ``(L, L)``, in units of the
+            eigenvalues.
+          cosine: ``<f_l, f_m> / (‖f_l‖ ‖f_m‖)``, ``(L, L)``.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class AlphaPenalty(Penalty):
-    """``R_lm² / R_ll``: the utility of α-EigenGame, and of NeuralEF.
+    """The utility of α-EigenGame and of NeuralEF, ``R_lm² / R_ll``.
+
+    Cost: ``3 L²`` flops.
 
     Source: Gemp et al., "EigenGame: PCA as a Nash equilibrium", ICLR 2021.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> quotient = jnp.array([[4.0, 2.0], [2.0, 1.0]])
+      >>> print(spectral.AlphaPenalty()(quotient, jnp.eye(2))[0, 1])
+      1.0
     """
 
     def __call__(self, quotient, cosine):
@@ -34,9 +49,20 @@ class AlphaPenalty(Penalty):
 
 @dataclasses.dataclass(frozen=True)
 class MuPenalty(Penalty):
-    """``2 [R_lm] <f_l, f_m>``: the direction of μ-EigenGame.
+    """The penalty whose gradient is the direction of μ-EigenGame, ``2 [R_lm] <f_l, f_m>``.
+
+    The gradient is stopped at the brackets, so ``cosine`` alone is differentiated.
+
+    Cost: ``2 L²`` flops.
 
     Source: Gemp et al., "EigenGame Unloaded: when playing games is better than optimizing", 2022.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> quotient, cosine = jnp.array([[4.0, 2.0], [2.0, 1.0]]), jnp.full((2, 2), 0.5)
+      >>> print(spectral.MuPenalty()(quotient, cosine)[0, 1])
+      2.0
     """
 
     def __call__(self, quotient, cosine):
@@ -45,15 +71,24 @@ class MuPenalty(Penalty):
 
 @dataclasses.dataclass(frozen=True)
 class SquaredPenalty(Penalty):
-    """``weight * R_lm²``: Neural Eigenmaps.
+    """The penalty of Neural Eigenmaps, ``weight * R_lm²``.
 
     Args:
-      weight: in units of one over the eigenvalues.
+      weight: factor of the penalty, in units of one over the eigenvalues, 1 by default.
 
     Raises:
       ValueError: for a weight that is not positive.
 
+    Cost: ``2 L²`` flops.
+
     Source: Deng et al., "Neural eigenfunctions are structured representation learners", 2022.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> quotient = jnp.array([[4.0, 2.0], [2.0, 1.0]])
+      >>> print(spectral.SquaredPenalty(0.5)(quotient, jnp.eye(2))[0, 1])
+      2.0
     """
 
     weight: float = 1.0
@@ -67,25 +102,36 @@ class SquaredPenalty(Penalty):
 
 @dataclasses.dataclass(frozen=True)
 class NeuralEF(MomentLoss):
-    r"""One Rayleigh quotient a mode, with outputs normalised by their L2 norm over the batch.
+    r"""One Rayleigh quotient for each mode, with outputs divided by their norm over the batch.
 
     .. math:: \mathcal{L} = -\sum_m \Big(R_{mm} - \sum_{l<m} pen([f_l], f_m)\Big), \qquad
               R_{lm} = \langle f_l, T f_m\rangle / (‖f_l‖ ‖f_m‖)
 
-    with the gradient stopped at earlier modes. With `AlphaPenalty` it is NeuralEF, and on a linear
-    parametrisation α-EigenGame; with `MuPenalty` μ-EigenGame; with `SquaredPenalty` Neural
-    Eigenmaps.
+    with the gradient stopped at earlier modes. With `AlphaPenalty` it is NeuralEF, and α-EigenGame
+    where the parametrisation is linear; with `MuPenalty` it is μ-EigenGame, with `SquaredPenalty`
+    Neural Eigenmaps.
 
-    Limits: ordered, orthogonal in the limit, norms free. `AlphaPenalty` and `SquaredPenalty` need
-    ``T`` positive definite on the modes sought, and the latter a weight above ``1/lam_L``. Biased
-    on small batches, through the norms.
+    Limits: modes are ordered and become orthogonal, and their norms are free. `AlphaPenalty` and
+    `SquaredPenalty` need a ``T`` that is positive definite on the modes sought, and
+    `SquaredPenalty` a weight above ``1/lam_L``. The norms make it biased on small batches.
 
     Args:
-      penalty: a `Penalty`.
-      moments: how they are estimated; the source's is the whole batch.
+      penalty: what keeps a mode away from earlier ones, a `Penalty`, by default `AlphaPenalty`.
+      moments: how moments are estimated, an `Estimate`; by default `WholeBatch`, as in the source.
+
+    Cost: ``4 B L²`` flops.
 
     Source: Deng, Shi and Zhu, "NeuralEF: deconstructing kernels by deep neural networks", ICML
     2022.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> f = jnp.array([[1.0, 2.0], [1.0, -2.0]])  # orthogonal modes, of any norm
+      >>> pairs = ((f, f * jnp.array([4.0, 1.0])),)
+      >>> (g,), _ = jax.jit(spectral.NeuralEF().cotangents)(pairs, ())
+      >>> bool(jnp.abs(g).max() < 1e-5)
+      True
     """
 
     penalty: Penalty = AlphaPenalty()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.checks import check, check_count
-from lowrank_optax.spectral.methods._method import Moments, Pairs, moments
+from lowrank_optax.spectral.methods._method import Pairs, SideMoments, moments
 
 Coefficients = tuple[tuple[jax.Array, jax.Array], ...]
 """``(P, Q)`` for every side."""
@@ -19,14 +19,33 @@ class Estimate(abc.ABC):
 
     @abc.abstractmethod
     def directions(
-        self, pairs: Pairs, coefficients: Callable[[tuple[Moments, ...]], Coefficients]
+        self, pairs: Pairs, coefficients: Callable[[tuple[SideMoments, ...]], Coefficients]
     ) -> tuple[jax.Array, ...]:
-        """``G`` of every side."""
+        """``G`` of every side, ``(B, L)``.
+
+        Args:
+          pairs: functions and images of every side, each ``(B, L)``.
+          coefficients: the method's map from `SideMoments` to ``(P, Q)``, both of every side.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class WholeBatch(Estimate):
-    """Moments of the whole batch: biased by the pairing of each row with itself."""
+    """Moments of the whole batch, which are biased because they pair each row with itself.
+
+    Cost: ``4 B L²`` flops.
+
+    Source: elementary.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> f = jnp.array([[1.0], [2.0], [3.0], [4.0]])
+      >>> weigh = lambda seen: ((jnp.zeros((1, 1)), seen[0].gram),)  # G = f <f, f> / B
+      >>> (g,) = spectral.WholeBatch().directions(((f, f),), weigh)
+      >>> print((4 * g / f)[:, 0])  # <f, f> as each row sees it
+      [7.5 7.5 7.5 7.5]
+    """
 
     def directions(self, pairs, coefficients):
         return _apply(pairs, coefficients(moments(pairs)), len(pairs[0][0]))
@@ -34,10 +53,24 @@ class WholeBatch(Estimate):
 
 @dataclasses.dataclass(frozen=True)
 class Halves(Estimate):
-    """Each half of the batch is paired with the moments of the other: unbiased for products.
+    """Each half of the batch is paired with the moments of the other half: unbiased for products.
+
+    Raises:
+      ValueError: by ``directions``, for a batch of fewer than 2 rows.
+
+    Cost: ``4 B L²`` flops.
 
     Source: Ryu et al., "Operator SVD with Neural Networks via Nested Low-Rank Approximation",
     ICML 2024.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> f = jnp.array([[1.0], [2.0], [3.0], [4.0]])
+      >>> weigh = lambda seen: ((jnp.zeros((1, 1)), seen[0].gram),)  # G = f <f, f> / B
+      >>> (g,) = spectral.Halves().directions(((f, f),), weigh)
+      >>> print((4 * g / f)[:, 0])  # <f, f> as each row sees it
+      [12.5 12.5  2.5  2.5]
     """
 
     def directions(self, pairs, coefficients):
@@ -55,15 +88,25 @@ class UStatistic(Estimate):
     """Each row is paired with the moments of all others: unbiased, with twice the pairs of halves.
 
     Args:
-      group: rows that are one independent sample and leave together: 2 for `Koopman` and
-        `GraphLaplacian`, which read each pair in both directions.
+      group: number of rows that are one independent sample and are left out together, 1 by default;
+        2 for `Koopman` and `GraphLaplacian`, which read each pair in both directions.
 
     Raises:
-      ValueError: for a group below 1, or a batch that is not at least two whole groups.
+      ValueError: for a group below 1; by ``directions``, for a batch that is not at least two whole
+        groups.
 
-    Cost: ``B L² / group`` numbers.
+    Cost: memory ``B L² / group``, and ``8 B L²`` flops.
 
     Source: Hoeffding, "A class of statistics with asymptotically normal distribution", 1948.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> f = jnp.array([[1.0], [2.0], [3.0], [4.0]])
+      >>> weigh = lambda seen: ((jnp.zeros((1, 1)), seen[0].gram),)  # G = f <f, f> / B
+      >>> (g,) = spectral.UStatistic().directions(((f, f),), weigh)
+      >>> print((12 * g / f)[:, 0].round())  # 3 <f, f> as each row sees it
+      [29. 26. 21. 14.]
     """
 
     group: int = 1

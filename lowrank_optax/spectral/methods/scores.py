@@ -19,11 +19,25 @@ class VAMP2(MomentLoss):
 
     with ``C_01 = <f, T g>``, and ``g = f`` for a self-adjoint operator.
 
-    Limits: finds the span of the modes of largest ``|lam|``, with no order or norm: read them off
-    by Rayleigh-Ritz. Biased on small batches, through the inverses.
+    Limits: it finds the span of the modes of largest ``|lam|``, with no order or norm;
+    Rayleigh-Ritz reads them off. The inverses make it biased on small batches.
+
+    Args:
+      moments: how moments are estimated, an `Estimate`, by default `WholeBatch`.
+
+    Cost: ``4 B L²`` flops and two Cholesky factorisations of ``L x L``.
 
     Source: Mardt et al., "VAMPnets for deep learning of molecular kinetics", 2018; Wu and Noé,
     "Variational approach for learning Markov processes from time series data", 2020.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> cross = jnp.diag(jnp.array([0.5, 0.25]))
+      >>> eye, loss = jnp.eye(2), spectral.VAMP2().loss
+      >>> scores = loss((eye, eye), cross), loss((4 * eye, eye), 2 * cross)  # in any unit of f
+      >>> print(*(round(float(score), 4) for score in scores))
+      -0.3125 -0.3125
     """
 
     moments: Estimate = WholeBatch()
@@ -41,19 +55,30 @@ class DPNet(MomentLoss):
     .. math:: \mathcal{L} = -\frac{‖C_{01}‖_F^2}{‖C_{00}‖ ‖C_{11}‖}
               + penalty \sum_C tr(C^2 - C - \ln C)
 
-    with operator norms below the line.
+    with operator norms in the denominator.
 
-    Limits: a span, as `VAMP2`; ``tr(C² - C - ln C)`` is 0 at the identity alone, so the covariances
-    end near it.
+    Limits: it finds a span, as `VAMP2` does. ``tr(C² - C - ln C)`` is 0 at the identity alone, so
+    the covariances end near it.
 
     Args:
-      penalty: in units of the squared eigenvalues.
+      penalty: factor of the penalty, in units of the squared eigenvalues, 1 by default.
+      moments: how moments are estimated, an `Estimate`, by default `WholeBatch`.
 
     Raises:
       ValueError: for a penalty that is not positive.
 
+    Cost: ``4 B L²`` flops, and an ``eigh`` and a Cholesky factorisation of ``L x L`` for each side.
+
     Source: Kostic et al., "Learning invariant representations of time-homogeneous stochastic
     dynamical systems", ICLR 2024.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> cross = jnp.diag(jnp.array([0.5, 0.25]))
+      >>> loss = jax.jit(spectral.DPNet().loss)((jnp.eye(2), jnp.eye(2)), cross)
+      >>> print(round(float(loss), 4))  # identities have no penalty
+      -0.3125
     """
 
     penalty: float = 1.0

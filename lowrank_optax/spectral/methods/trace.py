@@ -1,4 +1,4 @@
-"""The trace under an orthonormality that is penalised, priced or made by a factor."""
+"""The trace, with orthonormality by a penalty, by multipliers or by a factor."""
 
 import dataclasses
 from typing import NamedTuple
@@ -21,17 +21,26 @@ class OrbitalMinimization(MomentMethod):
 
     and, with `SequentialNesting`, its triangular form, which orders the modes.
 
-    Limits: needs ``T`` positive semidefinite (give it a shift), or the energy has no minimum. All
-    modes are learned at their eigenvalue's rate and end at norm one.
+    Limits: ``T`` must be positive semidefinite (give it a shift), or the energy has no minimum.
+    Every mode is learned at a rate proportional to its eigenvalue and ends at norm one.
 
     Args:
-      nesting: as for `NestedLoRA`.
-      moments: as for `NestedLoRA`.
+      nesting: how modes are ordered, as for `NestedLoRA`, by default `SequentialNesting`.
+      moments: how moments are estimated, as for `NestedLoRA`, by default `Halves`.
 
     Cost: ``8 B L²`` flops.
 
     Source: Mauri, Galli and Car, Phys. Rev. B 47 (1993); "Revisiting orbital minimization for
     neural operator decomposition", arXiv 2510.21952.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> f = jnp.array([[1.0, 1.0], [1.0, -1.0]])  # orthonormal modes are the minimum
+      >>> method = spectral.OrbitalMinimization(moments=spectral.WholeBatch())
+      >>> (g,), _ = method.cotangents(((f, f * jnp.array([4.0, 1.0])),), ())
+      >>> print(jnp.abs(g).max())
+      0.0
     """
 
     nesting: Nesting = SequentialNesting()
@@ -50,23 +59,34 @@ class TracePenalty(MomentMethod):
     .. math:: \mathcal{L} = -tr(v A) + \tfrac{penalty}{2} \sum_{lm} M_{lm}
               (\langle f_l, f_m\rangle - \delta_{lm})^2
 
-    `Unnested` it is the trace-penalty method, and on a `GraphLaplacian` the spectral graph drawing
-    of Wu et al.; with `JointNesting` it is the generalised graph drawing objective.
+    With `Unnested` it is the trace-penalty method, and on a `GraphLaplacian` the spectral graph
+    drawing of Wu et al.; with `JointNesting` it is the generalised graph drawing objective.
 
-    Limits: norms end at ``‖f_l‖² = 1 + lam_l / penalty``, so the penalty must exceed ``-lam_L``;
-    unnested the modes are an arbitrary basis of the span.
+    Limits: norms end at ``‖f_l‖² = 1 + lam_l / penalty``, so the penalty must exceed ``-lam_L``.
+    Without nesting the modes are an arbitrary basis of the span.
 
     Args:
-      penalty: in units of the eigenvalues.
-      nesting: as for `NestedLoRA`.
-      moments: as for `NestedLoRA`.
+      penalty: factor of the penalty, in units of the eigenvalues, 1 by default.
+      nesting: how modes are ordered, as for `NestedLoRA`, by default `Unnested`.
+      moments: how moments are estimated, as for `NestedLoRA`, by default `Halves`.
 
     Raises:
       ValueError: for a penalty that is not positive.
 
+    Cost: ``4 B L²`` flops.
+
     Source: Wen et al., "Trace-penalty minimization for large-scale eigenspace computation", 2016;
     Wu, Tucker and Nachum, "The Laplacian in RL", ICLR 2019; Wang et al., "Towards better Laplacian
     representation in reinforcement learning with generalized graph drawing", ICML 2021.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> f = jnp.array([[2.0, 1.0], [2.0, -1.0]])  # ‖f‖² = 1 + lam
+      >>> method = spectral.TracePenalty(penalty=1.0, moments=spectral.WholeBatch())
+      >>> (g,), _ = method.cotangents(((f, f * jnp.array([3.0, 0.0])),), ())
+      >>> print(jnp.abs(g).max())
+      0.0
     """
 
     penalty: float = 1.0
@@ -83,7 +103,12 @@ class TracePenalty(MomentMethod):
 
 
 class Duals(NamedTuple):
-    """What ALLO remembers: ``(L, L)`` multipliers, upper triangular, and the barrier."""
+    """What `ALLO` remembers.
+
+    Attributes:
+      multipliers: ``beta``, ``(L, L)`` and upper triangular, in units of the eigenvalues.
+      barrier: ``b``, a scalar in the same units.
+    """
 
     multipliers: jax.Array
     barrier: jax.Array
@@ -100,20 +125,30 @@ class ALLO(MomentMethod):
     the violation and raises ``b`` by ``growth`` times its mean square. At the solution
     ``beta_ll = lam_l``.
 
-    Limits: a saddle point, so the multipliers must move slower than the functions; the barrier has
-    to exceed the eigenvalues' range to be stable.
+    Limits: the solution is a saddle point, so the multipliers must move slower than the functions.
+    It is stable where the barrier exceeds the eigenvalues' range.
 
     Args:
-      barrier: ``b`` at the start, in units of the eigenvalues.
-      rate: step of the multipliers.
-      growth: of the barrier.
+      barrier: ``b`` before the first batch, in units of the eigenvalues, 2 by default.
+      rate: step of the multipliers for each batch, without unit, 0.01 by default.
+      growth: step of the barrier for each batch, in units of the eigenvalues, 0 by default.
+      moments: how moments are estimated, an `Estimate`, by default `Halves`.
 
     Raises:
-      ValueError: for numbers that are not positive (``growth``: negative).
+      ValueError: for a barrier or a rate that is not positive, or a growth that is negative.
 
-    Cost: ``L²`` numbers of memory.
+    Cost: ``L²`` numbers of memory, and ``4 B L²`` flops.
 
     Source: Gomez, Bowling and Machado, "Proper Laplacian Representation Learning", ICLR 2024.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> method = spectral.ALLO(barrier=2.0, rate=0.01)
+      >>> f = 2 * jnp.ones((4, 1))  # <f, f> - 1 = 3
+      >>> _, memory = method.cotangents(((f, f),), method.init(1))
+      >>> print(memory.multipliers)  # rate * barrier * 3
+      [[0.06]]
     """
 
     barrier: float = 2.0
@@ -152,20 +187,29 @@ class SpIN(MomentMethod):
 
     with ``M̄`` an exponential average. The mask makes mode ``m`` blind to later ones.
 
-    Limits: the modes are ``f L^{-T}``, the first ``m`` outputs span the first ``m`` modes, and
-    Rayleigh-Ritz reads them off. Norms are free. Biased where the average lags behind. The original
-    averages the Jacobian of ``M`` too, a matrix for every parameter; a cotangent of functions has
-    no such average, so here the second term uses the batch's own.
+    Limits: the modes are ``f L^{-T}``: the first ``m`` outputs span the first ``m`` modes, and
+    Rayleigh-Ritz reads them off. Norms are free. It is biased where the average lags behind. The
+    source also averages the Jacobian of ``M``, a matrix for every parameter. Cotangents of
+    functions have no such average, so the second term uses the batch's own.
 
     Args:
-      decay: of the average of the covariance.
+      decay: decay of the average of the Gram matrix for each batch, in [0, 1), 0.9 by default.
 
     Raises:
       ValueError: for a decay outside [0, 1).
 
-    Cost: ``L²`` numbers of memory, ``L³`` flops.
+    Cost: ``L²`` numbers of memory, ``4 B L² + L³`` flops.
 
     Source: Pfau et al., "Spectral Inference Networks", ICLR 2019.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> f = jnp.array([[2.0, 1.0], [2.0, -1.0]])  # exact modes, of any norm
+      >>> method = spectral.SpIN()
+      >>> (g,), _ = method.cotangents(((f, f * jnp.array([4.0, 1.0])),), method.init(2))
+      >>> bool(jnp.abs(g).max() < 1e-4)
+      True
     """
 
     decay: float = 0.9
@@ -189,16 +233,29 @@ class SpIN(MomentMethod):
 
 @dataclasses.dataclass(frozen=True)
 class SpectralNet(MomentMethod):
-    r"""The trace in a basis orthonormalised on other samples, whose own gradient is left out.
+    r"""The trace in a basis orthonormalised on other samples, with no gradient through that basis.
 
     .. math:: \mathcal{L} = -tr(L^{-1} A L^{-T}), \quad [L] [L]^T = M' \text{ of the other half}
 
-    Limits: a span, read off by Rayleigh-Ritz. Nothing holds the norms: squared, they change at four
-    times the eigenvalue, so that the eigenvalues sought have to be small beside the gap after them,
-    as those of minus the Laplacian of a graph with clusters are; elsewhere it slows down or
-    collapses before it has converged.
+    Limits: it finds a span, and Rayleigh-Ritz reads off the modes. Nothing holds the norms: their
+    squares change at four times the eigenvalue. The eigenvalues sought must therefore be small
+    beside the gap after them, as those of minus the Laplacian of a graph with clusters are.
+    Elsewhere the method slows down or collapses before it has converged.
+
+    Args:
+      moments: how moments are estimated, an `Estimate`, by default `Halves`.
+
+    Cost: ``4 B L²`` flops and one Cholesky factorisation of ``L x L``.
 
     Source: Shaham et al., "SpectralNet: spectral clustering using deep neural networks", ICLR 2018.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> f = 2 * jnp.ones((4, 1))  # <f, f> = 4
+      >>> (g,), _ = spectral.SpectralNet().cotangents(((f, -f),), ())
+      >>> print((4 * g / -f)[:, 0].round(3))  # -2 T f / <f, f>
+      [-0.5 -0.5 -0.5 -0.5]
     """
 
     moments: Estimate = Halves()

@@ -1,11 +1,12 @@
 """Operators whose spectra are learned, and what they are made of.
 
-`Schrodinger`, `Langevin`, `FokkerPlanck` act on functions of ``R^d`` and need a potential and a
-proposal; `Koopman`, `GraphLaplacian`, `CanonicalDependence` are known through pairs;
-`KernelIntegral`, `NeuralTangentKernel` through data; `Matrix`, `RectangularMatrix` are given.
+`Schrodinger`, `Langevin` and `FokkerPlanck` act on functions of ``R^d`` and need a potential and a
+proposal. `Koopman`, `GraphLaplacian` and `CanonicalDependence` are known through pairs of points,
+`KernelIntegral` and `NeuralTangentKernel` through data, `Matrix` and `RectangularMatrix` by their
+entries or products.
 """
 
-from lowrank_optax.spectral.operators._operator import Operator
+from lowrank_optax.spectral.operators._operator import SampledOperator
 from lowrank_optax.spectral.operators.differential import (
     BoxMask,
     FokkerPlanck,
@@ -55,7 +56,7 @@ __all__ = [
     "Matrix",
     "MultiScale",
     "NeuralTangentKernel",
-    "Operator",
+    "SampledOperator",
     "Potential",
     "Prinz",
     "Proposal",

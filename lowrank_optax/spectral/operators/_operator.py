@@ -15,11 +15,11 @@ Function = Callable[[Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Operator(abc.ABC):
+class SampledOperator(abc.ABC):
     """A linear operator on functions, seen through samples.
 
-    Whatever the measure behind an operator, importance weights are inside: its outputs are such
-    that inner products are plain means over a batch, ``<f, h> = mean_i f(x_i) h(x_i)``.
+    Whatever the measure behind an operator, its outputs include the importance weights, so that
+    inner products are plain means over a batch: ``<f, h> = mean_i f(x_i) h(x_i)``.
     """
 
     sides: ClassVar[int] = 1
@@ -32,23 +32,23 @@ class Operator(abc.ABC):
     """Whether an image is exact at its point, so that ``‖T f - lam f‖`` is a residual."""
 
     def init(self) -> Any:
-        """What the sampler knows before the first batch; a pytree."""
+        """What the sampler knows before the first batch: a pytree."""
         return ()
 
     @abc.abstractmethod
     def sample(self, key: jax.Array, size: int, state: Any = None) -> Any:
-        """A batch: a pytree of arrays whose first axis has ``size`` entries, or what there is."""
+        """A batch: a pytree of arrays with ``size`` entries each, or as many as there are."""
 
     def adapt(self, state: Any, batch: Any, f: jax.Array) -> Any:
         """What the sampler knows after a batch with outputs ``f``, ``(B, L)``."""
         return state
 
     def efficiency(self, state: Any) -> jax.Array:
-        """Effective sample size as a fraction of the batch, where it is known."""
+        """Effective sample size as a fraction of the batch, 1 where it is not known."""
         return jnp.ones(())
 
     def points(self, batch: Any) -> tuple[Any, ...]:
-        """The points of a batch that the functions of each side are called at."""
+        """The points of a batch at which the functions of each side are called."""
         return (batch,) * self.sides
 
     def dress(self, function: Function) -> Function:
@@ -64,7 +64,7 @@ class Operator(abc.ABC):
 
 
 def with_constant(function: Function) -> Function:
-    """The functions after a first one that is 1 everywhere."""
+    """The functions, after a first one that is 1 everywhere."""
 
     def extended(x: Any) -> jax.Array:
         values = function(x)

@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_optax._core.checks import check, check_least
 from lowrank_optax.spectral.laplacian import Jet, laplacian
-from lowrank_optax.spectral.operators._operator import Function, Operator
+from lowrank_optax.spectral.operators._operator import Function, SampledOperator
 from lowrank_optax.spectral.operators.proposals import Proposal
 
 
@@ -22,10 +22,21 @@ class BoxMask:
     .. math:: \prod_i (1 - e^{-(\ell - x_i)}) (1 - e^{-(x_i + \ell)})
 
     Args:
-      half_width: ``l``.
+      half_width: half the side ``l`` of the box, in units of the coordinates.
 
     Raises:
       ValueError: for a width that is not positive.
+
+    Cost: ``4 d`` flops a point.
+
+    Source: elementary.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> mask = spectral.operators.BoxMask(1.0)
+      >>> print(round(float(mask(jnp.array([0.0]))), 3), abs(mask(jnp.array([1.0]))))
+      0.4 0.0
     """
 
     half_width: float
@@ -39,15 +50,26 @@ class BoxMask:
 
 @dataclasses.dataclass(frozen=True)
 class RootMask:
-    r"""A factor that vanishes outside a box, and at its faces with a slope.
+    r"""A factor that vanishes outside a box and rises from its faces with a finite slope.
 
     .. math:: \prod_i \max\big((\sqrt{2 \ell^2 - x_i^2} - \ell) / \ell,\; 0\big)
 
     Args:
-      half_width: ``l``.
+      half_width: half the side ``l`` of the box, in units of the coordinates.
 
     Raises:
       ValueError: for a width that is not positive.
+
+    Cost: ``4 d`` flops and ``d`` square roots a point.
+
+    Source: elementary.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> mask = spectral.operators.RootMask(1.0)
+      >>> print(round(float(mask(jnp.array([0.0]))), 3), mask(jnp.array([2.0])))
+      0.414 0.0
     """
 
     half_width: float
@@ -61,10 +83,10 @@ class RootMask:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Differential(Operator):
+class Differential(SampledOperator):
     """An operator of second order on functions of ``R^d``, by importance sampling.
 
-    The batch is ``(x, log q)``: points ``(B, d)`` and the log density they were drawn from.
+    A batch is ``(x, log q)``: points ``(B, d)``, and the log density ``(B,)`` they were drawn from.
     """
 
     def init(self) -> Any:
@@ -94,7 +116,7 @@ class Differential(Operator):
 
     @property
     def dimension(self) -> int:
-        """Of the space, ``d``."""
+        """The dimension of the space, ``d``."""
         return self._proposal.dimension
 
     @property
@@ -108,7 +130,7 @@ class Differential(Operator):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schrodinger(Differential):
-    r"""``T = shift - scale * H`` with ``H = -Δ + V``: the lowest energies come first.
+    r"""A Schrödinger operator ``T = shift - scale * H``, ``H = -Δ + V``: low energies come first.
 
     A network's output ``n`` stands for the function ``psi = sqrt(p) m n``, with ``p`` the density
     of the proposal before it adapts and ``m`` a mask. Points come from the adapted density ``q``,
@@ -121,19 +143,32 @@ class Schrodinger(Differential):
     with the Laplacian exact. Residuals mean little where the potential is singular.
 
     Args:
-      potential: a `Potential`, or any function of one point ``(d,)``.
-      proposal: where points are drawn, such as ``geometric(d, smallest, largest)``.
-      shift: added to the spectrum; `NestedLoRA` finds what is above zero.
-      scale: of the energies.
-      mask: a factor that enforces a boundary, such as `BoxMask`.
+      potential: the potential energy ``V``, a `Potential` or any function of one point ``(d,)``.
+      proposal: the density that points are drawn from, a `Proposal` such as ``geometric(d,
+        smallest, largest)``.
+      shift: number added to the spectrum, in units of the eigenvalues, 0 by default; `NestedLoRA`
+        finds what is above zero.
+      scale: factor of the energies, eigenvalues per energy, 1 by default.
+      mask: a function of one point whose zeros enforce a boundary, such as `BoxMask`; ``None`` by
+        default.
 
     Raises:
-      ValueError: for a scale that is not positive.
+      ValueError: for a scale that is not positive, or a potential that is not a function.
 
     Cost: ``d + 2`` evaluations of the network a point, forward only.
 
     Source: Ryu et al., "Operator SVD with Neural Networks via Nested Low-Rank Approximation",
     ICML 2024.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> from lowrank_optax.spectral import operators
+      >>> points = operators.gaussian(1, 0.5**0.5)  # sqrt(p) is the ground state, of energy 1
+      >>> operator = operators.Schrodinger(operators.Harmonic(), points, shift=4.0)
+      >>> at = jnp.array([[0.0], [1.0], [2.0]]), jnp.zeros(3)  # points, and log q
+      >>> f, tf = jax.jit(lambda at: operator.apply(lambda x: jnp.ones(1), at))(at)
+      >>> print(np.asarray(tf / f)[:, 0].round(3))
+      [3. 3. 3.]
     """
 
     potential: Callable[[jax.Array], jax.Array]
@@ -171,11 +206,11 @@ class Schrodinger(Differential):
         return ratio * h.value, ratio * (local * h.value + self.scale * kinetic)
 
     def energies(self, eigenvalues: Any) -> np.ndarray:
-        """Energies of ``H`` from eigenvalues of ``T``."""
+        """The energies of ``H`` that belong to eigenvalues of ``T``, both ``(k,)``."""
         return (self.shift - np.asarray(eigenvalues)) / self.scale
 
     def truth(self, k: int) -> np.ndarray:
-        """The ``k`` largest eigenvalues of ``T``, where the potential knows them.
+        """The ``k`` largest eigenvalues of ``T``, descending, where the potential knows them.
 
         Raises:
           ValueError: for a potential without a closed form.
@@ -197,18 +232,29 @@ class Langevin(Differential):
     constant function.
 
     Args:
-      potential: ``U``, a function of one point ``(d,)``.
-      proposal: where points are drawn.
-      beta: inverse temperature.
-      friction: ``gamma``.
-      shift: added to the spectrum; `NestedLoRA` finds what is above zero.
+      potential: the energy ``U``, a function of one point ``(d,)``.
+      proposal: the density that points are drawn from, a `Proposal`.
+      beta: inverse temperature, in units of one over the potential, 1 by default.
+      friction: the friction ``gamma``, 1 by default.
+      shift: number added to the spectrum, in units of the rates, 0 by default; `NestedLoRA` finds
+        what is above zero.
 
     Raises:
-      ValueError: for a temperature or friction that is not positive.
+      ValueError: for a temperature or friction that is not positive, or a potential that is not a
+        function.
 
     Cost: ``d + 2`` evaluations of the network a point, forward only.
 
     Source: Pavliotis, "Stochastic Processes and Applications", 2014, chapter 4.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> from lowrank_optax.spectral import operators
+      >>> operator = operators.Langevin(operators.Harmonic(), operators.gaussian(1, 1.0))  # U = x²
+      >>> at = jnp.array([[-1.0], [1.0], [2.0]]), jnp.zeros(3)  # points, and log q
+      >>> f, tf = jax.jit(lambda at: operator.apply(lambda x: x, at))(at)
+      >>> print(np.asarray(tf / f)[:, 0].round(3))  # T x = -U' = -2 x
+      [-2. -2. -2.]
     """
 
     potential: Callable[[jax.Array], jax.Array]
@@ -236,15 +282,17 @@ class Langevin(Differential):
         return root * h.value, root * (self.shift * h.value + drift + spread)
 
     def truth(self, k: int, half_width: float = 4.0, cells: int = 1000) -> np.ndarray:
-        """The ``k`` largest eigenvalues in one dimension, from a fine grid.
+        """The ``k`` largest eigenvalues in one dimension, descending, from a fine grid.
 
-        Jumps between neighbouring cells at the rates ``e^{-beta (U' - U)/2} / (beta gamma h²)``,
-        which are in detailed balance and make a symmetric tridiagonal matrix.
+        Jumps between neighbouring cells happen at the rates ``e^{-beta (U' - U)/2} / (beta gamma
+        h²)``. These are in detailed balance, so that the matrix is similar to a symmetric
+        tridiagonal one.
 
         Args:
-          k: how many.
-          half_width: of the interval, reflecting at its ends.
-          cells: of the grid; the error falls with their square.
+          k: the number of eigenvalues.
+          half_width: half the length of the interval, which reflects at its ends, in units of the
+            coordinate.
+          cells: the number of cells of the grid; the error falls with their square.
 
         Raises:
           ValueError: in more than one dimension.
@@ -265,13 +313,27 @@ class Langevin(Differential):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FokkerPlanck(Langevin):
-    r"""The adjoint of `Langevin`, on densities.
+    r"""The Fokker-Planck operator: the adjoint of `Langevin`, on densities.
 
     .. math:: T \rho = shift\, \rho + \nabla\cdot(\rho \nabla U)/\gamma + \Delta\rho/(\beta\gamma),
               \qquad \langle \rho, h\rangle = \int \rho h\, e^{\beta U}
 
     A network's output ``n`` stands for ``rho = e^{-beta U} n``, and ``T rho = e^{-beta U} L n``
-    with ``L`` the generator, so that both have the same eigenvalues and the same batches.
+    with ``L`` the generator, so that both operators have the same eigenvalues and the same batches.
+    Arguments are those of `Langevin`.
+
+    Cost: ``d + 2`` evaluations of the network a point, forward only.
+
+    Source: Pavliotis, "Stochastic Processes and Applications", 2014, chapter 4.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lowrank_optax.spectral import operators
+      >>> operator = operators.FokkerPlanck(operators.Harmonic(), operators.gaussian(1, 1.0))
+      >>> one = lambda x: jnp.ones(1)  # stands for the stationary density e^{-U}, of rate 0
+      >>> _, image = jax.jit(lambda at: operator.apply(one, at))((jnp.ones((3, 1)), jnp.zeros(3)))
+      >>> print(jnp.abs(image).max(), round(float(operator.dress(one)(jnp.ones(1))[0]), 3))
+      0.0 0.368
     """
 
     def dress(self, function: Function) -> Function:

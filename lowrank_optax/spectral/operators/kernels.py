@@ -1,4 +1,4 @@
-"""Integral operators of kernels, with the integral replaced by a mean over the batch."""
+"""Integral operators of kernels, whose integral is a mean over the batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,27 +8,36 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.checks import check
-from lowrank_optax.spectral.operators._operator import Function, Operator, check_rows
+from lowrank_optax.spectral.operators._operator import Function, SampledOperator, check_rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class KernelIntegral(Operator):
-    r"""``(T f)(x) = E_y[k(x, y) f(y)]`` under the distribution of the data.
+class KernelIntegral(SampledOperator):
+    """The integral operator of a kernel, ``(T f)(x) = E_y[k(x, y) f(y)]`` over the data.
 
-    The mean is over the other half of the batch, which leaves out a point's pairing with itself and
+    The mean is over the other half of the batch. This leaves out a point's pairing with itself and
     keeps both halves of the batch unbiased.
 
     Args:
-      kernel: two points to a number, symmetric.
-      data: ``(n, ...)`` points.
+      kernel: a symmetric function of two points, with a scalar value.
+      data: the points, ``(n, ...)``.
 
     Raises:
-      ValueError: for data that are not finite, or a batch of fewer than 2 points.
+      ValueError: for data that are not finite; by ``apply``, for a batch of fewer than 2 points.
 
-    Cost: ``B²/2`` kernel values a batch.
+    Cost: ``B²/2`` kernel values a batch, and ``B² L`` flops.
 
     Source: Deng, Shi and Zhu, "NeuralEF: deconstructing kernels by deep neural networks", ICML
     2022.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> data = jnp.array([1.0, 2.0, 3.0, 4.0])
+      >>> operator = spectral.operators.KernelIntegral(lambda x, y: x * y, data)
+      >>> _, image = operator.apply(lambda x: jnp.ones(1), data)
+      >>> print(image[:, 0])  # x times the mean of the other half
+      [3.5 7.  4.5 6. ]
     """
 
     kernel: Callable[[Any, Any], jax.Array]
@@ -42,7 +51,7 @@ class KernelIntegral(Operator):
         )
 
     def sample(self, key: jax.Array, size: int, state: Any = None) -> jax.Array:
-        """Points drawn at random; a permutation of all where there are no more."""
+        """Points drawn at random, or a permutation of all where there are no more."""
         if size >= len(self.data):
             return jax.random.permutation(key, self.data)
         return self.data[jax.random.randint(key, (size,), 0, len(self.data))]
@@ -75,14 +84,24 @@ class NeuralTangentKernel(KernelIntegral):
     of several outputs is summed over them.
 
     Args:
-      model: ``(params, x) -> F``, of any shape.
-      params: where it is linearised.
-      data: ``(n, ...)`` points.
+      model: the network, ``(params, x) -> F``, with ``F`` of any shape.
+      params: the parameters at which it is linearised, a pytree of ``p`` numbers.
+      data: the points, ``(n, ...)``.
 
-    Cost: ``L`` gradients and ``L`` forward derivatives of the network over the batch.
+    Cost: ``L`` gradients and ``L`` forward derivatives of the network over the batch, for each of
+    its outputs; memory ``L p``.
 
     Source: Jacot, Gabriel and Hongler, "Neural tangent kernel: convergence and generalization in
     neural networks", NeurIPS 2018.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> data = jnp.array([1.0, 2.0, 3.0, 4.0])
+      >>> make, line = spectral.operators.NeuralTangentKernel, lambda slope, x: slope * x
+      >>> operator = make(model=line, params=jnp.ones(()), data=data)  # the kernel is x y
+      >>> print(operator.apply(lambda x: jnp.ones(1), data)[1][:, 0])
+      [3.5 7.  4.5 6. ]
     """
 
     kernel: Any = dataclasses.field(init=False, default=None)

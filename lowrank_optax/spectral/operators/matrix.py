@@ -8,24 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax._core.checks import check, check_count
-from lowrank_optax.spectral.operators._operator import Function, Operator, check_rows
+from lowrank_optax.spectral.operators._operator import Function, SampledOperator, check_rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Matrix(Operator):
-    """A symmetric matrix: functions of an index ``0 .. n-1``, every index of weight ``1/n``.
+class Matrix(SampledOperator):
+    """A symmetric matrix on functions of an index ``0 .. n-1``, each index with the weight ``1/n``.
 
     Args:
-      matrix: ``(n, n)``, or a function of columns ``(n, L)`` that multiplies them.
-      size: ``n``, needed with a function.
-      everything: make every batch all indices once, so that nothing is random. Goes with moments of
-        the `WholeBatch`: leaving points out of a finite population would bias it.
+      matrix: the entries, ``(n, n)``, or a function of columns ``(n, L)`` that multiplies them.
+      size: the number of indices ``n``, needed with a function.
+      everything: whether every batch holds all indices once, so that nothing is random; ``False``
+        by default. Pass `WholeBatch` with it: leaving points out of a finite population would bias
+        its moments.
 
     Raises:
       ValueError: for an array that is not square and symmetric, or a missing size.
 
-    Cost: the functions are evaluated at all ``n`` indices; with an array only the batch's rows are
-    multiplied.
+    Cost: ``n`` evaluations of the functions, and ``2 B n L`` flops with an array, since only the
+    batch's rows are multiplied.
+
+    Source: elementary.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -66,26 +69,46 @@ class Matrix(Operator):
         return f[batch], product[batch] @ f
 
     def truth(self, k: int) -> np.ndarray:
-        """The ``k`` largest eigenvalues, dense, where the matrix was given as an array."""
+        """The ``k`` largest eigenvalues, descending, by a dense solver.
+
+        Raises:
+          ValueError: where the matrix was given as a function.
+
+        Cost: memory ``n²``, and ``4/3 n³`` flops.
+        """
         check(not callable(self.matrix), "Matrix: only an array has its eigenvalues computed.")
         return np.linalg.eigvalsh(np.asarray(self.matrix, np.float64))[::-1][:k]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RectangularMatrix(Operator):
+class RectangularMatrix(SampledOperator):
     """A matrix ``K`` from functions of a column's index to functions of a row's.
 
     Rows weigh ``1/m``, columns ``1/n``, and ``T = sqrt(m/n) K`` so that singular values are those
     of ``K``: ``T g = sqrt(m/n) K g``, ``T* f = sqrt(n/m) K^T f``.
 
     Args:
-      matrix: ``(m, n)``, or a function of columns ``(n, L)`` that multiplies them.
-      transpose: with a function, the one that multiplies ``(m, L)`` by ``K^T``.
-      shape: with functions, ``(m, n)``.
-      everything: as for `Matrix`.
+      matrix: the entries, ``(m, n)``, or a function of columns ``(n, L)`` that multiplies them.
+      transpose: with a function, the one that multiplies columns ``(m, L)`` by ``K^T``.
+      shape: with functions, the numbers ``(m, n)`` of rows and columns.
+      everything: whether every batch holds all indices once, as for `Matrix`; ``False`` by default.
 
     Raises:
       ValueError: for an array that is not a matrix, or functions without transpose and shape.
+
+    Cost: ``m + n`` evaluations of the functions, and ``4 m n L`` flops.
+
+    Source: elementary.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> matrix = jnp.array([[3.0], [4.0]])
+      >>> operator = spectral.operators.RectangularMatrix(matrix, everything=True)
+      >>> one, batch = lambda i: jnp.ones(1), operator.sample(jax.random.key(0), 1)
+      >>> _, image, g, _ = operator.apply(one, one, batch)
+      >>> print((jnp.mean(image**2) / jnp.mean(g**2)).round())  # the singular value, squared
+      25.0
     """
 
     matrix: Any

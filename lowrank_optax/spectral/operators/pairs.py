@@ -1,4 +1,4 @@
-"""Operators that are known through pairs: transitions, edges, two views of the same thing."""
+"""Operators that are known through pairs: transitions, edges, or two views of the same thing."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -10,27 +10,34 @@ import numpy as np
 from lowrank_optax._core.checks import check, check_count, check_least
 from lowrank_optax.spectral.operators._operator import (
     Function,
-    Operator,
+    SampledOperator,
     check_rows,
     with_constant,
 )
 
 
 def lagged_pairs(trajectories: Any, lag: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs ``(x_t, x_{t+lag})`` of one trajectory ``(n, ...)`` or a list of them.
+    """All pairs ``(x_t, x_{t+lag})`` of one trajectory ``(n, ...)`` or of a list of them.
 
     Args:
-      trajectories: an array whose first axis is time, or a list of such.
-      lag: in steps.
+      trajectories: an array whose first axis is time, or a list of such arrays.
+      lag: the distance in time of a pair, a number of steps.
+
+    Returns:
+      The states ``x`` and the later states ``y``, two arrays with a row for each pair.
 
     Raises:
       ValueError: for a lag below 1, or one that no trajectory is long enough for.
+
+    Cost: a copy of the trajectories for each of the two arrays.
 
     Example:
       >>> from lowrank_optax import spectral
       >>> x, y = spectral.operators.lagged_pairs([[0, 1, 2], [5, 6]], 1)
       >>> print(x, y)
       [0 1 5] [1 2 6]
+
+    Source: elementary.
     """
     check_count("lagged_pairs", "lag", lag)
     many = trajectories if isinstance(trajectories, list | tuple) else [trajectories]
@@ -40,7 +47,7 @@ def lagged_pairs(trajectories: Any, lag: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Pairs(Operator):
+class _Pairs(SampledOperator):
     """Pairs ``(x_i, y_i)`` of equal weight; ``constant`` prepends a mode that is 1 everywhere."""
 
     x: Any
@@ -59,7 +66,7 @@ class _Pairs(Operator):
         )
 
     def sample(self, key: jax.Array, size: int, state: Any = None) -> tuple[jax.Array, jax.Array]:
-        """``size`` pairs drawn at random, or all in random order where there are no more."""
+        """``size`` pairs drawn at random, or a permutation of all where there are no more."""
         count = len(self.x)
         if size >= count:
             at = jax.random.permutation(key, count)
@@ -77,19 +84,33 @@ class CanonicalDependence(_Pairs):
 
     .. math:: (T g)(x) = E[g(Y) | x], \qquad (T^* f)(y) = E[f(X) | y]
 
-    Singular values are the canonical correlations, the first 1 with constant functions. With pairs
-    ``(x_t, x_{t+lag})`` it is the Koopman operator of a process that need not be reversible.
+    Singular values are the canonical correlations; the first is 1, with constant functions. With
+    pairs ``(x_t, x_{t+lag})`` it is the Koopman operator of a process that need not be reversible.
 
     Args:
-      x: ``(n, ...)``.
-      y: ``(n, ...)``, of any shape of its own.
-      constant: prepend the constant mode, so that a network learns what comes after it.
+      x: the first sample of every pair, ``(n, ...)``.
+      y: the second sample of every pair, ``(n, ...)``, whose other axes may differ from those of
+        ``x``.
+      constant: whether the constant mode is prepended, so that a network learns what comes after
+        it; ``True`` by default.
 
     Raises:
       ValueError: for different numbers of rows, or entries that are not finite.
 
+    Cost: ``B`` evaluations of the network on each side.
+
     Source: Ryu et al., "Operator SVD with Neural Networks via Nested Low-Rank Approximation",
     ICML 2024.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> x, y = jnp.array([0.0, 1.0]), jnp.array([5.0, 7.0])
+      >>> operator = spectral.operators.CanonicalDependence(x, y)
+      >>> f, image, _, _ = operator.apply(lambda x: x[None], lambda y: y[None], (x, y))
+      >>> print(image)  # the constant, and at x a sample of E[Y | x]
+      [[1. 5.]
+       [1. 7.]]
     """
 
     sides: ClassVar[int] = 2
@@ -110,19 +131,30 @@ class Koopman(_Pairs):
 
     .. math:: (T f)(x) = E[f(x_{t+\tau}) | x_t = x]
 
-    Every pair is used in both directions, which makes the estimate self-adjoint; for a process
-    that is not reversible take `CanonicalDependence`. Build the pairs with `lagged_pairs`.
+    Every pair is used in both directions, which makes the estimate self-adjoint. For a process that
+    is not reversible use `CanonicalDependence`. `lagged_pairs` makes the pairs.
 
     Args:
-      x: ``(n, ...)`` states.
-      y: ``(n, ...)`` states a lag later.
-      constant: prepend the constant mode, whose eigenvalue is 1.
+      x: the states, ``(n, ...)``.
+      y: the states a lag later, ``(n, ...)``.
+      constant: whether the constant mode, whose eigenvalue is 1, is prepended; ``True`` by default.
 
     Raises:
       ValueError: for different numbers of rows, or entries that are not finite.
 
+    Cost: ``2 B`` evaluations of the network for ``B`` pairs.
+
     Source: Wu and Noé, "Variational approach for learning Markov processes from time series data",
     2020.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> x, y = jnp.array([0.0, 1.0]), jnp.array([5.0, 7.0])
+      >>> operator = spectral.operators.Koopman(x, y, constant=False)
+      >>> f, image = operator.apply(lambda x: x[None], (x, y))
+      >>> print(f[:, 0], image[:, 0])
+      [0. 5. 1. 7.] [5. 0. 7. 1.]
     """
 
     group: ClassVar[int] = 2
@@ -133,32 +165,43 @@ class Koopman(_Pairs):
 
     def apply(self, function: Function, batch: Any) -> tuple[jax.Array, jax.Array]:
         value = jax.vmap(self.dress(function))
-        # Rows i and B + i are one pair; interleaved, so that halves of a batch are independent.
+        # The rows of a pair lie next to each other, so that halves of a batch are independent.
         f = jnp.stack([value(batch[0]), value(batch[1])], 1)
         swapped = f[:, ::-1]
         return f.reshape(-1, f.shape[-1]), swapped.reshape(-1, f.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GraphLaplacian(Operator):
-    r"""``T = shift - L`` with ``L = I - D^{-1} W`` the random-walk Laplacian of a weighted graph.
+class GraphLaplacian(SampledOperator):
+    r"""A weighted graph's random walk, ``T = shift - L`` with the Laplacian ``L = I - D^{-1} W``.
 
     .. math:: \langle f, L f\rangle = \tfrac12 E_{(u,v)} (f(u) - f(v))^2
 
-    with edges drawn by weight and read in both directions, and nodes by degree; so transitions of
-    a reversible walk serve as edges.
+    with edges drawn by weight and read in both directions, and nodes by degree, so that transitions
+    of a reversible walk serve as edges.
 
     Args:
-      edges: ``(E, 2, ...)`` pairs of nodes, as indices or as features.
-      weights: ``(E,)`` positive, or ones.
-      shift: added to the spectrum: with 1 ``T`` is the walk itself, with 0 minus the Laplacian.
-      constant: prepend the constant mode, whose eigenvalue is ``shift``.
-      everything: make every batch all edges once, weighed; as for `Matrix`.
+      edges: pairs of nodes, ``(E, 2, ...)``, as indices or as features.
+      weights: the edges' weights, ``(E,)`` and positive; ones by default.
+      shift: number added to the spectrum, 1 by default: with 1 ``T`` is the walk itself, with 0
+        minus the Laplacian.
+      constant: whether the constant mode, whose eigenvalue is ``shift``, is prepended; ``False`` by
+        default.
+      everything: whether every batch holds all edges once, weighed, as for `Matrix`; ``False`` by
+        default.
 
     Raises:
       ValueError: for edges that are not pairs, or weights that are not positive.
 
+    Cost: ``2 B`` evaluations of the network for ``B`` edges.
+
     Source: Wu, Tucker and Nachum, "The Laplacian in RL", ICLR 2019.
+
+    Example:
+      >>> from lowrank_optax import spectral
+      >>> triangle = spectral.operators.GraphLaplacian([[0, 1], [1, 2], [2, 0]])
+      >>> print(triangle.truth(3).round(3))
+      [ 1.  -0.5 -0.5]
     """
 
     edges: Any
@@ -186,7 +229,7 @@ class GraphLaplacian(Operator):
         object.__setattr__(self, "weights", weights / jnp.sum(weights))
 
     def sample(self, key: jax.Array, size: int, state: Any = None) -> tuple[jax.Array, jax.Array]:
-        """Edges drawn by weight, or all of them."""
+        """Edges drawn by weight, or all of them with ``everything``."""
         count = len(self.edges)
         if self.everything:
             return self.edges, self.weights * count
@@ -207,7 +250,13 @@ class GraphLaplacian(Operator):
         return f.reshape(-1, f.shape[-1]), tf.reshape(-1, f.shape[-1])
 
     def truth(self, k: int) -> np.ndarray:
-        """The ``k`` largest eigenvalues, dense, of a graph whose nodes are indices."""
+        """The ``k`` largest eigenvalues, descending, of a graph whose nodes are indices.
+
+        Raises:
+          ValueError: where the nodes are features.
+
+        Cost: memory ``n²`` and ``4/3 n³`` flops for ``n`` nodes.
+        """
         edges, weights = np.asarray(self.edges), np.asarray(self.weights, np.float64)
         check(edges.ndim == 2, "truth: nodes are features; only indices can be counted.")
         w = np.zeros((edges.max() + 1,) * 2)
@@ -221,14 +270,16 @@ class GraphLaplacian(Operator):
 
 
 def timescales(eigenvalues: Any, lag: float) -> np.ndarray:
-    r"""Implied time scales ``-lag / ln lam`` of a transfer operator's eigenvalues.
+    """Implied time scales ``-lag / ln lam`` of a transfer operator's eigenvalues.
 
     Args:
-      eigenvalues: ``(L,)``.
-      lag: in whatever unit the time scales are wanted.
+      eigenvalues: eigenvalues of the operator, ``(L,)``.
+      lag: the lag between the states of a pair, in the unit that the time scales shall have.
 
     Returns:
-      ``(L,)``; infinite at and above 1, ``nan`` at and below 0, where there is none.
+      The time scales, ``(L,)``; infinite for eigenvalues at and above 1, ``nan`` at and below 0,
+        where
+      there is none.
 
     Raises:
       ValueError: for a lag that is not positive.
@@ -238,6 +289,8 @@ def timescales(eigenvalues: Any, lag: float) -> np.ndarray:
       >>> from lowrank_optax import spectral
       >>> print(spectral.operators.timescales([1.0, np.exp(-0.5), -0.1], lag=1))
       [inf  2. nan]
+
+    Source: elementary.
     """
     check_least("timescales", "lag", lag, strict=True)
     lam = np.asarray(eigenvalues, np.float64)

@@ -1,4 +1,4 @@
-"""Where the points of a differential operator are drawn."""
+"""Densities that the points of a differential operator are drawn from."""
 
 import abc
 import dataclasses
@@ -15,13 +15,13 @@ class Proposal(abc.ABC):
     """A density on ``R^d`` that may learn from the functions seen at its points.
 
     Attributes:
-      dimension: ``d``.
+      dimension: the dimension of the space, ``d``.
     """
 
     dimension: int
 
     def init(self) -> Any:
-        """What it knows before the first batch."""
+        """What the density knows before the first batch: a pytree."""
         return ()
 
     @abc.abstractmethod
@@ -30,27 +30,45 @@ class Proposal(abc.ABC):
 
     @abc.abstractmethod
     def log_density(self, x: jax.Array, state: Any) -> jax.Array:
-        """At one point ``(d,)``."""
+        """The log density at one point ``(d,)``, a scalar."""
 
     def adapt(self, state: Any, x: jax.Array, leverage: jax.Array) -> Any:
-        """After a batch ``(B, d)`` at which the functions' normalised density is ``leverage``."""
+        """What the density knows after a batch.
+
+        Args:
+          state: what it knew before.
+          x: the points of the batch, ``(B, d)``.
+          leverage: the density of the modes' span there relative to this one, ``(B,)``, up to a
+            factor.
+        """
         return state
 
     def efficiency(self, state: Any) -> jax.Array:
-        """Effective sample size as a fraction of the batch, where it is known."""
+        """Effective sample size as a fraction of the batch, 1 where it is not known."""
         return jnp.ones(())
 
 
 @dataclasses.dataclass(frozen=True)
 class Box(Proposal):
-    """Uniform on ``[-half_width, half_width]^d``.
+    """The uniform density on ``[-half_width, half_width]^d``.
 
     Args:
-      dimension: ``d``.
-      half_width: in units of the coordinates.
+      dimension: the dimension of the space, ``d``.
+      half_width: half the side of the box, in units of the coordinates.
 
     Raises:
       ValueError: for a dimension below 1 or a width that is not positive.
+
+    Cost: ``d`` random numbers a point.
+
+    Source: elementary.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> box = spectral.operators.Box(2, 1.0)
+      >>> print(round(float(jnp.exp(box.log_density(jnp.zeros(2), box.init()))), 3))
+      0.25
     """
 
     dimension: int
@@ -69,7 +87,12 @@ class Box(Proposal):
 
 
 class Adapted(NamedTuple):
-    """What a mixture knows: its log weights ``(K,)`` and the effective sample size."""
+    """What a mixture knows.
+
+    Attributes:
+      log_weights: logarithms of the components' weights, ``(K,)``.
+      efficiency: the effective sample size as a fraction of the batch, a scalar.
+    """
 
     log_weights: jax.Array
     efficiency: jax.Array
@@ -77,28 +100,39 @@ class Adapted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MultiScale(Proposal):
-    r"""A mixture of Gaussians around one centre, ``sum_k a_k N(c, s_k² I)``, that adapts ``a``.
+    """A mixture of Gaussians around one centre, ``sum_k a_k N(c, s_k² I)``, that adapts ``a``.
 
-    The density it goes for is that of the modes' span, ``pi = sum_l phi_l² / L``: samples of it
-    keep the Gram matrix of any functions of the span closest to its mean. Every batch moves the
-    weights towards the shares ``mean_i (pi/q)(x_i) rho_k(x_i)`` of the scales in ``pi``, the step
-    that brings the mixture closest to it in Kullback-Leibler divergence. A floor keeps every scale
+    Its target is the density of the modes' span, ``pi = sum_l phi_l² / L``: samples of it keep the
+    Gram matrix of any functions of the span closest to its mean. Every batch moves the weights
+    towards the shares ``mean_i (pi/q)(x_i) rho_k(x_i)`` of the scales in ``pi``, the step that
+    brings the mixture closest to ``pi`` in Kullback-Leibler divergence. A floor keeps every scale
     alive, for modes not yet found.
 
     Args:
-      dimension: ``d``.
-      scales: ``s_k``; one makes it a plain Gaussian.
-      center: ``c``, ``(d,)``, or the origin.
-      floor: the total of the weights' lower bounds; 1 switches adaptation off.
-      rate: of an exponential average over batches.
+      dimension: the dimension of the space, ``d``.
+      scales: standard deviations ``s_k`` of the ``K`` components, in units of the coordinates; a
+        single one makes a plain Gaussian.
+      center: the common centre ``c``, ``(d,)``; the origin by default.
+      floor: sum of the lower bounds of the weights, in [0, 1], 0.3 by default; 1 switches
+        adaptation off.
+      rate: rate of the exponential average over batches, in [0, 1], 0.02 by default.
 
     Raises:
-      ValueError: for numbers out of range.
+      ValueError: for numbers out of range, no scales, or a centre of another dimension.
 
     Cost: ``K`` densities a point; ``L³`` flops a batch.
 
     Source: Douc et al., "Convergence of adaptive mixtures of importance sampling schemes", 2007;
     Cohen and Migliorati, "Optimal weighted least-squares methods", 2017.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> from lowrank_optax import spectral
+      >>> mixture = spectral.operators.MultiScale(1, (1.0, 4.0))
+      >>> adapt, centre = jax.jit(mixture.adapt), jnp.zeros((8, 1))
+      >>> state = adapt(mixture.init(), centre, jnp.ones(8))  # every point in the centre
+      >>> print(np.exp(np.asarray(state.log_weights)).round(4))
+      [0.5042 0.4958]
     """
 
     dimension: int
@@ -163,14 +197,24 @@ class MultiScale(Proposal):
 
 
 def gaussian(dimension: int, scale: float) -> MultiScale:
-    """``N(0, scale² I)``.
+    """The normal density ``N(0, scale² I)``.
 
     Args:
-      dimension: ``d``.
-      scale: standard deviation along every coordinate.
+      dimension: the dimension of the space, ``d``.
+      scale: standard deviation along every coordinate, in their unit.
+
+    Returns:
+      A `MultiScale` of one scale.
 
     Raises:
       ValueError: for a dimension below 1 or a scale that is not positive.
+
+    Example:
+      >>> from lowrank_optax import spectral
+      >>> spectral.operators.gaussian(2, 3.0).scales
+      (3.0,)
+
+    Source: elementary.
     """
     return MultiScale(dimension, (scale,))
 
@@ -179,12 +223,22 @@ def geometric(dimension: int, smallest: float, largest: float) -> MultiScale:
     """A `MultiScale` whose scales double from ``smallest`` up to at least ``largest``.
 
     Args:
-      dimension: ``d``.
-      smallest: of the scales.
-      largest: the last of them is at least this.
+      dimension: the dimension of the space, ``d``.
+      smallest: the first scale, in units of the coordinates.
+      largest: number that the last scale reaches or exceeds, in the same unit.
+
+    Returns:
+      The `MultiScale`.
 
     Raises:
       ValueError: unless ``0 < smallest <= largest``.
+
+    Example:
+      >>> from lowrank_optax import spectral
+      >>> spectral.operators.geometric(1, 0.5, 3.0).scales
+      (0.5, 1.0, 2.0, 4.0)
+
+    Source: elementary.
     """
     check(
         0 < smallest <= largest,
@@ -205,15 +259,19 @@ def classical(
 ) -> MultiScale:
     """A `geometric` that reaches as far as a classical particle of an energy, ``V(x) <= energy``.
 
-    Functions of lower energy live there and fall off beyond it, so that for a `Schrodinger` with
-    its ``shift / scale`` as the energy no length has to be chosen.
+    Functions of lower energy live there and fall off beyond it. So no length has to be chosen for a
+    `Schrodinger`: pass its ``shift / scale`` as the energy.
 
     Args:
-      potential: ``V``, a function of one point ``(d,)``.
-      dimension: ``d``.
-      energy: in units of the potential.
-      largest: where the search begins, and where the scales end if the particle is free there; it
-        serves units in which lengths are of order one, such as ``H = -Δ - 1/r``.
+      potential: the potential ``V``, a function of one point ``(d,)``.
+      dimension: the dimension of the space, ``d``.
+      energy: the particle's energy, in units of the potential.
+      largest: length at which the search begins, and at which the scales end if the particle is
+        free there, 32 by default; it suits units in which lengths are of order one, such as ``H =
+        -Δ - 1/r``.
+
+    Returns:
+      The `MultiScale`, with scales down to 0.5 or a quarter of its reach.
 
     Raises:
       ValueError: for a dimension below 1, a length that is not positive, or an energy that is too
@@ -227,6 +285,8 @@ def classical(
       (0.5, 1.0, 2.0, 4.0)
       >>> operators.classical(operators.Hydrogen(), 2, 0.0).scales[-1]
       32.0
+
+    Source: elementary.
     """
     check_count("classical", "dimension", dimension)
     check_least("classical", "largest", largest, strict=True)
@@ -234,7 +294,7 @@ def classical(
     anywhere = jax.random.normal(jax.random.key(0), (256, dimension))
     anywhere = anywhere / jnp.linalg.norm(anywhere, axis=1, keepdims=True)
     directions = jnp.concatenate([axes, -axes, anywhere])
-    # Rounding must not decide whether a turning point at one of the lengths is within.
+    # Slightly within each length, so that rounding does not decide on a turning point there.
     lengths = largest * 2.0 ** -jnp.arange(10)
     values = jax.vmap(jax.vmap(potential))(lengths[:, None, None] * directions * (1 - 1e-6))
     within = jnp.any(values <= energy, axis=1)
