@@ -59,8 +59,8 @@ T = lro.online.trackers
 TRACKERS = {
     name: getattr(T, name)(3)
     for name in (
-        "Oja Krasulina AdaOja Sanger CCIPCA Brand HistoryPCA PAST OPAST GROUSE PETRELS EigenGame "
-        "FrequentDirections"
+        "oja krasulina ada_oja Sanger CCIPCA brand history_pca PAST opast grouse PETRELS EigenGame "
+        "frequent_directions"
     ).split()
 } | {"NoisyPower": T.NoisyPower(3, block=16)}
 MATRICES = {

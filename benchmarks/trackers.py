@@ -28,22 +28,22 @@ from lowrank_optax.online import trackers
 RANK = 10
 # How a tracker is made for a stream of n vectors, and how many it takes at once.
 TRACKERS = {
-    "Oja": (lambda n: trackers.Oja(RANK), 1),
-    "Oja, 20 at once": (lambda n: trackers.Oja(RANK, buffer=20), 20),
-    "Krasulina": (lambda n: trackers.Krasulina(RANK), 1),
-    "AdaOja": (lambda n: trackers.AdaOja(RANK), 1),
+    "Oja": (lambda n: trackers.oja(RANK), 1),
+    "Oja, 20 at once": (lambda n: trackers.oja(RANK, buffer=20), 20),
+    "Krasulina": (lambda n: trackers.krasulina(RANK), 1),
+    "AdaOja": (lambda n: trackers.ada_oja(RANK), 1),
     "Sanger": (lambda n: trackers.Sanger(RANK), 1),
     "CCIPCA": (lambda n: trackers.CCIPCA(RANK), 1),
-    "Brand, m = r": (lambda n: trackers.Brand(RANK, slots=RANK), 1),
-    "Brand": (lambda n: trackers.Brand(RANK), 1),
-    "HistoryPCA": (lambda n: trackers.HistoryPCA(RANK), 1),
+    "Brand, m = r": (lambda n: trackers.brand(RANK, slots=RANK), 1),
+    "Brand": (lambda n: trackers.brand(RANK), 1),
+    "HistoryPCA": (lambda n: trackers.history_pca(RANK), 1),
     "PAST": (lambda n: trackers.PAST(RANK), 1),
-    "OPAST": (lambda n: trackers.OPAST(RANK), 1),
-    "GROUSE": (lambda n: trackers.GROUSE(RANK), 1),
+    "OPAST": (lambda n: trackers.opast(RANK), 1),
+    "GROUSE": (lambda n: trackers.grouse(RANK), 1),
     "PETRELS": (lambda n: trackers.PETRELS(RANK), 1),
     "NoisyPower": (lambda n: trackers.NoisyPower(RANK, block=n // 8), 1),
     "EigenGame": (lambda n: trackers.EigenGame(RANK), 1),
-    "FrequentDirections": (lambda n: trackers.FrequentDirections(RANK), 1),
+    "FrequentDirections": (lambda n: trackers.frequent_directions(RANK), 1),
 }
 
 

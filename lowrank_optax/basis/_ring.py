@@ -12,7 +12,7 @@ from lowrank_optax._core.checks import fix_size
 from lowrank_optax._core.layout import Layout, cast_like
 from lowrank_optax._core.rows import write
 from lowrank_optax._core.types import BasisUpdate, Columns, SymmetricCorrection
-from lowrank_optax.basis._basis import Basis, Spectrum
+from lowrank_optax.basis._basis import Basis, Regularization
 from lowrank_optax.basis.full import dense
 
 
@@ -21,12 +21,12 @@ class RingState(NamedTuple):
 
     Attributes:
       rows: the window ``W``, ``(m, leaf.size)`` a leaf.
-      gram: ``K = W W^T``, ``(n, m, m)``.
-      weights: ``(n, m)`` weight of every row, 0 while it is empty.
-      head: ``(n,)`` the row to be replaced next, where rows are replaced in turn.
-      t: ``(n, m, m)``, with ``Q^T = T W``.
-      lam: ``(n, m)`` eigenvalues, 0 in dead slots.
-      memory: what else the method remembers.
+      gram: the Gram matrix ``K = W W^T``, ``(n, m, m)``.
+      weights: weights ``(n, m)`` of the rows, 0 while a row is empty.
+      head: index ``(n,)`` of the row that is replaced next, where rows are replaced in turn.
+      t: the matrix ``T`` of ``Q^T = T W``, ``(n, m, m)``.
+      lam: eigenvalues ``(n, m)`` in units of the curvature, 0 in dead slots.
+      memory: the method's own memory.
     """
 
     rows: Any
@@ -42,8 +42,11 @@ class RingState(NamedTuple):
 class Ring(Basis):
     """Columns kept as rows of ``W`` beside ``K = W W^T``, and ``Q^T = T W`` from ``K`` alone.
 
-    A new column changes one row and column of ``K``, which is the one product ``W y`` that the
-    projection needs anyway; nothing large is ever factored.
+    A new column changes one row and one column of ``K``. These are the product ``W y``, which the
+    projection needs anyway, so that nothing large is ever factored.
+
+    Args:
+      rank: number of columns that are kept, ``m = r``, at least 1.
     """
 
     rank: int
@@ -166,19 +169,19 @@ def window_eigh(gram: jax.Array, scale: jax.Array, window: Any) -> tuple[jax.Arr
 
 
 def spectral_factor(
-    spectrum: Spectrum, gram: jax.Array, weights: jax.Array, signed: bool, window: Any = ()
+    keep: Regularization, gram: jax.Array, weights: jax.Array, signed: bool, window: Any = ()
 ) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues and ``T`` of ``W^T diag(weights) W`` in descending order of size, from ``K``."""
     scale = jnp.sqrt(jnp.abs(weights))
     lam, v = window_eigh(gram, scale, window)
     if signed:
         # W^T S W with S = diag(sign w): S in the window's own orthonormal coordinates.
-        live = spectrum.stored(lam, lam > 0)[1]
+        live = keep.apply(lam, lam > 0)[1]
         half = jnp.where(live, jnp.sqrt(jnp.where(live, lam, 1)), 0)[:, None] * v
         t = jnp.where(live, jax.lax.rsqrt(jnp.where(live, lam, 1)), 0)[:, None] * v * scale[None]
         lam, z = linalg.eigh_by_size((half * jnp.sign(weights)) @ half.T)
-        lam, live = spectrum.stored(lam, lam != 0)
+        lam, live = keep.apply(lam, lam != 0)
         return lam, jnp.where(live[:, None], z @ t, 0)
-    kept, live = spectrum.stored(lam, lam > 0)
+    kept, live = keep.apply(lam, lam > 0)
     inverse = jnp.where(live, jax.lax.rsqrt(jnp.where(live, lam, 1)), 0)
     return kept, inverse[:, None] * v * scale[None]

@@ -37,7 +37,6 @@ from lowrank_optax._core.types import (
     Vector,
 )
 from lowrank_optax.basis import Basis
-from lowrank_optax.basis._basis import Spectrum
 from lowrank_optax.curvature import Curvature, Evidence, Observation
 from lowrank_optax.inner import LPower, as_inner
 
@@ -527,9 +526,7 @@ class VectorEngine:
         """The curvature outside the basis, ``(n,)``: what is assumed there, or a bound."""
         if "outside" in self.curvature.provides:
             return self.curvature.outside(new.curvature)
-        if "outside" in self.basis.provides:
-            return self.basis.outside(new.basis)
-        return self.basis.bound(self.basis.measured(new.basis))  # pyright: ignore
+        return self.basis.outside(new.basis)
 
     def _measured(self, layout, basis, correction):
         """The correction's probe and product in the basis, and what they show outside it."""
@@ -579,8 +576,6 @@ def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement:
     """Refuses combinations in which a part's needs are met by no other."""
     outside = _outside(complement)
     offers = curvature.provides | basis.provides
-    if isinstance(basis, Spectrum):
-        offers = offers | {"outside"}
     if complement is not None:
         offers = offers | {"complement"}
     for owner, needs in (

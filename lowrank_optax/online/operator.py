@@ -1,4 +1,4 @@
-"""Operator: the symmetric low-rank ``G = A^T H A``, read by products alone."""
+"""Operator: the symmetric low-rank ``G = A^T H A``, used through products alone."""
 
 import dataclasses
 from functools import partial
@@ -24,8 +24,8 @@ class Operator:
 
     .. math:: G = Q N Q^T, \qquad N = S^{1/2} H S^{1/2}
 
-    through which powers and solves go; ``G`` is never formed. Everything takes one vector, shaped
-    like the example, or ``k`` of them along a leading axis of every leaf.
+    Powers and solves go through ``N``, and ``G`` is never formed. Every method takes one vector,
+    shaped like the example, or ``k`` of them along a leading axis of every leaf.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -35,15 +35,20 @@ class Operator:
       [1. 1.] [ 4. 16.  0.] [0.5  0.25 0.  ]
 
     Attributes:
-      rows: ``A``, an array ``(r, leaf.size)`` for every leaf of the example.
-      h: ``H``, ``(r, r)``, in squared units of the codes.
-      gram: ``S``, ``(r, r)``.
-      layout: the example's structure and shapes (static).
+      rows: the rows ``A``, an array ``(r, leaf.size)`` for every leaf of the example.
+      h: the moments ``H``, ``(r, r)``, in squared units of the codes.
+      gram: the Gram matrix ``S = A A^T``, ``(r, r)``.
+      layout: the example's structure and shapes; static.
+
+    Raises:
+      ValueError: by every method, for vectors that are not shaped like the example.
 
     Cost: memory ``r d``; every product ``4 r d`` flops, with ``O(r³)`` for powers and solves.
 
     On several devices the rows of a `learner` are split along their last axis. With explicit axes,
     call the methods within `jax.sharding.auto_axes`.
+
+    Source: elementary.
     """
 
     rows: Any
@@ -52,7 +57,7 @@ class Operator:
     layout: Layout = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self):
-        # Where the rows are they know themselves, and may move.
+        # Which devices the rows are on is up to the rows, which may move.
         object.__setattr__(self, "layout", self.layout.on(()))
 
     @classmethod
@@ -60,9 +65,12 @@ class Operator:
         """The operator of given rows, whose leaves are ``(r, *shape)``, and ``(r, r)`` moments.
 
         Args:
-          rows: ``A``.
-          h: ``H``.
-          example: a vector, for its structure and dtypes; by default the first row.
+          rows: the rows ``A``, a tree with leaves ``(r, *shape)``.
+          h: the moments ``H``, ``(r, r)``, symmetric.
+          example: a vector whose structure and dtypes are taken; by default the first row.
+
+        Returns:
+          The operator.
 
         Raises:
           ValueError: where rows, moments and example do not fit together.
@@ -109,7 +117,7 @@ class Operator:
     apply = __call__
 
     def power(self, v: Any, p: float) -> Any:
-        """``G^p v`` on the span of ``A``, and zero outside it, for negative ``p`` as well."""
+        """``G^p v`` on the span of ``A``; zero outside it, for negative ``p``, too."""
         return self._through(v, self._whitened(partial(_power, power=p)))
 
     def solve(self, v: Any, damping: float) -> Any:
@@ -133,7 +141,7 @@ class Operator:
         return jax.tree.map(jnp.subtract, v, self.project(v))
 
     def eigenvalues(self) -> jax.Array:
-        """Those of ``G`` that are not zero by construction, ``(r,)``, descending."""
+        """The ``r`` eigenvalues of ``G`` on the span of ``A``, descending; all others are zero."""
         return self.eigenbasis()[0]
 
     def eigenvectors(self) -> Any:
@@ -146,7 +154,7 @@ class Operator:
         return lam, v @ _power(self.gram, -0.5)
 
     def codes(self, columns: Columns) -> jax.Array:
-        """``(k, r)`` codes of columns."""
+        """The codes ``(k, r)`` of columns."""
         return self.layout.dot(self.layout.leaves(self.rows), columns)[0].T
 
     def columns(self, z: jax.Array) -> Columns:
