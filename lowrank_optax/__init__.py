@@ -10,7 +10,7 @@ import typing
 
 from lowrank_optax import basis, curvature, diagnose, inner
 from lowrank_optax._core.devices import shardings
-from lowrank_optax._core.layout import per_leaf
+from lowrank_optax._core.layout import Layout, per_leaf
 from lowrank_optax._core.types import (
     MATRIX,
     MOMENTS,
@@ -19,11 +19,16 @@ from lowrank_optax._core.types import (
     TENSOR,
     THIRD_MOMENT,
     VECTOR,
+    BasisUpdate,
+    Columns,
     Context,
     Correction,
     Eigenbasis,
+    Inner,
     Law,
+    Outside,
     SymmetricCorrection,
+    Vector,
 )
 from lowrank_optax.engine.matrices import MatricesState, ScaleByMatrixLREState, scale_by_matrix_lre
 from lowrank_optax.engine.orthogonal import orthogonalize
@@ -53,17 +58,23 @@ __all__ = [
     "TENSOR",
     "THIRD_MOMENT",
     "VECTOR",
+    "BasisUpdate",
+    "Columns",
     "Context",
     "Correction",
     "Eigenbasis",
     "Events",
-    "SymmetricCorrection",
+    "Inner",
     "Law",
+    "Layout",
     "LevenbergMarquardtState",
     "MatricesState",
     "Metrics",
+    "Outside",
     "ScaleByLREState",
     "ScaleByMatrixLREState",
+    "SymmetricCorrection",
+    "Vector",
     "adahessian",
     "basis",
     "curvature",

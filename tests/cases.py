@@ -44,6 +44,7 @@ MORE_BASES = {
     "grouse": basis.GROUSE(4),
     "hebbian": basis.Hebbian(4),
     "histogram": basis.Histogram(4),
+    "history_pca": basis.HistoryPCA(4),
     "learned": online.Learned(online.learner(4, (online.Dynamics(),), optax.adam(1e-2))),
     "low_rank_factor": basis.LowRankFactor(4),
     "nystrom": basis.Nystrom(4),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ GATES = {
     "ccipca": (lambda n: trackers.CCIPCA(10), 1, 0.995, 0.997),
     "brand": (lambda n: trackers.brand(10, slots=10), 1, 0.999, 0.985),
     "brand_2r": (lambda n: trackers.brand(10), 1, 0.9995, 0.999),
-    "history": (lambda n: trackers.history_pca(10), 1, 0.999, 0.99),
+    "history_pca": (lambda n: trackers.history_pca(10), 1, 0.999, 0.99),
     "opast": (lambda n: trackers.opast(10), 1, 0.999, 0.99),
     "past": (lambda n: trackers.PAST(10), 1, 0.999, 0.985),
     "petrels": (lambda n: trackers.PETRELS(10), 1, 0.999, 0.985),
@@ -86,6 +87,14 @@ def gate_streams():
     return [
         (x, np.linalg.eigvalsh(m)[:-11:-1] / len(x)) for x, m in zip(streams, moments, strict=True)
     ]
+
+
+def test_no_tracker_is_left_out():
+    public = {name: getattr(trackers, name) for name in trackers.__all__}
+    made = {type(make(800)) for make, *_ in GATES.values()}
+    assert {n for n, x in public.items() if inspect.isfunction(x)} <= GATES.keys()
+    kinds = {x for x in public.values() if inspect.isclass(x) and issubclass(x, trackers.Tracker)}
+    assert {x for x in kinds if not inspect.isabstract(x)} == made
 
 
 # Streams ----------------------------------------------------------------------------------------

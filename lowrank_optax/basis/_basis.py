@@ -25,6 +25,41 @@ class Basis(abc.ABC):
     rows; ``k`` columns of one correction. Every small array has a leading axis of groups. A slot
     without a direction is dead: its eigenvalue is 0 and its row of ``T`` is zero.
 
+    Example:
+      A basis of one direction, that of the last column:
+
+      >>> import dataclasses, typing, jax.numpy as jnp, lowrank_optax as lro
+      >>> class State(typing.NamedTuple):
+      ...     rows: typing.Any
+      ...     t: typing.Any
+      ...     lam: typing.Any
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class LastColumn(lro.basis.Basis):
+      ...     def coordinates(self, layout):
+      ...         return 1
+      ...     def init(self, layout, key):
+      ...         zeros = lambda *shape: jnp.zeros((layout.n, *shape), layout.dtype)
+      ...         return State(layout.store(layout.zeros(1)), zeros(1, 1), zeros(1))
+      ...     def absorb(self, layout, state, correction, accept, key):
+      ...         old = layout.stored(state.rows)
+      ...         last = [y[-1:].astype(w.dtype) for y, w in zip(correction.columns, old)]
+      ...         square, cross = layout.gram(last), layout.dot(last, old)
+      ...         ok = accept & jnp.isfinite(square[:, 0, 0]) & (square[:, 0, 0] > 0)
+      ...         rows = [jnp.where(on, y, w)
+      ...                 for on, y, w in zip(layout.to_leaves(ok), last, old)]
+      ...         t = jnp.where(ok[:, None, None], 1 / jnp.sqrt(square), state.t)
+      ...         lam = jnp.where(ok[:, None], correction.weights[:, -1:] * square[:, 0], state.lam)
+      ...         new = State(layout.store(rows), t, lam)
+      ...         c = jnp.where(ok[:, None, None], t * cross * state.t, 1)
+      ...         u = self.project(layout, new, correction.columns)
+      ...         return lro.BasisUpdate(new, c, u, accept & ~ok)
+      ...     def eigenbasis(self, state):
+      ...         return lro.Eigenbasis(state.lam, state.lam > 0)
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), LastColumn(), lro.inner.LInvSqrt())
+      >>> g, state = jnp.array([3., 4.]), tx.init(jnp.zeros(2))
+      >>> print(tx.update(g, state)[0].round(3))              # g / ‖g‖
+      [0.6 0.8]
+
     Two class attributes tell the engine which combinations make sense:
 
     Attributes:

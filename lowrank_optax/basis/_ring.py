@@ -143,7 +143,7 @@ class Ring(Basis):
 
 
 def oldest(old: RingState, weights: jax.Array) -> jax.Array:
-    """The rows of one group that came first, for the columns ``(k,)`` that are not off."""
+    """The oldest rows of one group, one for each of the columns ``(k,)`` that are switched on."""
     m, valid = old.weights.shape[0], weights != 0
     order = jnp.cumsum(valid)
     order = order - jnp.maximum(order[-1] - m, 0)  # of more than m only the last stay

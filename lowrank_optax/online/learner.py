@@ -238,15 +238,10 @@ class Learner:
         rate = (1 - self.decay) / (1 - self.decay ** (state.count + 1.0).astype(layout.dtype))
         norms = layout.squares(stream.columns)
         energy = (1 - rate) * state.energy + rate * jnp.sum(stream.weights * norms)
-        view = View(
-            old,
-            stream,
-            old.codes(stream.columns),
-            self._successors(state, stream, fine, after),
-            {name: s for name, (s, _) in others.items()},
-            jnp.where(energy > 0, energy, 1) if self.relative else jnp.ones_like(energy),
-            (),
-        )
+        pairs = self._successors(state, stream, fine, after)
+        extra_streams = {name: s for name, (s, _) in others.items()}
+        scale = jnp.where(energy > 0, energy, 1) if self.relative else jnp.ones_like(energy)
+        view = View(old, stream, old.codes(stream.columns), pairs, extra_streams, scale, ())
         loss, values, steps, opt_state, size, sound = self._descend(state, view)
         ok = some & sound
         memory = tuple(

@@ -184,8 +184,9 @@ def merge(
 ) -> Operator:
     r"""The best operator of a rank for ``w_a G_a + w_b G_b``: two sketches of one stream as one.
 
-    The rows ``[√(w_a Λ_a) Q_a^T; √(w_b Λ_b) Q_b^T]`` are decomposed as one concatenated matrix
-    through their Gram matrix, and its leading singular vectors kept. Exact when the rank suffices.
+    The rows ``[√(w_a Λ_a) Q_a^T; √(w_b Λ_b) Q_b^T]`` are decomposed as one matrix through their
+    Gram matrix, and the leading singular vectors are kept. The result is exact if the rank suffices
+    for both.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -196,9 +197,10 @@ def merge(
 
     Args:
       a: an operator with positive semidefinite ``H``.
-      b: another over the same vectors.
-      rank: of the result; by default the larger of the two.
-      weights: how much each counts, e.g. the numbers of vectors seen where moments are averages.
+      b: another operator over the same vectors.
+      rank: rank of the result, at least 1; by default the larger of the two ranks.
+      weights: weights ``w_a`` and ``w_b``, at least 0, default 1 and 1. Where moments are averages,
+        pass the numbers of vectors seen.
 
     Returns:
       An operator with orthonormal rows and diagonal moments.
@@ -241,9 +243,10 @@ def merge(
 def signed_pca(rank: int, *streams: tuple[float, Any]) -> Operator:
     r"""The leading eigenvectors of ``sum_i w_i E[u_i u_i^T]``: quadratic purposes in closed form.
 
-    With orthonormal rows, ``sum_i w_i E‖u_i - A^T A u_i‖²`` over several streams, of weights of
-    either sign, is least in the span of the eigenvectors with the algebraically largest
-    eigenvalues. With fewer vectors than entries their Gram matrix gives them: nothing ``d × d``.
+    Among orthonormal rows ``A``, ``sum_i w_i E‖u_i - A^T A u_i‖²`` over several streams is least
+    for the eigenvectors with the algebraically largest eigenvalues; weights may have either sign.
+    If there are fewer vectors than entries, the vectors' Gram matrix gives the eigenvectors, and
+    nothing of size ``d × d`` is formed.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -253,8 +256,8 @@ def signed_pca(rank: int, *streams: tuple[float, Any]) -> Operator:
       [[0.2 1. ]]
 
     Args:
-      rank: eigenvectors to keep, ``r``.
-      streams: pairs of a weight and vectors along a leading axis of every leaf.
+      rank: number ``r`` of eigenvectors to keep, at least 1.
+      *streams: pairs of a weight and a tree of vectors along a leading axis of every leaf.
 
     Returns:
       An operator with orthonormal rows and the eigenvalues as moments, in descending order.
