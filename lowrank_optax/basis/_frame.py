@@ -73,7 +73,7 @@ class Seen(NamedTuple):
     key: jax.Array
 
     def seated(self, rank: int) -> jax.Array:
-        """The old basis in ``[Q, fresh]``, fresh directions in dead slots: ``(rank, r + k)``."""
+        """The old basis with fresh directions in its dead slots: rows ``(rank, r + k)``."""
         live = self.live[:rank, None]
         turn = jnp.cumsum(~live)[:, None] == jnp.cumsum(self.fresh)[None]
         old = jnp.eye(rank, self.live.shape[0], dtype=bool) & live
@@ -285,7 +285,7 @@ class Frame(Regularized):
         )
 
     def _rotate(self, layout: Layout, state: FrameState, when: jax.Array) -> FrameState:
-        """``W <- T W`` in place, block by block, for the groups that need it; ``K`` measured."""
+        """``W <- T W`` in place for the groups in ``when``; then ``K`` is measured anew."""
         r, m = self.slots, self.slots + self.capacity
         each = layout.to_leaves(state.t)
         rows, measured, _ = rewrite(
@@ -326,7 +326,7 @@ class Frame(Regularized):
             ]
 
         def measured(vectors, rows):
-            """The factor that makes nearly orthonormal vectors so; of the result Gram and products.
+            """The factor that makes vectors orthonormal that nearly are, and the result's products.
 
             A step of Newton and Schulz, as in `linalg.orthonormalize`.
             """
@@ -378,10 +378,10 @@ class Frame(Regularized):
         )
 
         kept = [x for x in jax.tree.leaves(memory) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        # Of a column without a finite length the scale is 0, and so is then ``y``.
+        # A column without a finite length has the scale 0, which makes ``y`` zero.
         fine = linalg.finite(gram, lam, z, y, *kept)
         ok = accept & fine
-        # The new directions as combinations of rows: their size is what rounding in K grows by.
+        # The new directions as combinations of rows; rounding in K grows by their size.
         behind = mix @ alpha.T
         refine = ok & (jnp.max(jnp.sum(behind**2, axis=1) + jnp.sum(mix**2, axis=1)) > 10)
         slots = jnp.where(ok & jnp.any(fresh), r + old.fill + jnp.arange(k), m)
@@ -419,7 +419,7 @@ class _Step(NamedTuple):
 
 
 def _remeasure(gram, t, slots, s, corner):
-    """One group's ``K`` with the products of refined rows as measured, and ``T`` for it."""
+    """One group's ``K`` with the measured products of the refined rows, and a ``T`` that fits."""
     place = jax.nn.one_hot(slots, gram.shape[0], dtype=gram.dtype)
     keep = 1 - jnp.sum(place, axis=0)
     cross = keep[:, None] * (s @ place)

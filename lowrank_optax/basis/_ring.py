@@ -62,9 +62,10 @@ class Ring(Basis):
         """
 
     def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
-        """Rows ``(k,)`` of one group in which columns go, ``m`` for none: here the oldest ones.
+        """Rows ``(k,)`` of one group in which columns go, by default the oldest; ``m`` drops one.
 
-        ``gram``, ``(k, k)``, is that of the columns; ``weights``, ``(k,)``, are 0 where one is off.
+        ``gram``, ``(k, k)``, is that of the columns. ``weights``, ``(k,)``, are 0 for columns that
+        are switched off.
         """
         return oldest(old, weights)
 
@@ -120,7 +121,7 @@ class Ring(Basis):
         taken = slots < m
         place = jax.nn.one_hot(slots, m, dtype=s.dtype)
         keep = (0 if self.renews else 1) * (1 - jnp.sum(place, axis=0))
-        # Columns that are switched off may hold anything, but not here.
+        # Columns that are switched off may hold anything, so they are set to zero.
         incoming = place.T @ jnp.where(taken[:, None], s.T, 0)
         cross = keep[:, None] * old.gram + incoming  # W_new W_old^T
         after = keep[:, None] * s + place.T @ jnp.where(taken[:, None], gram, 0)  # W_new Y
@@ -151,15 +152,15 @@ def oldest(old: RingState, weights: jax.Array) -> jax.Array:
 
 
 def _short(layout: Layout, columns: Columns, height: int) -> Any:
-    """Columns as one array ``(n, k, d)`` where a window of that height has fewer entries a row."""
+    """Columns as one array ``(n, k, d)`` if ``d`` is below ``height``, else ``()``."""
     return dense(layout, columns) if max(layout.dims) < height else ()
 
 
 def window_eigh(gram: jax.Array, scale: jax.Array, window: Any) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues, descending, and eigenvectors as rows of ``S K S``, ``S = diag(scale)``.
 
-    From a window ``(m, d)``, where there is one, as the singular values and vectors of ``S W``,
-    which squares no condition number; there are ``d``, and the other rows are zero.
+    If the window ``(m, d)`` is given, they come from the singular values and vectors of ``S W``,
+    since that does not square the condition number. There are ``d``; the other rows are zero.
     """
     if isinstance(window, tuple):
         return linalg.eigh(scale[:, None] * gram * scale[None])

@@ -122,7 +122,8 @@ class FullMatrix(Dense, Regularized):
     ) -> BasisUpdate:
         new, accept, broken = self.gather(layout, state, correction, accept)
         when = accept & self.turning(new)
-        # A loop's carry has no matrix: XLA would decompose outside what the loop leaves as it is.
+        # The matrix is no part of the loop's carry: if it were and the loop left it as it is, XLA
+        # would move the decomposition out of the loop and run it at every step.
         bare, unchanged = new._replace(matrix=()), self._still(new)
         still = BasisUpdate(bare, unchanged, jnp.zeros((layout.n, 0)), jnp.zeros_like(accept))
         turn = lambda _, now: self.turn(new.matrix, now.state, when, correction.signed)
@@ -162,13 +163,16 @@ class FullMatrix(Dense, Regularized):
         )
 
     def turning(self, state: FullMatrixState) -> jax.Array:
-        """Whether the eigenvectors are to follow the matrix as it was gathered last, ``(n,)``."""
+        """Groups ``(n,)`` whose eigenvectors are to follow the matrix that was gathered last."""
         return (state.updates - 1) % self.every == 0
 
     def turn(
         self, matrix: jax.Array, state: FullMatrixState, when: jax.Array, signed: bool = False
     ) -> BasisUpdate:
-        """Eigenvectors of ``matrix``, not of the state's, for the groups in ``when``, ``(n,)``."""
+        """Eigenvectors of ``matrix`` for the groups in ``when``, ``(n,)``.
+
+        The state's own matrix is not read, and may be ``()``.
+        """
         lam, t = jax.vmap(partial(self._factor, signed=signed))(matrix)
         c = jnp.einsum("nrd,nsd->nrs", t, state.t)
         fine = jax.vmap(linalg.finite)(lam, t)
@@ -193,11 +197,14 @@ class FullMatrix(Dense, Regularized):
         return decay * jnp.where(first, assumed, 1) * old.matrix + gain * (y.T * weights[None]) @ y
 
     def _factor(self, matrix: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
-        """Eigenvalues, 0 where they are dropped, and all eigenvectors but the dropped ones."""
+        """Eigenvalues ``(d,)``, 0 where they are dropped, and eigenvectors as rows.
+
+        The row of a direction that is dropped is zero.
+        """
         lam, t = (linalg.eigh_by_size if signed else linalg.eigh)(linalg.symmetrize(matrix))
         lam, live = self.stored.apply(lam, lam != 0 if signed else lam > 0)
         if self.truncate is None:
-            # What only rounding tells from zero has no eigenvalue, and is a direction all the same.
+            # An eigenvalue that rounding cannot tell from zero is 0, but its direction stays.
             live = live | (self.eig_tol <= linalg.rounding(lam))
         return lam, jnp.where(live[:, None], t, 0)
 

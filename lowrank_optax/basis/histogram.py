@@ -179,5 +179,5 @@ def _count(bins: jax.Array, length: int) -> jax.Array:
 
 
 def _scale(counts: jax.Array) -> jax.Array:
-    """``1 / sqrt(n)``, and 0 where ``n`` is."""
+    """``1 / sqrt(n)``, and 0 for an ``n`` of 0."""
     return linalg.safe_divide(1.0, jnp.sqrt(counts))

@@ -31,7 +31,7 @@ class MovingSubspace(Average):
         lam, live = self.stored.apply(lam, lam > 0)
         v = jnp.where(live[:, None], v, 0)
         z, memory = self.move(memory, v, v @ rows, x, lam, seen.columns)
-        # What a method keeps for itself is in use, but has no curvature.
+        # Directions of the method's own are in use, but have no curvature: theirs is tiny, not 0.
         own = jnp.where(jnp.any(z[self.rank :] != 0, axis=1), jnp.finfo(lam.dtype).tiny, 0)
         return Turn(z, jnp.concatenate([lam, own]), memory)
 

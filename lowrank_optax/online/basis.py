@@ -138,14 +138,14 @@ class Learned(Regularized):
         lam, live = self.stored.apply(lam, lam > 0)
         fine = linalg.finite(lam, turned)
         turned = jnp.where(fine, jnp.where(live[:, None], turned, 0), t)
-        # A_new A_old^T, from A_new A_old^+.
+        # The learner gives A_new A_old^+; times A_old A_old^T this is A_new A_old^T.
         c = turned @ info.change @ state.operator.gram @ t.T
         failed = accept & (~fine | (new.failed > state.failed))
         return new, turned, jnp.where(fine, lam, old), c, failed
 
 
 def _groups(layout: Layout, leaves: list[Any]) -> list[list[Any]]:
-    """One entry a leaf, by group."""
+    """A list with one entry for every leaf, cut into one list for each group."""
     return [
         [x for x, group in zip(leaves, layout.group, strict=True) if group == g]
         for g in range(layout.n)

@@ -374,7 +374,7 @@ def learner(
     relative: bool = True,
     dtype: Any = None,
 ) -> Learner:
-    r"""Learns ``G = A^T H A`` from a stream of vectors, its subspace for a purpose.
+    r"""Learns ``G = A^T H A`` from a stream of vectors; the subspace is trained for a purpose.
 
     .. math:: L(A) = w_0\, E‖v - A^T A v‖^2 / E‖v‖^2 + \sum_i w_i L_i(A), \qquad
               H \leftarrow \beta H + (1 - \beta)\, z z^T, \quad z = A v

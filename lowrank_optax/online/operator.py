@@ -182,7 +182,7 @@ class Operator:
 def merge(
     a: Operator, b: Operator, rank: int | None = None, weights: tuple[float, float] = (1.0, 1.0)
 ) -> Operator:
-    r"""The best operator of a rank for ``w_a G_a + w_b G_b``: two sketches of one stream as one.
+    r"""The best operator of a given rank for ``w_a G_a + w_b G_b``: it joins two sketches.
 
     The rows ``[√(w_a Λ_a) Q_a^T; √(w_b Λ_b) Q_b^T]`` are decomposed as one matrix through their
     Gram matrix, and the leading singular vectors are kept. The result is exact if the rank suffices

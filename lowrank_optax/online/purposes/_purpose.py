@@ -17,7 +17,7 @@ Weight = float | Callable[[jax.Array], jax.Array]
 
 
 class Stream(NamedTuple):
-    """Vectors of one kind in one batch.
+    """The vectors of one stream in one batch.
 
     Attributes:
       columns: the vectors, ``(k, leaf.size)`` for every leaf, zero where a vector was not finite.
@@ -29,7 +29,7 @@ class Stream(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Vectors and what follows each.
+    """Vectors, and the vector that follows each of them.
 
     Attributes:
       sources: the vectors, ``(k, leaf.size)`` for every leaf.
@@ -43,7 +43,7 @@ class Pairs(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a purpose of the user's own sees of the stream.
+    """What the function of a `Custom` purpose sees of the stream.
 
     Attributes:
       vectors: the vectors, shaped like the example with a leading axis ``k``; zero where a vector

@@ -1,4 +1,4 @@
-"""Purposes that a function of the caller's defines."""
+"""Purposes that are defined by a function which the caller passes."""
 
 import dataclasses
 from typing import Any
@@ -67,7 +67,7 @@ class Activation(Purpose):
 
 @dataclasses.dataclass(frozen=True)
 class Custom(Purpose):
-    r"""A purpose of the user's own: any differentiable function of ``(operator, batch)``.
+    r"""A purpose that is any differentiable function of ``(operator, batch)``.
 
     The gradient goes through ``operator.encode`` and the operator's other methods. ``operator.h``
     is differentiated as the average over the stream that it is, ``∂H = E[∂(z z^T)]``, not as one

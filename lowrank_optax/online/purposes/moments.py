@@ -91,7 +91,8 @@ class Entropy(Purpose):
         h = view.operator.h
         r, trace = h.shape[0], jnp.trace(h)
         lam, v = linalg.eigh(linalg.symmetrize(linalg.safe_divide(h, trace)))
-        # A logarithm bounded by what the dtype resolves: a dead direction gets a finite pull.
+        # The logarithm is bounded by what the dtype resolves, so that the gradient along a dead
+        # direction stays finite.
         log = jnp.log(jnp.maximum(lam, jnp.finfo(h.dtype).eps))
         negative = jnp.sum(jnp.maximum(lam, 0) * log)
         d = linalg.safe_divide((v.T * (log - negative)) @ v, trace)

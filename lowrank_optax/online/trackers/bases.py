@@ -1,6 +1,6 @@
-"""Trackers that are bases of the engine behind the interface of a tracker: one adapter, and names.
+"""Trackers made of bases of the engine: one adapter, and a function for each known method.
 
-What works inside is the basis: `lowrank_optax.basis` documents it.
+`lowrank_optax.basis` documents what the bases do.
 """
 
 import dataclasses
