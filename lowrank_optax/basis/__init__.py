@@ -10,7 +10,7 @@ coordinates. `Random` ignores the corrections.
 
 from lowrank_optax.basis._basis import Basis, Regularized
 from lowrank_optax.basis._frame import Frame, Seen, Turn
-from lowrank_optax.basis.eigen import Eigen, RandomizedEigen
+from lowrank_optax.basis.eigen import Eigen, RandomizedEigen, TruncatedEigen
 from lowrank_optax.basis.full import FullMatrix
 from lowrank_optax.basis.ggt import GGT
 from lowrank_optax.basis.hebbian import (
@@ -67,6 +67,7 @@ __all__ = [
     "StiefelRule",
     "SubspaceIteration",
     "TopK",
+    "TruncatedEigen",
     "Turn",
     "WeightedPermutation",
 ]
