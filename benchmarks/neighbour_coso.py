@@ -72,7 +72,7 @@ def fine_tune(weights, history, data: Split, key: jax.Array, steps: int, rate: f
 @partial(jax.jit, static_argnums=(4, 5, 6, 7))
 def train(weights, history: History, data, key, steps: int, rate: float, rank: int, refresh: int):
     """The weights after a task, and what the sketches hold of its gradients."""
-    adam, tracker = optax.adam(rate), trackers.FrequentDirections(32, slots=40, buffer=64)
+    adam, tracker = optax.adam(rate), trackers.frequent_directions(32, slots=40, buffer=64)
 
     def step(carry, given):
         weights, state, sketches, bases = carry

@@ -71,9 +71,9 @@ def correlations(seed: int, **options) -> dict[str, float]:
     methods = {
         "heavy rows stored": heavy_and_light(rows, key),
         "noisy power": tracked(trackers.NoisyPower(1, block=500), rows, key),
-        "Oja": tracked(trackers.Oja(1), rows, key),
-        "AdaOja": tracked(trackers.AdaOja(1), rows, key),
-        "Brand, 2 slots": tracked(trackers.Brand(1), rows, key),
+        "Oja": tracked(trackers.oja(1), rows, key),
+        "AdaOja": tracked(trackers.ada_oja(1), rows, key),
+        "Brand, 2 slots": tracked(trackers.brand(1), rows, key),
     }
     return {name: float(jnp.vdot(op.eigenvectors()[0], top) ** 2) for name, op in methods.items()}
 

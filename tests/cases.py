@@ -45,6 +45,7 @@ MORE_BASES = {
     "grouse": basis.GROUSE(4),
     "hebbian": basis.Hebbian(4),
     "histogram": basis.Histogram(4),
+    "history_pca": basis.HistoryPCA(4),
     "learned": online.Learned(online.learner(4, (online.Dynamics(),), optax.adam(1e-2))),
     "low_rank_factor": basis.LowRankFactor(4),
     "nystrom": basis.Nystrom(4),
@@ -67,22 +68,22 @@ RULES = {
 
 # From a rank and the length of the stream, a tracker; and how many vectors it is shown at once.
 TRACKERS = {
-    "Oja": (lambda rank, n: trackers.Oja(rank), 1),
-    "Oja, 20 at once": (lambda rank, n: trackers.Oja(rank, buffer=20), 20),
-    "Krasulina": (lambda rank, n: trackers.Krasulina(rank), 1),
-    "AdaOja": (lambda rank, n: trackers.AdaOja(rank), 1),
+    "Oja": (lambda rank, n: trackers.oja(rank), 1),
+    "Oja, 20 at once": (lambda rank, n: trackers.oja(rank, buffer=20), 20),
+    "Krasulina": (lambda rank, n: trackers.krasulina(rank), 1),
+    "AdaOja": (lambda rank, n: trackers.ada_oja(rank), 1),
     "Sanger": (lambda rank, n: trackers.Sanger(rank), 1),
     "CCIPCA": (lambda rank, n: trackers.CCIPCA(rank), 1),
-    "Brand, m = r": (lambda rank, n: trackers.Brand(rank, slots=rank), 1),
-    "Brand": (lambda rank, n: trackers.Brand(rank), 1),
-    "HistoryPCA": (lambda rank, n: trackers.HistoryPCA(rank), 1),
+    "Brand, m = r": (lambda rank, n: trackers.brand(rank, slots=rank), 1),
+    "Brand": (lambda rank, n: trackers.brand(rank), 1),
+    "HistoryPCA": (lambda rank, n: trackers.history_pca(rank), 1),
     "PAST": (lambda rank, n: trackers.PAST(rank), 1),
-    "OPAST": (lambda rank, n: trackers.OPAST(rank), 1),
-    "GROUSE": (lambda rank, n: trackers.GROUSE(rank), 1),
+    "OPAST": (lambda rank, n: trackers.opast(rank), 1),
+    "GROUSE": (lambda rank, n: trackers.grouse(rank), 1),
     "PETRELS": (lambda rank, n: trackers.PETRELS(rank), 1),
     "NoisyPower": (lambda rank, n: trackers.NoisyPower(rank, block=n // 8), 1),
     "EigenGame": (lambda rank, n: trackers.EigenGame(rank), 1),
-    "FrequentDirections": (lambda rank, n: trackers.FrequentDirections(rank), 1),
+    "FrequentDirections": (lambda rank, n: trackers.frequent_directions(rank), 1),
 }
 
 DEFAULT = (inner.Adam(), inner.Cautious(), inner.ClipNormByEMA(normalize=True))

@@ -54,7 +54,7 @@ def optimized(tx, steps, params, state, first=0):
 
 
 LEARNER = lro.online.learner(2, (lro.online.Dynamics(1.0),), optax.adam(1e-2))
-TRACKER = trackers.Brand(2)
+TRACKER = trackers.brand(2)
 STREAM = np.sin(np.outer(np.arange(1, 9), np.arange(1, 7))).astype(np.float32)
 
 
@@ -215,8 +215,8 @@ def test_the_state_of_another_learner_or_tracker_is_refused():
         lro.online.learner(2).update(made, STREAM[0])
     with pytest.raises(ValueError, match="nothing at .memory"):
         lro.online.learner(3, (lro.online.Dynamics(),)).update(made, STREAM[0])
-    made = trackers.Brand(3).init(jax.random.key(0), STREAM[0])
-    for other in (trackers.Brand(2), trackers.PAST(3), trackers.PETRELS(3)):
+    made = trackers.brand(3).init(jax.random.key(0), STREAM[0])
+    for other in (trackers.brand(2), trackers.PAST(3), trackers.PETRELS(3)):
         with pytest.raises(ValueError, match=type(other).__name__ + ": the state holds"):
             other.update(made, STREAM[0])
 

@@ -1,5 +1,6 @@
 """What every combination of parts must do: keep dtypes, compile once, survive a NaN."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -104,6 +105,15 @@ def test_the_whole_product_builds_or_says_what_to_combine():
                     lro.scale_by_lre(measured, kept, inside, complement=0.1)
                     built += 1
     assert built > 1000
+
+
+@pytest.mark.parametrize("module", [lro.basis, lro.online, lro.online.trackers])
+def test_parts_are_abstract_or_final(module):
+    """No part changes what another part is: it would inherit that one's documentation, too."""
+    for part in (getattr(module, name) for name in module.__all__):
+        if inspect.isclass(part) and dataclasses.is_dataclass(part):
+            above = [c for c in part.__mro__[1:] if c.__module__.startswith("lowrank_optax")]
+            assert all(inspect.isabstract(c) for c in above), part
 
 
 @pytest.mark.parametrize(

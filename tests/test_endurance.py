@@ -334,7 +334,7 @@ def test_a_learner_of_dynamics_recovers(spoil):
 
 
 def test_ada_oja_leaves_out_what_overflows_its_squares():
-    tracker = online.trackers.AdaOja(2)
+    tracker = online.trackers.ada_oja(2)
     x = RNG.normal(size=(12, 6)).astype(np.float32)
     x[5] *= 1e12
     update, state = jax.jit(tracker.update), tracker.init(jax.random.key(0), x[0])

@@ -431,7 +431,7 @@ def test_no_vectors_are_no_step():
     jax.tree.map(np.testing.assert_array_equal, same, state)
     assert info.loss == 0 and not info.moved and len(info.values) == 3
     assert jnp.isfinite(learn.update(state, jnp.ones((2, 6)), old=none)[1].loss)
-    for tracker in (online.trackers.Brand(2), online.trackers.PETRELS(2)):
+    for tracker in (online.trackers.brand(2), online.trackers.PETRELS(2)):
         state = tracker.init(jax.random.PRNGKey(0), jnp.zeros(6))
         jax.tree.map(np.testing.assert_array_equal, tracker.update(state, none), state)
     op = online.Operator.of(jnp.eye(2, 6), jnp.eye(2))

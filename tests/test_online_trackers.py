@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +44,9 @@ ROWS = {
     "noisy_power": trackers.NoisyPower(3, block=2),
 }
 SMALL = ROWS | {
-    "ada_oja": trackers.AdaOja(3),
-    "history": trackers.HistoryPCA(3, 0.9, iterations=2),
-    "averaged": trackers.Brand(3, 0.9),
+    "ada_oja": trackers.ada_oja(3),
+    "history": trackers.history_pca(3, 0.9, iterations=2),
+    "averaged": trackers.brand(3, 0.9),
 }
 
 
@@ -55,7 +56,7 @@ def _run(tracker, state, x):
 
 run = jax.jit(_run, static_argnums=0)
 run_short = jax.jit(_run, static_argnums=0)
-start = jax.jit(lambda tracker, op, n: tracker.start(op, n), static_argnums=0)
+resume = jax.jit(lambda tracker, op, n: tracker.resume(op, n), static_argnums=0)
 
 
 def along(tracker, x, k=1):
@@ -89,6 +90,14 @@ def gate_streams():
     ]
 
 
+def test_no_tracker_is_left_out():
+    public = {name: getattr(trackers, name) for name in trackers.__all__}
+    made = {type(make(800)) for make, *_ in GATES.values()}
+    assert {n for n, x in public.items() if inspect.isfunction(x)} <= GATES.keys()
+    kinds = {x for x in public.values() if inspect.isclass(x) and issubclass(x, trackers.Tracker)}
+    assert {x for x in kinds if not inspect.isabstract(x)} == made
+
+
 # Streams ----------------------------------------------------------------------------------------
 
 
@@ -112,7 +121,7 @@ def test_gate(name):
 @pytest.mark.parametrize("robust", [False, True], ids=["plain", "robust"])
 def test_frequent_directions_bound(robust, x64):
     """Of what is kept, at 4 slots, for the sum of the stream."""
-    tracker = trackers.FrequentDirections(4, slots=4, robust=robust)
+    tracker = trackers.frequent_directions(4, slots=4, robust=robust)
     x = np.random.default_rng(0).normal(size=(40, 12)) * np.geomspace(3, 0.3, 12)
     state = run_short(tracker, tracker.init(jax.random.key(0), x[0]), x)
     half = float(state.memory.memory[0]) / 2 if robust else 0.0
@@ -230,7 +239,7 @@ def beginning(seed=2, d=9, r=3):
     q = np.linalg.qr(rng.normal(size=(d, r)))[0].T
     lam = np.array([4.0, 2.0, 1.0])
     op = Operator.of(jnp.asarray(q), jnp.diag(jnp.asarray(lam)))
-    # `start` takes eigenvectors, whose signs are its own.
+    # `resume` takes eigenvectors, whose signs are its own.
     return op, np.asarray(op.eigenvectors()), lam, rng.normal(size=(5, d))
 
 
@@ -240,7 +249,7 @@ def test_textbook(name, x64):
     if name == "petrels":
         x = x * (np.random.default_rng(3).uniform(size=x.shape) < 0.7)
     tracker, n = ROWS[name], 7
-    state = start(tracker, op, n)
+    state = resume(tracker, op, n)
     if name == "petrels":
         step = jax.jit(tracker.update)
         for v in x:
@@ -255,7 +264,7 @@ def test_noisy_power_iterates_on_blocks(x64):
     tracker = trackers.NoisyPower(2, block=4)
     op, q, lam, _ = beginning()
     x = np.random.default_rng(4).normal(size=(10, 9))
-    state = run_short(tracker, start(tracker, op, 7), x)
+    state = run_short(tracker, resume(tracker, op, 7), x)
     q = q[:2]
     for block in (x[:4], x[4:8]):
         s = q @ block.T @ block / 4
@@ -269,7 +278,7 @@ def test_noisy_power_iterates_on_blocks(x64):
 def test_history_is_a_power_iteration(x64):
     op, q, lam, x = beginning()
     tracker, n = SMALL["history"], 7
-    state = run_short(tracker, start(tracker, op, n), x)
+    state = run_short(tracker, resume(tracker, op, n), x)
     q, sizes, weight = q.T, lam * (1 - 0.9**n), n
     for v in x:
         b = 0.9 * q @ np.diag(sizes) @ q.T + 0.1 * np.outer(v, v)
@@ -286,8 +295,8 @@ def test_history_is_a_power_iteration(x64):
 
 def test_ada_oja_spans_what_its_rule_says(x64):
     op, q, _, x = beginning()
-    tracker = trackers.AdaOja(3)
-    state = start(tracker, op, 7)
+    tracker = trackers.ada_oja(3)
+    state = resume(tracker, op, 7)
     for v in x[:2]:
         p = np.asarray(tracker.operator(state).rows)
         old, lam = np.asarray(state.memory.memory[0]), np.asarray(state.memory.lam[0])
@@ -308,17 +317,17 @@ def test_ada_oja_spans_what_its_rule_says(x64):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_start_is_what_was_found(name, x64):
+def test_resume_is_what_was_found(name, x64):
     op, *_ = beginning()
-    state = start(SMALL[name], op, 7)
+    state = resume(SMALL[name], op, 7)
     found = SMALL[name].operator(state)
     np.testing.assert_allclose(dense(found), dense(op), atol=1e-9)
     assert int(state.seen) == 7
 
 
-def test_start_from_fewer_directions(x64):
+def test_resume_from_fewer_directions(x64):
     op, q, lam, _ = beginning()
-    found = (more := trackers.PAST(5)).operator(start(more, op, 7))
+    found = (more := trackers.PAST(5)).operator(resume(more, op, 7))
     np.testing.assert_allclose(found.rows @ found.rows.T, np.eye(5), atol=1e-9)
     np.testing.assert_allclose(dense(found), dense(op), atol=1e-9)
 
@@ -327,13 +336,13 @@ def test_merged_halves_go_on(x64):
     """Two sketches of two halves are the sketch of the whole while nothing is truncated."""
     rng = np.random.default_rng(5)
     x = rng.normal(size=(45, 4)) @ rng.normal(size=(4, 12))
-    tracker = trackers.Brand(4, slots=4)
+    tracker = trackers.brand(4, slots=4)
     first = tracker.init(jax.random.key(0), x[0])
     parts = [run_short(tracker, first, part) for part in x.reshape(3, 15, 12)]
     ops = [tracker.operator(state) for state in parts]
     both = merge(ops[0], ops[1], weights=(0.5, 0.5))
     np.testing.assert_allclose(dense(both), x[:30].T @ x[:30] / 30, atol=1e-8)
-    on = run_short(tracker, start(tracker, both, 30), x[30:])
+    on = run_short(tracker, resume(tracker, both, 30), x[30:])
     np.testing.assert_allclose(dense(tracker.operator(on)), x.T @ x / 45, atol=1e-8)
 
 
@@ -402,17 +411,17 @@ def test_shapes_are_checked(name):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: trackers.Oja(0),
-        lambda: trackers.Krasulina(2, learning_rate=0.0),
-        lambda: trackers.GROUSE(2, 1.0),
-        lambda: trackers.HistoryPCA(2, iterations=0),
-        lambda: trackers.Brand(3, slots=2),
-        lambda: trackers.FrequentDirections(3, -0.1),
+        lambda: trackers.oja(0),
+        lambda: trackers.krasulina(2, learning_rate=0.0),
+        lambda: trackers.grouse(2, 1.0),
+        lambda: trackers.history_pca(2, iterations=0),
+        lambda: trackers.brand(3, slots=2),
+        lambda: trackers.frequent_directions(3, -0.1),
         lambda: trackers.Sanger(2, learning_rate=-1.0),
         lambda: trackers.CCIPCA(2, amnesia=-1.0),
         lambda: trackers.PAST(2, 1.5),
         lambda: trackers.NoisyPower(2, block=0),
-        lambda: trackers.PAST(2).start(lro.online.Operator.of(jnp.eye(2, 3), jnp.eye(2)), 0),
+        lambda: trackers.PAST(2).resume(lro.online.Operator.of(jnp.eye(2, 3), jnp.eye(2)), 0),
         lambda: (t := trackers.PETRELS(2)).update(
             t.init(jax.random.key(0), jnp.zeros(3)), jnp.zeros(3), jnp.zeros((2, 3))
         ),

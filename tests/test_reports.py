@@ -260,7 +260,7 @@ def test_no_part_promotes_ranks(product):
 def test_no_stream_and_no_fit_promotes_ranks():
     learner = lro.online.learner(2, (lro.online.Dynamics(),))
     with jax.numpy_rank_promotion("raise"):
-        for part in (trackers.Brand(2), trackers.PAST(2), trackers.PETRELS(2), learner):
+        for part in (trackers.brand(2), trackers.PAST(2), trackers.PETRELS(2), learner):
 
             def run(v, part=part):
                 state = part.update(part.init(jax.random.key(0), v[0]), v)

@@ -18,7 +18,7 @@ from lowrank_optax._core.checks import check
 
 
 def mesh_of(tree: Any) -> Any:
-    """The mesh that arrays lie on, ``None`` where there is nothing to spread over.
+    """The mesh that arrays lie on, or ``None`` where they are on a single device.
 
     Axes that `jax.shard_map` has made manual are not ours: there every device runs on its own.
     """

@@ -35,19 +35,46 @@ from lowrank_optax._core.types import Columns, Vector
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Leaves of a tree by group.
+    """The leaves of a tree and their groups, and the algebra of vectors and rows over them.
+
+    A basis or a curvature gets a layout from the engine and works in three kinds of values:
+
+    * a *vector* is a list with one flat array ``(leaf.size,)`` for every leaf;
+    * *columns* (or rows) are a list with one array ``(k, leaf.size)`` for every leaf;
+    * a small array has a leading axis of the ``n`` groups, whose leaves belong together.
+
+    `flatten` and `unflatten` lead from a tree to a vector and back, `columns` and `vectors` from a
+    tree with a leading axis to columns and back. `dot`, `inner`, `gram` and `gather` lead from
+    leaves to groups, `to_leaves` and `combine` from groups to leaves. `store` and `stored` are how
+    a state keeps rows. Leaves are never concatenated, and on several devices rows stay split along
+    their last axis.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tree = {"a": jnp.array([3., 4.]), "b": jnp.array([[1.], [2.]])}
+      >>> layout = lro.Layout.of(tree, groups=lro.per_leaf)
+      >>> v = layout.flatten(tree)
+      >>> print(layout.n, layout.dims, layout.inner(v, v))      # ‖a‖² and ‖b‖²
+      2 (2, 2) [25.  5.]
+      >>> rows = [x[None] for x in v]                           # one row in each group
+      >>> print(layout.unflatten(layout.combine(jnp.array([[2.], [10.]]), rows))["b"].T)
+      [[10. 20.]]
 
     Attributes:
       treedef: the tree's structure.
-      names: the leaves' paths, for messages.
-      paths: the same as jax's key paths.
+      names: the leaves' paths as text, for messages.
+      paths: the leaves' paths as jax's key paths.
       shapes: the leaves' shapes.
       dtypes: the leaves' dtypes.
-      rows: the dtypes in which rows are stored.
+      rows: the dtypes in which rows are stored, one for each leaf.
       group: the group of every leaf, ``0 .. n-1``.
-      n: how many groups there are; at least one.
-      dtype: of the small algebra: float32, or float64 where a leaf is.
-      mesh: the mesh of the leaves where there are several devices to spread over, else ``None``.
+      n: number of groups, at least one.
+      dtype: dtype of the small algebra: float32, or float64 if a leaf has it.
+      mesh: the mesh of the leaves if they lie on several devices, else ``None``.
+
+    Cost: none; a layout holds no arrays.
+
+    Source: elementary.
     """
 
     treedef: Any
@@ -69,7 +96,21 @@ class Layout:
         rows: Any = None,
         owner: str = "scale_by_lre",
     ) -> "Layout":
-        """Reads the layout of a tree of floating-point arrays (or shapes of arrays)."""
+        """Reads the layout of a tree of floating-point arrays, or of their shapes.
+
+        Args:
+          tree: the parameters or gradients.
+          groups: function of a leaf's path to a label, such as `per_leaf`: leaves that share a
+            label are one group. ``None`` puts all leaves into one group.
+          rows: dtype in which rows are stored; ``None`` for that of each leaf.
+          owner: name that messages begin with.
+
+        Returns:
+          The layout.
+
+        Raises:
+          ValueError: for a leaf that is not a real floating-point array of 16 bits or more.
+        """
         leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
         names = tuple(jax.tree_util.keystr(path) for path, _ in leaves)
         dtypes = tuple(
@@ -95,7 +136,7 @@ class Layout:
 
     @property
     def example(self) -> Any:
-        """The tree's shapes and dtypes."""
+        """The tree with `jax.ShapeDtypeStruct` for its leaves."""
         leaves = zip(self.shapes, self.dtypes, strict=True)
         return self.treedef.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
 
@@ -113,11 +154,11 @@ class Layout:
         return tuple(dims)
 
     def block(self, rows: int) -> int:
-        """Columns to treat at a time, so that ``rows`` of them stay below half a gradient."""
+        """How many entries of ``rows`` rows to treat at a time; they stay below half a gradient."""
         return min(max(sum(self.sizes) // (2 * rows), 256), 16384)
 
     def flatten(self, tree: Any) -> Vector:
-        """The tree as a vector, rounded to the dtype of the rows."""
+        """The tree as a vector: flat leaves ``(leaf.size,)``, rounded to the dtypes of the rows."""
         leaves = self.treedef.flatten_up_to(tree)
         return self.split(
             [jnp.reshape(x, -1).astype(t) for x, t in zip(leaves, self.rows, strict=True)]
@@ -140,7 +181,7 @@ class Layout:
         return dataclasses.replace(self, mesh=mesh_of(tree))
 
     def split(self, arrays: Vector | Columns) -> Vector | Columns:
-        """Vectors or rows spread over the devices along their last axis."""
+        """Vectors or rows split over the devices along their last axis."""
         if self.mesh is None:
             return arrays
         return [put_on(x, self.mesh, s) for x, s in zip(arrays, self._specs(arrays), strict=True)]
@@ -172,9 +213,10 @@ class Layout:
         )(*given)
 
     def columns(self, tree: Any, owner: str) -> tuple[Columns, bool]:
-        """A vector, or vectors along a leading axis, as columns; and whether there was that axis.
+        """A tree of one vector, or of ``k`` along a leading axis, as columns ``(k, leaf.size)``.
 
-        Raises ``ValueError`` where structure or shapes are not those of the layout.
+        Also returns whether there was that axis; without it ``k`` is 1. Raises ``ValueError`` if
+        structure or shapes are not those of the layout.
         """
         try:
             leaves = self.treedef.flatten_up_to(tree)
@@ -199,7 +241,7 @@ class Layout:
         return self.split(columns), not one
 
     def vectors(self, columns: Columns) -> Any:
-        """Columns as a tree of the leaves' shapes with a leading axis."""
+        """Columns as a tree with leaves ``(k, *shape)``, the inverse of `columns`."""
         return self.treedef.unflatten(
             [
                 jnp.reshape(_narrow(x, dtype), (-1, *shape))
@@ -210,8 +252,8 @@ class Layout:
     def unflatten(self, vector: Vector, given: Any = None) -> Any:
         """The vector as a tree of the leaves' shapes, clipped to what their dtypes can hold.
 
-        Beside ``given``, the gradients, a leaf's dtype is the one to which the gradient's and the
-        parameter's promote, as that of optax's own updates.
+        With the gradients as ``given``, every leaf gets the dtype to which those of gradient and
+        parameter promote, as optax's own updates do.
         """
         dtypes = self.dtypes
         if given is not None:
@@ -225,11 +267,11 @@ class Layout:
         )
 
     def tree(self, leaves: Sequence[Any]) -> Any:
-        """Any list with one entry a leaf, as a tree of the same structure."""
+        """A list with one entry for every leaf, of any kind, as a tree of the same structure."""
         return self.treedef.unflatten(leaves)
 
     def leaves(self, tree: Any) -> list[Any]:
-        """The inverse of `tree`."""
+        """The leaves of a tree of the same structure as a list, the inverse of `tree`."""
         return self.treedef.flatten_up_to(tree)
 
     def store(self, leaves: Sequence[jax.Array]) -> Any:
@@ -242,21 +284,21 @@ class Layout:
         return tuple(leaves) if self.names else jnp.zeros((), self.dtype)
 
     def stored(self, rows: Any) -> list[jax.Array]:
-        """The inverse of `store`."""
+        """Rows or vectors that a state keeps, as a list: the inverse of `store`."""
         return list(rows) if self.names else []
 
     def zeros(self, count: int) -> Columns:
-        """``count`` rows of zeros."""
+        """``count`` rows of zeros, ``(count, leaf.size)`` a leaf, in the dtypes of the rows."""
         return self.split(
             [jnp.zeros((count, size), t) for size, t in zip(self.sizes, self.rows, strict=True)]
         )
 
     def to_leaves(self, values: jax.Array) -> list[jax.Array]:
-        """The value of each leaf's group, from an array with a leading axis of groups."""
+        """From an array ``(n, ...)`` the value of each leaf's group, one entry for every leaf."""
         return [values[group] for group in self.group]
 
     def gather(self, parts: Sequence[jax.Array], shape: tuple[int, ...] = ()) -> jax.Array:
-        """Sums one small array a leaf over the leaves of each group: ``(n, *shape)``."""
+        """Sums one small array ``shape`` for every leaf over each group: ``(n, *shape)``."""
         sums: list[list[jax.Array]] = [[] for _ in range(self.n)]
         for group, part in zip(self.group, parts, strict=True):
             sums[group].append(part.astype(self.dtype))
@@ -277,7 +319,7 @@ class Layout:
         return self._locally(total, arrays, None)
 
     def dot(self, rows: Columns, vector: Vector | Columns) -> jax.Array:
-        """``W v``: ``(n, m)`` for a vector, ``(n, m, k)`` for columns. One pass over the rows."""
+        """``W v`` of rows ``W``: ``(n, m)`` for a vector, ``(n, m, k)`` for columns; one pass."""
         if vector and vector[0].ndim == 2 and vector[0].shape[0] == 1:  # a gemv is the faster one
             return self.dot(rows, [v[0] for v in vector])[..., None]
         count = rows[0].shape[0] if rows else 0
@@ -290,19 +332,19 @@ class Layout:
         return self._sum(dot, (), a, b)
 
     def squares(self, columns: Columns) -> jax.Array:
-        """Squared norms of columns over all leaves, ``(k,)``."""
+        """Squared norms ``(k,)`` of columns over the leaves of all groups together."""
         parts = [jnp.sum(jnp.square(c.astype(self.dtype)), axis=1) for c in columns]
         return _total(parts, (columns[0].shape[0],), self.dtype)
 
     def gram(self, columns: Columns) -> jax.Array:
-        """``(n, k, k)`` inner products of columns; one column costs one elementwise pass."""
+        """Inner products ``(n, k, k)`` of columns; one column costs one elementwise pass."""
         if columns and columns[0].shape[0] == 1:
             vector = [c[0] for c in columns]
             return self.inner(vector, vector)[:, None, None]
         return self.dot(columns, columns)
 
     def combine(self, weights: jax.Array, rows: Columns) -> Vector | Columns:
-        """``c W``: weights ``(n, m)`` give a vector, ``(n, k, m)`` columns. One pass."""
+        """``c W`` of rows: weights ``(n, m)`` give a vector, ``(n, k, m)`` columns; one pass."""
         return [
             combine(c, w, self.dtype) for c, w in zip(self.to_leaves(weights), rows, strict=True)
         ]

@@ -29,7 +29,7 @@ def while_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], carr
 
 
 def for_range(start: int, stop: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """`jax.lax.fori_loop`, and outside of a trace a loop of Python, for the reason of `repeat`."""
+    """`jax.lax.fori_loop`, and outside of a trace a loop of Python, as in `while_loop`."""
     if traced(carry):
         return lax.fori_loop(start, stop, body, carry)
     for i in range(start, stop):

@@ -59,11 +59,13 @@ class SymmetricCorrection(NamedTuple):
     """A correction as the engine hands it to the basis: symmetric, ``sum_i w_i y_i y_i^T``.
 
     Attributes:
-      columns: the ``y_i``, an array ``(k, leaf.size)`` for every leaf.
-      weights: ``(n, k)``; zero switches a column off.
-      signed: whether weights can be negative.
-      initial: ``(n,)``, as in `Correction`.
-      params: the parameters' tree where they were passed, for bases that remember steps.
+      columns: the columns ``y_i``, an array ``(k, leaf.size)`` for every leaf.
+      weights: weights ``w_i``, ``(n, k)``; a column of weight 0 is switched off and may hold
+        anything.
+      signed: whether weights can be negative; static.
+      initial: curvature ``(n,)`` assumed in directions that no correction has touched, or ``None``
+        for zero.
+      params: the parameters' tree if ``update`` got them, for bases that look at steps.
     """
 
     columns: Columns
@@ -191,11 +193,12 @@ class BasisUpdate(NamedTuple):
     """What a basis returns after a correction.
 
     Attributes:
-      state: of the basis.
-      c: ``(n, r, r)``, the change of basis ``C = Q_new^T Q_old``.
-      u: ``(n, r, k)``, the columns in the new basis.
-      failed: ``(n,)``, groups whose small eigenproblem gave something that is not finite and whose
-        basis therefore stayed as it was.
+      state: the state of the basis after the correction.
+      c: the change of basis ``C = Q_new^T Q_old``, ``(n, r, r)``; the identity for a group whose
+        basis stayed as it was.
+      u: the columns in the new basis, ``(n, r, k)``.
+      failed: booleans ``(n,)``: groups in which something was not finite, so that their basis
+        stayed as it was.
     """
 
     state: Any
@@ -207,19 +210,19 @@ class BasisUpdate(NamedTuple):
 class Inner(Protocol):
     """A rule in the coordinates of the basis. All shapes are those of one group.
 
-    A part may have ``needs``, a set of names from `NEEDS`; products of parts in which nothing
-    provides them are refused when they are built.
+    A part may have ``needs``, a set of names of what it needs of the other parts, such as
+    ``"eigenvalues"``. A combination in which nothing provides them is refused when it is built.
     """
 
     def init(self, rank: int, dtype: Any) -> Any:
-        """A fresh state for ``rank`` coordinates."""
+        """The state before the first step, for ``rank`` coordinates: any tree of arrays."""
 
     @property
     def laws(self) -> Any:
-        """A tree prefix of the state that names the `Law` of every part of it."""
+        """How the state moves with the basis: a tree prefix of it with a `Law` for every part."""
 
     def update(self, u: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
-        """New coordinates ``(r,)`` and the state after them."""
+        """New coordinates ``(r,)`` in place of ``u`` ``(r,)``, and the state after the step."""
         ...
 
 

@@ -1,13 +1,13 @@
 """Average: what bases over a running average or a sum of corrections share."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core import linalg
-from lowrank_optax._core.checks import check, check_decay
+from lowrank_optax._core.checks import check
 from lowrank_optax.basis._frame import Frame, FrameState, Seen
 
 
@@ -15,16 +15,9 @@ from lowrank_optax.basis._frame import Frame, FrameState, Seen
 class Average(Frame):
     """A `Frame` over ``B <- beta B + (1 - beta) sum_j w_j y_j y_j^T``, or the sum for ``None``.
 
-    Averages are corrected for their start by ``1 - beta^n`` after ``n`` corrections.
+    An average starts at zero; after ``n`` corrections it is divided by ``1 - beta^n``, which makes
+    up for that.
     """
-
-    beta: float | None = 0.99
-    provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues"})
-
-    def __post_init__(self):
-        Frame.__post_init__(self)
-        if self.beta is not None:
-            check_decay(type(self).__name__, "beta", self.beta)
 
     def blend(self, seen: Seen, signed: bool) -> tuple[float, jax.Array]:
         """The decay of the old, and the new columns scaled by the roots of their shares."""
@@ -35,10 +28,10 @@ class Average(Frame):
             "GGT or FullMatrix.",
         )
         decay, gain = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
-        return decay if seen.start else 1.0, seen.y * jnp.sqrt(gain * seen.weights)[None]
+        return decay if seen.decays else 1.0, seen.y * jnp.sqrt(gain * seen.weights)[None]
 
     def eigenvalues(self, lam: jax.Array, memory: Any) -> jax.Array:
-        """Those of one group's basis before the correction for the start."""
+        """One group's eigenvalues ``(r,)`` before they are divided by ``1 - beta^n``."""
         return lam
 
     def measured(self, state: FrameState) -> jax.Array:
@@ -48,7 +41,7 @@ class Average(Frame):
         return jax.vmap(view)(super().measured(state), state.memory, state.updates)
 
     def debiased(self, lam: jax.Array, updates: jax.Array) -> jax.Array:
-        """Averages after ``updates`` corrections, corrected for their start at zero."""
+        """Averages after ``updates`` corrections, divided by ``1 - beta^updates``."""
         if self.beta is None:
             return lam
         return linalg.safe_divide(lam, 1 - jnp.asarray(self.beta, lam.dtype) ** updates)

@@ -1,4 +1,4 @@
-"""What every basis offers the engine, and the spectrum's options that they share."""
+"""What every basis offers the engine, and how bases with eigenvalues regularise them."""
 
 import abc
 import dataclasses
@@ -14,10 +14,60 @@ from lowrank_optax._core.types import BasisUpdate, Columns, Eigenbasis, Symmetri
 
 
 class Basis(abc.ABC):
-    """An eigenbasis ``Q^T = T W`` of ``m`` stored rows ``W`` and a small ``(r, m)`` matrix ``T``.
+    r"""An eigenbasis ``Q^T = T W`` of ``m`` stored rows ``W`` and a small ``(r, m)`` matrix ``T``.
 
-    All small arrays have a leading axis of ``n`` groups, which are independent of one another.
-    ``provides`` and ``needs`` hold names from `NEEDS`.
+    A basis of your own defines the abstract methods below. Where its state has the fields ``rows``
+    (what `Layout.store` gave), ``t`` ``(n, r, m)`` and ``lam`` ``(n, r)``, the other methods work
+    as they are; otherwise it overrides them. A basis is a frozen dataclass, so that it compares and
+    hashes by its values, and `jax.jit` does not compile the same step twice.
+
+    Shapes: ``n`` groups of leaves, each with a basis of its own; ``r`` coordinates; ``m`` stored
+    rows; ``k`` columns of one correction. Every small array has a leading axis of groups. A slot
+    without a direction is dead: its eigenvalue is 0 and its row of ``T`` is zero.
+
+    Example:
+      A basis of one direction, that of the last column:
+
+      >>> import dataclasses, typing, jax.numpy as jnp, lowrank_optax as lro
+      >>> class State(typing.NamedTuple):
+      ...     rows: typing.Any
+      ...     t: typing.Any
+      ...     lam: typing.Any
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class LastColumn(lro.basis.Basis):
+      ...     def coordinates(self, layout):
+      ...         return 1
+      ...     def init(self, layout, key):
+      ...         zeros = lambda *shape: jnp.zeros((layout.n, *shape), layout.dtype)
+      ...         return State(layout.store(layout.zeros(1)), zeros(1, 1), zeros(1))
+      ...     def absorb(self, layout, state, correction, accept, key):
+      ...         old = layout.stored(state.rows)
+      ...         last = [y[-1:].astype(w.dtype) for y, w in zip(correction.columns, old)]
+      ...         square, cross = layout.gram(last), layout.dot(last, old)
+      ...         ok = accept & jnp.isfinite(square[:, 0, 0]) & (square[:, 0, 0] > 0)
+      ...         rows = [jnp.where(on, y, w)
+      ...                 for on, y, w in zip(layout.to_leaves(ok), last, old)]
+      ...         t = jnp.where(ok[:, None, None], 1 / jnp.sqrt(square), state.t)
+      ...         lam = jnp.where(ok[:, None], correction.weights[:, -1:] * square[:, 0], state.lam)
+      ...         new = State(layout.store(rows), t, lam)
+      ...         c = jnp.where(ok[:, None, None], t * cross * state.t, 1)
+      ...         u = self.project(layout, new, correction.columns)
+      ...         return lro.BasisUpdate(new, c, u, accept & ~ok)
+      ...     def eigenbasis(self, state):
+      ...         return lro.Eigenbasis(state.lam, state.lam > 0)
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), LastColumn(), lro.inner.LInvSqrt())
+      >>> g, state = jnp.array([3., 4.]), tx.init(jnp.zeros(2))
+      >>> print(tx.update(g, state)[0].round(3))              # g / ‖g‖
+      [0.6 0.8]
+
+    Two class attributes tell the engine which combinations make sense:
+
+    Attributes:
+      provides: names of what the basis offers to the other parts, a frozen set. ``"eigenvalues"``
+        says that ``lam`` are those of the curvature, ``"outside"`` that `outside` is defined,
+        ``"initial"`` that `absorb` starts from the curvature ``correction.initial``. Default
+        ``{"eigenvalues"}``.
+      needs: names of what the other parts have to offer, a frozen set, default empty.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues"})
@@ -25,11 +75,15 @@ class Basis(abc.ABC):
 
     @abc.abstractmethod
     def coordinates(self, layout: Layout) -> int:
-        """The number ``r`` of coordinates."""
+        """The number ``r`` of coordinates, the same for every group and fixed for all steps."""
 
     @abc.abstractmethod
     def init(self, layout: Layout, key: jax.Array) -> Any:
-        """The empty basis."""
+        """The state before the first correction: a tree of arrays, all slots dead.
+
+        Shapes and dtypes have to be those of every later state. No two leaves may share a buffer,
+        since the state may be donated. ``key`` is for what is drawn once.
+        """
 
     @abc.abstractmethod
     def absorb(
@@ -40,18 +94,41 @@ class Basis(abc.ABC):
         accept: jax.Array,
         key: jax.Array,
     ) -> BasisUpdate:
-        """Takes in ``sum_i w_i y_i y_i^T`` for the groups that ``accept`` it, ``(n,)``."""
+        """Takes in ``sum_j w_j y_j y_j^T`` for the groups that ``accept`` it.
+
+        What must hold for the `BasisUpdate` that it returns:
+
+        * A group that does not accept keeps its state to the bit, and its ``c`` is the identity.
+        * A group that accepts and gets something that is not finite keeps its state as well, its
+          ``c`` is the identity, and ``failed`` is true for it.
+        * Otherwise ``c`` is ``Q_new^T Q_old``, and ``u`` are the columns in the new basis.
+        * A column of weight 0 has no effect, whatever it holds.
+
+        Args:
+          layout: the leaves and their groups.
+          state: the state before.
+          correction: ``k`` columns and their weights ``(n, k)``.
+          accept: booleans ``(n,)``.
+          key: a random key of this step.
+
+        Returns:
+          `BasisUpdate` with a ``c`` of ``(n, r, r)``, a ``u`` of ``(n, r, k)`` and ``failed``
+          ``(n,)``.
+        """
 
     @abc.abstractmethod
     def eigenbasis(self, state: Any) -> Eigenbasis:
-        """Eigenvalues as the step is to see them, ``(n, r)``."""
+        """Eigenvalues ``(n, r)`` as a step is to see them, and which slots ``(n, r)`` are live."""
 
     def measured(self, state: Any) -> jax.Array:
-        """Eigenvalues as they were measured, ``(n, r)``, before the step's own regularisation."""
+        """Eigenvalues ``(n, r)`` as they were measured, before the step's own regularisation."""
         return state.lam
 
     def outside(self, state: Any) -> jax.Array:
-        """The curvature that a step is to see outside, ``(n,)``; for those that provide it."""
+        """The curvature ``(n,)`` that a step is to see outside the basis.
+
+        Only for bases with ``"outside"`` in ``provides``.
+        """
         raise AttributeError(f"{type(self).__name__} knows of no curvature outside the basis.")
 
     def project(self, layout: Layout, state: Any, vector: Vector | Columns) -> jax.Array:
@@ -65,13 +142,62 @@ class Basis(abc.ABC):
         return layout.combine(jnp.einsum("n...r,nrm->n...m", u, state.t), layout.stored(state.rows))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spectrum:
-    """Which eigenvalues stay and what is added to them, in the state and for the step alone.
+@dataclasses.dataclass(frozen=True)
+class Regularization:
+    """Which eigenvalues stay, and what is added to those; see `linalg.regularize` for the order."""
 
-    `linalg.regularize` gives the order. The fields without prefix act on what is stored, those
-    with ``update_`` on what one step reads.
+    eig_tol: float
+    damping: float
+    rdamping: float
+    abs: bool
+    truncate: int | None
+
+    def check(self, owner: str, prefix: str) -> None:
+        """Raises ``ValueError`` for values out of range; ``owner`` calls them ``prefix + name``."""
+        check_decay(owner, prefix + "eig_tol", self.eig_tol)
+        check_least(owner, prefix + "damping", self.damping)
+        check_least(owner, prefix + "rdamping", self.rdamping)
+        if self.truncate is not None:
+            check_count(owner, prefix + "truncate", self.truncate)
+
+    def apply(self, lam: jax.Array, live: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Eigenvalues ``(r,)``, 0 where they are dropped, and which slots ``(r,)`` stay live."""
+        return linalg.regularize(
+            lam,
+            live,
+            eig_tol=self.eig_tol,
+            damping=self.damping,
+            rdamping=self.rdamping,
+            abs=self.abs,
+            truncate=self.truncate,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Regularized(Basis):
+    """A basis whose eigenvalues are regularised twice, by two `Regularization` objects.
+
+    The first one, ``stored``, acts on what the state keeps, so that its effect accumulates. The
+    second one, ``used``, acts on what a single step reads, and leaves the state alone.
+
+    Args:
+      eig_tol: share of the largest eigenvalue at or below which an eigenvalue is dropped together
+        with its direction; a number in [0, 1) without unit, default 1e-5.
+      damping: number added to every eigenvalue that is stored, in units of the curvature, default
+        0.
+      rdamping: share of the largest eigenvalue that is added to every eigenvalue that is stored,
+        without unit, default 0.
+      abs: whether stored eigenvalues lose their signs, default no.
+      truncate: number of eigenvalues that are stored at most, the largest ones; default ``None``,
+        all.
+      update_eig_tol: like ``eig_tol``, for what one step reads; default 0.
+      update_damping: like ``damping``, for what one step reads; default 0.
+      update_rdamping: like ``rdamping``, for what one step reads; default 0.
+      update_abs: like ``abs``, for what one step reads; default no.
+      update_truncate: like ``truncate``, for what one step reads; default ``None``.
     """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues", "outside"})
 
     eig_tol: float = 1e-5
     damping: float = 0.0
@@ -85,44 +211,32 @@ class Spectrum:
     update_truncate: int | None = None
 
     def __post_init__(self):
-        owner = type(self).__name__
-        for prefix in ("", "update_"):
-            check_decay(owner, prefix + "eig_tol", getattr(self, prefix + "eig_tol"))
-            check_least(owner, prefix + "damping", getattr(self, prefix + "damping"))
-            check_least(owner, prefix + "rdamping", getattr(self, prefix + "rdamping"))
-            if getattr(self, prefix + "truncate") is not None:
-                check_count(owner, prefix + "truncate", getattr(self, prefix + "truncate"))
+        self.stored.check(type(self).__name__, "")
+        self.used.check(type(self).__name__, "update_")
 
-    def stored(self, lam: jax.Array, live: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Eigenvalues ``(r,)`` as they are kept."""
-        return linalg.regularize(
-            lam,
-            live,
-            eig_tol=self.eig_tol,
-            damping=self.damping,
-            rdamping=self.rdamping,
-            abs=self.abs,
-            truncate=self.truncate,
+    @property
+    def stored(self) -> Regularization:
+        """What happens to eigenvalues before they are kept."""
+        return Regularization(self.eig_tol, self.damping, self.rdamping, self.abs, self.truncate)
+
+    @property
+    def used(self) -> Regularization:
+        """What happens to eigenvalues that are kept before one step reads them."""
+        return Regularization(
+            self.update_eig_tol,
+            self.update_damping,
+            self.update_rdamping,
+            self.update_abs,
+            self.update_truncate,
         )
 
-    def bound(self, measured: jax.Array) -> jax.Array:
-        """The largest eigenvalue that may have been dropped, ``(n,)``, as one step sees it.
+    def eigenbasis(self, state: Any) -> Eigenbasis:
+        read = lambda lam: self.used.apply(lam, lam != 0)
+        return Eigenbasis(*jax.vmap(read)(self.measured(state)))
 
-        ``measured``, ``(n, r)``, is what `Basis.measured` gave.
-        """
-        size = jnp.abs(measured)
-        top = jnp.max(size, axis=1, initial=0)
-        least = jnp.maximum(self.eig_tol, linalg.rounding(measured)) * top
+    def outside(self, state: Any) -> jax.Array:
+        """The largest eigenvalue ``(n,)`` that may have been dropped, as one step sees it."""
+        lam = self.measured(state)
+        top = jnp.max(jnp.abs(lam), axis=1, initial=0)
+        least = jnp.maximum(self.eig_tol, linalg.rounding(lam)) * top
         return least + self.update_damping + self.update_rdamping * top
-
-    def used(self, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Stored eigenvalues ``(r,)`` as one step sees them."""
-        return linalg.regularize(
-            lam,
-            lam != 0,
-            eig_tol=self.update_eig_tol,
-            damping=self.update_damping,
-            rdamping=self.update_rdamping,
-            abs=self.update_abs,
-            truncate=self.update_truncate,
-        )

@@ -10,26 +10,28 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_optax._core import linalg
-from lowrank_optax._core.checks import fix_size
+from lowrank_optax._core.checks import check_decay, fix_size
 from lowrank_optax._core.layout import Layout, cast_like, combine
 from lowrank_optax._core.loops import for_range, now_and_then
 from lowrank_optax._core.rows import rewrite, write
-from lowrank_optax._core.types import BasisUpdate, Columns, Eigenbasis, SymmetricCorrection, Vector
-from lowrank_optax.basis._basis import Basis, Spectrum
+from lowrank_optax._core.types import BasisUpdate, Columns, SymmetricCorrection, Vector
+from lowrank_optax.basis._basis import Regularized
 
 
 class FrameState(NamedTuple):
     """State of a `Frame` for ``n`` groups.
 
     Attributes:
-      rows: ``W``, ``(m, leaf.size)`` a leaf: ``r`` rotated rows, then the columns since.
-      gram: ``K = W W^T``, ``(n, m, m)``, measured; 0 for rows not in use.
-      t: ``(n, r, m)``, with ``Q^T = T W``.
-      lam: ``(n, r)`` eigenvalues, 0 in dead slots, as the method keeps them.
-      fill: ``(n,)`` how many of the last ``m - r`` rows are in use.
-      columns: ``(n,)`` columns absorbed so far.
-      updates: ``(n,)`` corrections absorbed so far.
-      memory: what else the method remembers, with a leading axis of groups.
+      rows: stored rows ``W``, ``(m, leaf.size)`` a leaf: ``r`` rotated rows, then the columns that
+        came since the rotation.
+      gram: ``K = W W^T``, ``(n, m, m)``, measured on what is stored; 0 for rows not in use.
+      t: the matrix ``T`` of ``Q^T = T W``, ``(n, r, m)``.
+      lam: eigenvalues ``(n, r)`` as the method keeps them, in units of the curvature; 0 in dead
+        slots.
+      fill: number ``(n,)`` of the last ``m - r`` rows that are in use.
+      columns: number ``(n,)`` of columns absorbed so far.
+      updates: number ``(n,)`` of corrections absorbed so far.
+      memory: the method's own memory, with a leading axis of groups.
     """
 
     rows: Any
@@ -45,17 +47,18 @@ class FrameState(NamedTuple):
 class Seen(NamedTuple):
     """A correction in the coordinates ``[Q, fresh]``, for one group; see `Frame.turn`.
 
-    ``r`` is `Frame.slots`, here and in `Turn`: the rank and what a method keeps besides.
+    Here and in `Turn` ``r`` is `Frame.slots`: the rank and the directions that a method keeps for
+    itself.
 
     Attributes:
-      y: ``(r + k, k)`` the columns. The first ``r`` coordinates are ``Q^T y``.
-      weights: ``(k,)``, 0 for a column that is switched off.
-      fresh: ``(k,)`` which of the last ``k`` coordinates is a direction at all.
-      initial: curvature assumed along fresh directions.
+      y: the columns, ``(r + k, k)``. The first ``r`` coordinates are ``Q^T y``.
+      weights: weights ``(k,)`` of the columns, 0 for a column that is switched off.
+      fresh: booleans ``(k,)``: which of the last ``k`` coordinates are directions at all.
+      initial: curvature assumed along fresh directions, a number.
       first: whether nothing was absorbed before.
-      start: whether this is the first chunk of a correction, with which averages decay.
-      live: ``(r,)`` slots of the basis that are in use.
-      columns: how many columns were absorbed before.
+      decays: whether averages decay with this chunk: they do with a correction's first one.
+      live: booleans ``(r,)``: which slots of the basis are in use.
+      columns: number of columns absorbed before.
       key: a random key of this group and step.
     """
 
@@ -64,13 +67,13 @@ class Seen(NamedTuple):
     fresh: jax.Array
     initial: jax.Array
     first: jax.Array
-    start: bool
+    decays: bool
     live: jax.Array
     columns: jax.Array
     key: jax.Array
 
     def seated(self, rank: int) -> jax.Array:
-        """The old basis in ``[Q, fresh]``, fresh directions in dead slots: ``(rank, r + k)``."""
+        """The old basis with fresh directions in its dead slots: rows ``(rank, r + k)``."""
         live = self.live[:rank, None]
         turn = jnp.cumsum(~live)[:, None] == jnp.cumsum(self.fresh)[None]
         old = jnp.eye(rank, self.live.shape[0], dtype=bool) & live
@@ -81,10 +84,10 @@ class Turn(NamedTuple):
     """What a method makes of a correction.
 
     Attributes:
-      z: ``(r, r + k)`` the new basis in the coordinates ``[Q, fresh]``: orthonormal rows, or zero
+      z: the new basis ``(r, r + k)`` in the coordinates ``[Q, fresh]``: orthonormal rows, and zero
         rows in dead slots.
-      lam: ``(r,)`` eigenvalues, 0 exactly in dead slots.
-      memory: the method's memory.
+      lam: eigenvalues ``(r,)``, exactly 0 in dead slots and nowhere else.
+      memory: the method's memory after the correction.
     """
 
     z: jax.Array
@@ -93,45 +96,76 @@ class Turn(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Frame(Basis, Spectrum):
+class Frame(Regularized):
     r"""Orthonormal ``Q^T = T W`` whose rotations are lazy: the base of the subspace trackers.
 
-    With ``a = Q^T y`` and the residual ``rho = y - Q a``, a method (`turn`) says which rows of
-    ``[Q, rho/‖rho‖]`` make the new basis; all of that is small. New columns are appended to ``W``
-    and only ``T`` is rotated; once ``buffer`` columns have come, ``W <- T W`` in place. A residual
-    below ``sqrt(1000 eps)`` of its column counts as inside the span; one too small for a Gram
-    matrix to resolve is made explicit, by four more passes. Streams with little noise pay these
-    often. A correction of more columns than ``buffer`` comes in chunks of ``buffer``, and the basis
-    is truncated after each.
+    With ``a = Q^T y`` and the residual ``rho = y - Q a``, a method (`turn`) says which combinations
+    of ``[Q, rho/‖rho‖]`` make the new basis; all of that is small. New columns are appended to
+    ``W``, and only ``T`` is rotated. After ``buffer`` columns ``W <- T W`` is computed in place.
+
+    A residual below ``sqrt(1000 eps)`` of its column counts as inside the span. A residual that is
+    too small for a Gram matrix to resolve is computed as a vector, which costs four more passes
+    over the rows; a stream with little noise needs that often. A correction of more columns than
+    ``buffer`` is absorbed in chunks of ``buffer``, and the basis is truncated after each chunk.
+
+    A method of your own is a frozen dataclass that defines `turn`.
+
+    Args:
+      rank: number ``r`` of directions, at least 1.
+      beta: decay of the average per correction, in [0, 1), default 0.99; ``None`` sums.
+      buffer: number of columns between two rotations of the rows, at least 1; by default
+        ``max(8, rank // 3)``. ``m = r + buffer`` rows are stored.
     """
 
     rank: int
+    beta: float | None = 0.99
     buffer: int | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
-        Spectrum.__post_init__(self)
+        Regularized.__post_init__(self)
         fix_size(self, "rank")
+        if self.beta is not None:
+            check_decay(type(self).__name__, "beta", self.beta)
         if self.buffer is not None:
             fix_size(self, "buffer")
 
     @abc.abstractmethod
     def turn(self, memory: Any, lam: jax.Array, seen: Seen, signed: bool) -> Turn:
-        """The new basis of one group, in the coordinates of the old one and the new directions."""
+        """The new basis of one group, in the coordinates of the old one and the new directions.
 
-    def remember(self, dtype: Any) -> Any:
+        Args:
+          memory: the method's memory.
+          lam: eigenvalues ``(r,)`` before, 0 in dead slots.
+          seen: the correction in the coordinates ``[Q, fresh]``.
+          signed: whether weights can be negative; known before tracing.
+
+        Returns:
+          `Turn`. What is not finite in it leaves the group as it was.
+        """
+
+    def init_memory(self, dtype: Any) -> Any:
         """The method's memory of one group before anything was seen."""
         return ()
 
+    def memory_after(self, memory: Any, lam: jax.Array, count: jax.Array) -> Any:
+        """The memory of one group as if ``count`` columns had been seen before.
+
+        For a state that goes on from given eigenpairs. ``lam`` are the columns' mean squares along
+        the rows, the largest first, of any number; ``memory`` is what absorbing these gave.
+        """
+        return memory
+
     @property
     def slots(self) -> int:
-        """Directions that are kept: the basis, then those that a method keeps for itself."""
+        """Number of directions that are kept: the basis, then those of the method's own."""
         return self.rank
 
     @property
     def capacity(self) -> int:
-        """Columns that fit between two rotations.
+        """Number of columns that fit between two rotations.
 
-        By default about a third of the rank: that balances longer rows against more rotations.
+        By default it is about a third of the rank. A larger buffer means more rows to read in every
+        step, a smaller one more rotations.
         """
         return self.buffer or max(8, self.rank // 3)
 
@@ -143,7 +177,7 @@ class Frame(Basis, Spectrum):
         zeros = lambda *shape: jnp.zeros((n, *shape), layout.dtype)
         count = lambda: jnp.zeros(n, jnp.int32)
         memory = jax.tree.map(
-            lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), self.remember(layout.dtype)
+            lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), self.init_memory(layout.dtype)
         )
         return FrameState(
             layout.store(layout.zeros(m)),
@@ -164,7 +198,7 @@ class Frame(Basis, Spectrum):
         accept: jax.Array,
         key: jax.Array,
     ) -> BasisUpdate:
-        """In chunks of what fits between two rotations."""
+        """Absorbs a correction in chunks of what fits between two rotations."""
         rank, size = self.rank, self.capacity
         count = correction.weights.shape[1]
 
@@ -196,9 +230,6 @@ class Frame(Basis, Spectrum):
             done.failed,
         )
 
-    def eigenbasis(self, state: FrameState) -> Eigenbasis:
-        return Eigenbasis(*jax.vmap(self.used)(self.measured(state)))
-
     def measured(self, state: FrameState) -> jax.Array:
         return state.lam[:, : self.rank]
 
@@ -215,7 +246,7 @@ class Frame(Basis, Spectrum):
         correction: SymmetricCorrection,
         accept: jax.Array,
         key: jax.Array,
-        start: bool,
+        decays: bool,
     ) -> BasisUpdate:
         columns, weights = correction.columns, correction.weights
         k = weights.shape[1]
@@ -237,7 +268,7 @@ class Frame(Basis, Spectrum):
         gram = gram * scale[:, :, None] * scale[:, None, :]
         initial = correction.initial
         initial = jnp.zeros(layout.n, layout.dtype) if initial is None else initial
-        new, step = jax.vmap(partial(self._absorb, signed=correction.signed, start=start))(
+        new, step = jax.vmap(partial(self._absorb, signed=correction.signed, decays=decays))(
             state._replace(rows=()),
             s,
             gram,
@@ -254,7 +285,7 @@ class Frame(Basis, Spectrum):
         )
 
     def _rotate(self, layout: Layout, state: FrameState, when: jax.Array) -> FrameState:
-        """``W <- T W`` in place, block by block, for the groups that need it; ``K`` measured."""
+        """``W <- T W`` in place for the groups in ``when``; then ``K`` is measured anew."""
         r, m = self.slots, self.slots + self.capacity
         each = layout.to_leaves(state.t)
         rows, measured, _ = rewrite(
@@ -295,7 +326,7 @@ class Frame(Basis, Spectrum):
             ]
 
         def measured(vectors, rows):
-            """The factor that makes nearly orthonormal vectors so; of the result Gram and products.
+            """The factor that makes vectors orthonormal that nearly are, and the result's products.
 
             A step of Newton and Schulz, as in `linalg.orthonormalize`.
             """
@@ -320,7 +351,7 @@ class Frame(Basis, Spectrum):
         return now_and_then(jnp.any(step.refine), body, carry)
 
     def _absorb(
-        self, old: FrameState, s, gram, scale, weights, accept, initial, key, *, signed, start
+        self, old: FrameState, s, gram, scale, weights, accept, initial, key, *, signed, decays
     ):
         """One group: ``s = W Y`` is ``(m, k)``, of columns scaled by ``scale``."""
         r, m, k = self.slots, self.slots + self.capacity, weights.shape[0]
@@ -341,16 +372,16 @@ class Frame(Basis, Spectrum):
             old.memory,
             old.lam,
             Seen(
-                y, weights, fresh, initial, old.updates == 0, start, old.lam != 0, old.columns, key
+                y, weights, fresh, initial, old.updates == 0, decays, old.lam != 0, old.columns, key
             ),
             signed,
         )
 
         kept = [x for x in jax.tree.leaves(memory) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        # Of a column without a finite length the scale is 0, and so is then ``y``.
+        # A column without a finite length has the scale 0, which makes ``y`` zero.
         fine = linalg.finite(gram, lam, z, y, *kept)
         ok = accept & fine
-        # The new directions as combinations of rows: their size is what rounding in K grows by.
+        # The new directions as combinations of rows; rounding in K grows by their size.
         behind = mix @ alpha.T
         refine = ok & (jnp.max(jnp.sum(behind**2, axis=1) + jnp.sum(mix**2, axis=1)) > 10)
         slots = jnp.where(ok & jnp.any(fresh), r + old.fill + jnp.arange(k), m)
@@ -376,7 +407,7 @@ class Frame(Basis, Spectrum):
 
 
 class _Step(NamedTuple):
-    """What the rows still have to do after the small algebra, and what the engine is told."""
+    """What is still to be done to the rows after the small algebra, and what the engine is told."""
 
     slots: jax.Array
     refine: jax.Array
@@ -388,7 +419,7 @@ class _Step(NamedTuple):
 
 
 def _remeasure(gram, t, slots, s, corner):
-    """One group's ``K`` with the products of refined rows as measured, and ``T`` for it."""
+    """One group's ``K`` with the measured products of the refined rows, and a ``T`` that fits."""
     place = jax.nn.one_hot(slots, gram.shape[0], dtype=gram.dtype)
     keep = 1 - jnp.sum(place, axis=0)
     cross = keep[:, None] * (s @ place)

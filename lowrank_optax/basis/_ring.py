@@ -12,7 +12,7 @@ from lowrank_optax._core.checks import fix_size
 from lowrank_optax._core.layout import Layout, cast_like
 from lowrank_optax._core.rows import write
 from lowrank_optax._core.types import BasisUpdate, Columns, SymmetricCorrection
-from lowrank_optax.basis._basis import Basis, Spectrum
+from lowrank_optax.basis._basis import Basis, Regularization
 from lowrank_optax.basis.full import dense
 
 
@@ -21,12 +21,12 @@ class RingState(NamedTuple):
 
     Attributes:
       rows: the window ``W``, ``(m, leaf.size)`` a leaf.
-      gram: ``K = W W^T``, ``(n, m, m)``.
-      weights: ``(n, m)`` weight of every row, 0 while it is empty.
-      head: ``(n,)`` the row to be replaced next, where rows are replaced in turn.
-      t: ``(n, m, m)``, with ``Q^T = T W``.
-      lam: ``(n, m)`` eigenvalues, 0 in dead slots.
-      memory: what else the method remembers.
+      gram: the Gram matrix ``K = W W^T``, ``(n, m, m)``.
+      weights: weights ``(n, m)`` of the rows, 0 while a row is empty.
+      head: index ``(n,)`` of the row that is replaced next, where rows are replaced in turn.
+      t: the matrix ``T`` of ``Q^T = T W``, ``(n, m, m)``.
+      lam: eigenvalues ``(n, m)`` in units of the curvature, 0 in dead slots.
+      memory: the method's own memory.
     """
 
     rows: Any
@@ -42,8 +42,11 @@ class RingState(NamedTuple):
 class Ring(Basis):
     """Columns kept as rows of ``W`` beside ``K = W W^T``, and ``Q^T = T W`` from ``K`` alone.
 
-    A new column changes one row and column of ``K``, which is the one product ``W y`` that the
-    projection needs anyway; nothing large is ever factored.
+    A new column changes one row and one column of ``K``. These are the product ``W y``, which the
+    projection needs anyway, so that nothing large is ever factored.
+
+    Args:
+      rank: number of columns that are kept, ``m = r``, at least 1.
     """
 
     rank: int
@@ -59,9 +62,10 @@ class Ring(Basis):
         """
 
     def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
-        """Rows ``(k,)`` of one group in which columns go, ``m`` for none: here the oldest ones.
+        """Rows ``(k,)`` of one group in which columns go, by default the oldest; ``m`` drops one.
 
-        ``gram``, ``(k, k)``, is that of the columns; ``weights``, ``(k,)``, are 0 where one is off.
+        ``gram``, ``(k, k)``, is that of the columns. ``weights``, ``(k,)``, are 0 for columns that
+        are switched off.
         """
         return oldest(old, weights)
 
@@ -117,7 +121,7 @@ class Ring(Basis):
         taken = slots < m
         place = jax.nn.one_hot(slots, m, dtype=s.dtype)
         keep = (0 if self.renews else 1) * (1 - jnp.sum(place, axis=0))
-        # Columns that are switched off may hold anything, but not here.
+        # Columns that are switched off may hold anything, so they are set to zero.
         incoming = place.T @ jnp.where(taken[:, None], s.T, 0)
         cross = keep[:, None] * old.gram + incoming  # W_new W_old^T
         after = keep[:, None] * s + place.T @ jnp.where(taken[:, None], gram, 0)  # W_new Y
@@ -140,7 +144,7 @@ class Ring(Basis):
 
 
 def oldest(old: RingState, weights: jax.Array) -> jax.Array:
-    """The rows of one group that came first, for the columns ``(k,)`` that are not off."""
+    """The oldest rows of one group, one for each of the columns ``(k,)`` that are switched on."""
     m, valid = old.weights.shape[0], weights != 0
     order = jnp.cumsum(valid)
     order = order - jnp.maximum(order[-1] - m, 0)  # of more than m only the last stay
@@ -148,15 +152,15 @@ def oldest(old: RingState, weights: jax.Array) -> jax.Array:
 
 
 def _short(layout: Layout, columns: Columns, height: int) -> Any:
-    """Columns as one array ``(n, k, d)`` where a window of that height has fewer entries a row."""
+    """Columns as one array ``(n, k, d)`` if ``d`` is below ``height``, else ``()``."""
     return dense(layout, columns) if max(layout.dims) < height else ()
 
 
 def window_eigh(gram: jax.Array, scale: jax.Array, window: Any) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues, descending, and eigenvectors as rows of ``S K S``, ``S = diag(scale)``.
 
-    From a window ``(m, d)``, where there is one, as the singular values and vectors of ``S W``,
-    which squares no condition number; there are ``d``, and the other rows are zero.
+    If the window ``(m, d)`` is given, they come from the singular values and vectors of ``S W``,
+    since that does not square the condition number. There are ``d``; the other rows are zero.
     """
     if isinstance(window, tuple):
         return linalg.eigh(scale[:, None] * gram * scale[None])
@@ -166,19 +170,19 @@ def window_eigh(gram: jax.Array, scale: jax.Array, window: Any) -> tuple[jax.Arr
 
 
 def spectral_factor(
-    spectrum: Spectrum, gram: jax.Array, weights: jax.Array, signed: bool, window: Any = ()
+    keep: Regularization, gram: jax.Array, weights: jax.Array, signed: bool, window: Any = ()
 ) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues and ``T`` of ``W^T diag(weights) W`` in descending order of size, from ``K``."""
     scale = jnp.sqrt(jnp.abs(weights))
     lam, v = window_eigh(gram, scale, window)
     if signed:
         # W^T S W with S = diag(sign w): S in the window's own orthonormal coordinates.
-        live = spectrum.stored(lam, lam > 0)[1]
+        live = keep.apply(lam, lam > 0)[1]
         half = jnp.where(live, jnp.sqrt(jnp.where(live, lam, 1)), 0)[:, None] * v
         t = jnp.where(live, jax.lax.rsqrt(jnp.where(live, lam, 1)), 0)[:, None] * v * scale[None]
         lam, z = linalg.eigh_by_size((half * jnp.sign(weights)) @ half.T)
-        lam, live = spectrum.stored(lam, lam != 0)
+        lam, live = keep.apply(lam, lam != 0)
         return lam, jnp.where(live[:, None], z @ t, 0)
-    kept, live = spectrum.stored(lam, lam > 0)
+    kept, live = keep.apply(lam, lam > 0)
     inverse = jnp.where(live, jax.lax.rsqrt(jnp.where(live, lam, 1)), 0)
     return kept, inverse[:, None] * v * scale[None]

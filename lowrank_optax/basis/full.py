@@ -13,17 +13,17 @@ from lowrank_optax._core.checks import check_count, check_decay
 from lowrank_optax._core.layout import Layout, stack
 from lowrank_optax._core.loops import now_and_then
 from lowrank_optax._core.types import BasisUpdate, Columns, Eigenbasis, SymmetricCorrection, Vector
-from lowrank_optax.basis._basis import Basis, Spectrum
+from lowrank_optax.basis._basis import Basis, Regularized
 
 
 class FullMatrixState(NamedTuple):
     """State of `FullMatrix` for ``n`` groups of at most ``d`` parameters.
 
     Attributes:
-      matrix: ``B``, ``(n, d, d)``.
+      matrix: the curvature ``B``, ``(n, d, d)``.
       t: its eigenvectors as rows, ``Q^T``, ``(n, d, d)``.
-      lam: ``(n, d)`` eigenvalues, 0 in dead slots.
-      updates: ``(n,)`` corrections absorbed so far.
+      lam: eigenvalues ``(n, d)`` in units of the curvature, 0 in dead slots.
+      updates: number ``(n,)`` of corrections absorbed so far.
     """
 
     matrix: jax.Array
@@ -43,48 +43,60 @@ class Dense(Basis):
 
     def unproject(self, layout: Layout, state: Any, u: jax.Array) -> Vector | Columns:
         whole = jnp.einsum("n...r,nrd->n...d", u, state.t)
-        parts, start = [], [0] * layout.n
+        parts, filled = [], [0] * layout.n
         for size, group in zip(layout.sizes, layout.group, strict=True):
-            parts.append(whole[group][..., start[group] : start[group] + size])
-            start[group] += size
+            parts.append(whole[group][..., filled[group] : filled[group] + size])
+            filled[group] += size
         return parts
 
 
 @dataclasses.dataclass(frozen=True)
-class FullMatrix(Dense, Spectrum):
+class FullMatrix(Dense, Regularized):
     """Eigenbasis of the dense ``B <- beta B + (1 - beta) sum_j w_j y_j y_j^T``, ``B_0 = I``.
 
-    ``B_0 = gamma I`` with a curvature that assumes ``gamma`` where nothing was measured.
+    With a curvature that assumes ``gamma`` where nothing was measured, ``B_0 = gamma I``.
 
-    The basis is complete: a direction whose eigenvalue rounding cannot tell from zero stays in it,
-    with the eigenvalue 0, so that a gradient that comes there later is not lost. Parts that divide
-    by eigenvalues leave such a direction out.
+    The basis is complete: a direction whose eigenvalue cannot be told from zero stays in it, with
+    the eigenvalue 0, so that a later gradient along it is not lost. Parts that divide by
+    eigenvalues leave such a direction out.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> basis = lro.basis.FullMatrix(beta=0.5)
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.LInv())
+      >>> state = tx.init(jnp.zeros(2))
+      >>> updates, state = tx.update(jnp.array([3., 0.]), state)
+      >>> print(state.basis.lam, updates)        # B = I/2 + diag(9, 0)/2, and g / 5
+      [[5.  0.5]] [0.6 0. ]
 
     Args:
-      beta: decay; ``None`` sums instead. The start is not corrected for.
-      every: corrections from one eigendecomposition to the next, the first included; in between the
-        matrix goes on alone.
-      eig_tol: eigenvalues below ``eig_tol * max`` are dropped, and their directions with them where
-        it is above rounding. For the others see `GGT`.
+      beta: decay per correction, in [0, 1), default 0.9; ``None`` sums instead. What remains of
+        ``B_0`` is not corrected for.
+      every: number of corrections from one eigendecomposition to the next, at least 1, default 1.
+        The first correction always has one. In between only the matrix changes.
+      eig_tol: share of the largest eigenvalue at or below which an eigenvalue is dropped, without
+        unit, default 1e-12. Its direction is dropped with it if ``eig_tol`` is above rounding.
+
+    The remaining keywords are those of `Regularized`.
 
     Raises:
       ValueError: for a ``beta``, ``every`` or tolerance out of range.
 
-    Cost: memory ``2 d²``, a correction ``2 d² k`` flops and in ``every`` of them one ``eigh``
-    of size ``d`` (``9 d³`` flops): for tests, toy problems and the sides of matrices. Groups of
-    different sizes are padded to the largest.
+    Cost: memory ``2 d²``; a correction ``2 d² k`` flops, and once in ``every`` corrections an
+    ``eigh`` of size ``d`` (``9 d³`` flops): for tests, toy problems and the sides of matrices.
+    Groups of different sizes are padded to the largest.
 
     Source: full-matrix AdaGrad, Duchi et al., JMLR 2011, with the average of Adam.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues", "initial"})
+    provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues", "initial", "outside"})
 
     beta: float | None = 0.9
     every: int = dataclasses.field(default=1, kw_only=True)
     eig_tol: float = dataclasses.field(default=1e-12, kw_only=True)
 
     def __post_init__(self):
-        Spectrum.__post_init__(self)
+        Regularized.__post_init__(self)
         if self.beta is not None:
             check_decay("FullMatrix", "beta", self.beta)
         check_count("FullMatrix", "every", self.every)
@@ -115,7 +127,8 @@ class FullMatrix(Dense, Spectrum):
     ) -> BasisUpdate:
         new, accept, broken = self.gather(layout, state, correction, accept)
         when = accept & self.turning(new)
-        # A loop's carry has no matrix: XLA would decompose outside what the loop leaves as it is.
+        # The matrix is no part of the loop's carry: if it were and the loop left it as it is, XLA
+        # would move the decomposition out of the loop and run it at every step.
         bare, unchanged = new._replace(matrix=()), self._still(new)
         still = BasisUpdate(bare, unchanged, jnp.zeros((layout.n, 0)), jnp.zeros_like(accept))
         turn = lambda _, now: self.turn(new.matrix, now.state, when, correction.signed)
@@ -133,12 +146,15 @@ class FullMatrix(Dense, Spectrum):
         correction: SymmetricCorrection,
         accept: jax.Array,
     ) -> tuple[FullMatrixState, jax.Array, jax.Array]:
-        """The matrix alone takes in a correction; who did, and who did not for not being finite."""
+        """The matrix takes in a correction, the eigenvectors stay as they are.
+
+        Returns the state, the groups that took it in, and the groups in which it was not finite.
+        """
         y = dense(layout, correction.columns)
-        start = (
+        assumed = (
             jnp.ones(layout.n, layout.dtype) if correction.initial is None else correction.initial
         )
-        matrix = jax.vmap(self._blend)(state, y, correction.weights, start)
+        matrix = jax.vmap(self._blend)(state, y, correction.weights, assumed)
         fine = jax.vmap(linalg.finite)(matrix)
         ok = accept & fine
         return (
@@ -151,13 +167,16 @@ class FullMatrix(Dense, Spectrum):
         )
 
     def turning(self, state: FullMatrixState) -> jax.Array:
-        """Whether the eigenvectors are to follow the matrix as it was gathered last, ``(n,)``."""
+        """Groups ``(n,)`` whose eigenvectors are to follow the matrix that was gathered last."""
         return (state.updates - 1) % self.every == 0
 
     def turn(
         self, matrix: jax.Array, state: FullMatrixState, when: jax.Array, signed: bool = False
     ) -> BasisUpdate:
-        """Eigenvectors of ``matrix``, not of the state's, for the groups in ``when``, ``(n,)``."""
+        """Eigenvectors of ``matrix`` for the groups in ``when``, ``(n,)``.
+
+        The state's own matrix is not read, and may be ``()``.
+        """
         lam, t = jax.vmap(partial(self._factor, signed=signed))(matrix)
         c = jnp.einsum("nrd,nsd->nrs", t, state.t)
         fine = jax.vmap(linalg.finite)(lam, t)
@@ -173,20 +192,23 @@ class FullMatrix(Dense, Spectrum):
         return jnp.broadcast_to(jnp.eye(state.t.shape[-1], dtype=state.t.dtype), state.t.shape)
 
     def eigenbasis(self, state: FullMatrixState) -> Eigenbasis:
-        lam, live = jax.vmap(self.used)(state.lam)
+        lam, live = super().eigenbasis(state)
         return Eigenbasis(lam, live | ((state.lam == 0) & jnp.any(state.t != 0, axis=2)))
 
-    def _blend(self, old: FullMatrixState, y, weights, start):
+    def _blend(self, old: FullMatrixState, y, weights, assumed):
         gain, decay = (1.0, 1.0) if self.beta is None else (1 - self.beta, self.beta)
         first = ~jnp.any(old.lam != 0)
-        return decay * jnp.where(first, start, 1) * old.matrix + gain * (y.T * weights[None]) @ y
+        return decay * jnp.where(first, assumed, 1) * old.matrix + gain * (y.T * weights[None]) @ y
 
     def _factor(self, matrix: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
-        """Eigenvalues, 0 where they are dropped, and all eigenvectors but the dropped ones."""
+        """Eigenvalues ``(d,)``, 0 where they are dropped, and eigenvectors as rows.
+
+        The row of a direction that is dropped is zero.
+        """
         lam, t = (linalg.eigh_by_size if signed else linalg.eigh)(linalg.symmetrize(matrix))
-        lam, live = self.stored(lam, lam != 0 if signed else lam > 0)
+        lam, live = self.stored.apply(lam, lam != 0 if signed else lam > 0)
         if self.truncate is None:
-            # What only rounding tells from zero has no eigenvalue, and is a direction all the same.
+            # An eigenvalue that rounding cannot tell from zero is 0, but its direction stays.
             live = live | (self.eig_tol <= linalg.rounding(lam))
         return lam, jnp.where(live[:, None], t, 0)
 

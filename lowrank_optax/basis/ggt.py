@@ -8,18 +8,19 @@ import jax.numpy as jnp
 from lowrank_optax._core import linalg
 from lowrank_optax._core.checks import check, check_decay
 from lowrank_optax._core.layout import Layout
-from lowrank_optax._core.types import BasisUpdate, Eigenbasis, SymmetricCorrection
-from lowrank_optax.basis._basis import Spectrum
+from lowrank_optax._core.types import BasisUpdate, SymmetricCorrection
+from lowrank_optax.basis._basis import Regularized
 from lowrank_optax.basis._ring import Ring, RingState, spectral_factor
 
 
 @dataclasses.dataclass(frozen=True)
-class GGT(Ring, Spectrum):
+class GGT(Ring, Regularized):
     r"""Eigenbasis of the last ``rank`` columns, ``B = sum_j w_j y_j y_j^T``.
 
     With the columns as rows of ``W`` and ``K = W W^T = V diag(lam) V^T``:
-    ``Q^T = diag(lam)^{-1/2} V^T W``. A new column changes one row and column of ``K``, which is
-    the one product ``W y`` that the projection needs anyway; nothing large is ever factored.
+    ``Q^T = diag(lam)^{-1/2} V^T W``. A new column changes one row and one column of ``K``. These
+    are the product ``W y``, which the projection needs anyway, so that nothing large is ever
+    factored.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -30,15 +31,15 @@ class GGT(Ring, Spectrum):
       [0.6 0.8 0. ]
 
     Args:
-      rank: the window's length ``m = r``.
-      beta: ``None`` sums over the window, as the original does; a number weighs a column of age
-        ``a`` with ``beta^a`` and divides by the sum of the weights, so that 1.0 is the mean.
-      renew: a correction takes the place of the whole window, which then holds its columns and
-        nothing older: for curvatures that measure all there is at once, as `GaussNewton` does on a
-        batch. Corrections of more columns than ``rank`` are refused, since none may be missing.
-      eig_tol: eigenvalues below ``eig_tol * max`` are dropped, as are their directions.
-      damping: added to what is kept; with ``rdamping * max`` on top. ``abs`` and ``truncate`` as in
-        `linalg.regularize`, and each again as ``update_...`` for the step alone.
+      rank: length ``m = r`` of the window in columns, at least 1.
+      beta: decay per column, in [0, 1]: a column of age ``a`` gets the weight ``beta^a``, divided
+        by the sum of the weights, so that 1.0 is the mean. ``None``, the default, sums over the
+        window, as the original does.
+      renew: whether a correction replaces the whole window, so that nothing older remains; default
+        no. It is for curvatures that measure everything at once, as `GaussNewton` does on a batch.
+        A correction of more columns than ``rank`` is refused, because no column may be missing.
+
+    The remaining keywords are those of `Regularized`.
 
     Raises:
       ValueError: for a rank below 1, or a ``beta`` or tolerance out of range; with ``renew`` for
@@ -54,7 +55,7 @@ class GGT(Ring, Spectrum):
     renew: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
-        Spectrum.__post_init__(self)
+        Regularized.__post_init__(self)
         Ring.__post_init__(self)
         if self.beta is not None:
             check_decay("GGT", "beta", self.beta, closed=True)
@@ -79,12 +80,9 @@ class GGT(Ring, Spectrum):
         )
         return super().absorb(layout, state, correction, accept, key)
 
-    def eigenbasis(self, state: RingState) -> Eigenbasis:
-        return Eigenbasis(*jax.vmap(self.used)(state.lam))
-
     def factor(self, state: RingState, signed: bool) -> tuple[jax.Array, jax.Array]:
         weights = state.weights * self._ages(state)
-        return spectral_factor(self, state.gram, weights, signed, state.rows)
+        return spectral_factor(self.stored, state.gram, weights, signed, state.rows)
 
     def _ages(self, state: RingState) -> jax.Array:
         """Every row's share of the average, or ones."""

@@ -1,4 +1,4 @@
-"""Hebbian: a basis learnt by stochastic ascent on the energy it captures."""
+"""Hebbian: a basis learned by stochastic ascent on the energy it captures."""
 
 import abc
 import dataclasses
@@ -10,22 +10,31 @@ import jax.numpy as jnp
 
 from lowrank_optax._core import linalg
 from lowrank_optax._core.checks import check, check_decay, check_least, fix_size
-from lowrank_optax.basis.trackers import Tracker
+from lowrank_optax.basis.moving import MovingSubspace
 
 
 class Rule(abc.ABC):
     """One step of ascent on ``1/2 ‖A x‖²`` over orthonormal rows ``A``.
 
-    Its gradient is Hebb's ``(A x) x^T``: what goes out times what comes in.
+    Its gradient is Hebb's ``(A x) x^T``: what goes out times what comes in. A rule is a frozen
+    dataclass; its memory is a tree of arrays of fixed shapes.
     """
 
     def spare(self, rank: int) -> int:
-        """Directions that the rule keeps besides the basis."""
+        """The number of directions that the rule keeps besides the ``rank`` of the basis."""
         return 0
 
     def init(self, rank: int, dtype: Any) -> Any:
-        """A fresh memory."""
+        """The memory before the first column."""
         return ()
+
+    def after(self, memory: Any, lam: jax.Array, count: jax.Array) -> Any:
+        """The memory as if ``count`` columns had come before.
+
+        For a state that goes on from given eigenpairs. ``lam`` are the columns' mean squares along
+        the rows, the largest first, of any number; ``memory`` is what absorbing these gave.
+        """
+        return memory
 
     @abc.abstractmethod
     def step(
@@ -37,7 +46,20 @@ class Rule(abc.ABC):
         lam: jax.Array,
         count: jax.Array,
     ) -> tuple[jax.Array, Any]:
-        """As `Tracker.move`."""
+        """The rows after one step, and the memory.
+
+        Args:
+          memory: the rule's memory.
+          v: rotation ``(r, r)`` of the old slots into ``rows``; a slot that was dead has none.
+          rows: orthonormal rows ``(r, slots + k)``: the basis in the coordinates of its old
+            ``slots`` directions and ``k`` new ones. ``slots`` is ``r`` and `spare`.
+          x: the columns ``(slots + k, k)``, scaled by the roots of their shares of the moments.
+          lam: the moments ``(r,)`` along ``rows``.
+          count: number of columns absorbed before.
+
+        Returns:
+          Orthonormal rows ``(slots, slots + k)``, those of the basis first, and the memory.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +70,23 @@ class GradientRule(Rule):
     rho^T`` span the same as those of ``A + g rho^T``, ``g = (I + eta a a^T)^{-1} eta a``, which is
     how they are orthonormalised. Sanger's generalised Hebbian algorithm is the first order of it.
 
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> rule, row = lro.basis.GradientRule(1.0), jnp.array([[1., 0.]])
+      >>> x, lam = jnp.array([[1.], [1.]]), jnp.ones(1)
+      >>> turned, _ = rule.step((), jnp.eye(1), row, x, lam, 0)
+      >>> print((turned / turned[0, 0]).round(2))      # A + (A x) x^T = (2, 1)
+      [[1.  0.5]]
+
     Args:
-      learning_rate: ``eta``, without unit: relative to the column's share of the moments and to
-        their largest. It has to exceed about half the ratio of the largest to the smallest
-        eigenvalue that is to be told from the rest.
+      learning_rate: step ``eta``, without unit, above 0, default 8: relative to the column's share
+        of the moments and to their largest. It has to exceed about half the ratio of the largest
+        eigenvalue to the smallest one that is to be told from the rest.
 
     Raises:
       ValueError: for a learning rate that is not positive.
+
+    Cost: no memory; small algebra of size ``r + k``.
 
     Source: Oja, "Simplified neuron model as a principal component analyzer", Journal of
     Mathematical Biology 1982; Sanger, "Optimal unsupervised learning in a single-layer linear
@@ -77,14 +109,25 @@ class GradientRule(Rule):
 class StiefelRule(Rule):
     r"""Riemannian ascent: the gradient's tangent ``(A x) rho^T`` and the polar retraction.
 
-    ``A <- polar(A + eta (A x) rho^T)`` with ``rho = x - A^T A x``: also the steepest descent on
-    the reconstruction error ``1/2 ‖x - A^T A x‖²``.
+    .. math:: A \leftarrow \mathrm{polar}(A + \eta\,(A x) \rho^T), \qquad \rho = x - A^T A x
+
+    This is also steepest descent on the reconstruction error ``1/2 ‖x - A^T A x‖²``.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> rule, row = lro.basis.StiefelRule(1.0), jnp.array([[1., 0.]])
+      >>> x, lam = jnp.array([[1.], [1.]]), jnp.ones(1)
+      >>> turned, _ = rule.step((), jnp.eye(1), row, x, lam, 0)
+      >>> print((turned / turned[0, 0]).round(2))      # A + (A x) rho^T = (1, 1)
+      [[1. 1.]]
 
     Args:
-      learning_rate: ``eta``, as in `GradientRule`.
+      learning_rate: step ``eta``, without unit, above 0, default 8; see `GradientRule`.
 
     Raises:
       ValueError: for a learning rate that is not positive.
+
+    Cost: no memory; small algebra of size ``r + k``.
 
     Source: Absil, Mahony and Sepulchre, "Optimization algorithms on matrix manifolds", 2008.
     """
@@ -100,14 +143,56 @@ class StiefelRule(Rule):
         return linalg.lean(rows, g, x - rows.T @ a, jnp.arctan), memory
 
 
+@dataclasses.dataclass(frozen=True)
+class AdaptiveRule(Rule):
+    r"""Oja's rule with AdaGrad's step for every row: no rate is left to tune.
+
+    .. math:: G = (A x) x^T, \quad b_i^2 \leftarrow b_i^2 + ‖G_i‖^2, \quad
+              A \leftarrow \mathrm{orth}(A + \mathrm{diag}(b)^{-1} G)
+
+    As in `GradientRule`, the rows of ``A + diag(1/b) a x^T`` span the same as those of
+    ``A + g rho^T`` with ``g = (I + diag(1/b) a a^T)^{-1} diag(1/b) a``. Rows are kept in the order
+    of their moments, and their ``b`` move with them.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> rule, row = lro.basis.AdaptiveRule(), jnp.array([[1., 0.]])
+      >>> x, lam = jnp.array([[1.], [1.]]), jnp.ones(1)
+      >>> _, squares = rule.step(rule.init(1, x.dtype), jnp.eye(1), row, x, lam, 0)
+      >>> print(squares)                               # ‖(A x) x‖² = 1 · 2
+      [2.]
+
+    Cost: memory ``r``; small algebra of size ``r + k``.
+
+    Source: Henriksen and Ward, "AdaOja: adaptive learning rates for streaming PCA", 2019.
+    """
+
+    def init(self, rank: int, dtype: Any) -> jax.Array:
+        """The ``b_i²``, ``(r,)``."""
+        return jnp.zeros(rank, dtype)
+
+    def after(self, memory: jax.Array, lam: jax.Array, count: jax.Array) -> jax.Array:
+        """About what ``count`` columns without energy outside ``lam`` would have summed up to."""
+        own = jnp.pad(lam[: len(memory)], (0, max(0, len(memory) - len(lam))))
+        return count * jnp.sum(lam) * own
+
+    def step(self, memory, v, rows, x, lam, count):
+        a = rows @ x
+        # Squares of gradients move with the rows like any second moment.
+        squares = (v * v) @ memory + jnp.sum((a @ x.T) ** 2, axis=1)
+        step = linalg.safe_divide(a, jnp.sqrt(squares)[:, None])
+        g = step @ linalg.inv(jnp.eye(x.shape[1], dtype=x.dtype) + a.T @ step)
+        return linalg.lean(rows, g, x - rows.T @ a, jnp.arctan), squares
+
+
 class CayleyMemory(NamedTuple):
     """Memory of `CayleyAdamG`.
 
     Attributes:
-      count: steps.
-      momentum: ``(r, slots)`` rows in the coordinates of all directions that are kept.
-      root: of the running average of the gradients' squared norms, which themselves go with the
-        fourth power of what is absorbed and would soon leave float32.
+      count: number of steps.
+      momentum: rows ``(r, slots)`` in the coordinates of all directions that are kept.
+      root: root of the running average of the gradients' squared norms. The root is kept because
+        the squares grow with the fourth power of what is absorbed, and would soon leave float32.
     """
 
     count: jax.Array
@@ -131,21 +216,29 @@ class CayleyAdamG(Rule):
               Y \leftarrow X - \tfrac{\alpha}{2} W (X + Y)
 
     and ``X <- orth(Y)``. The momentum has directions of its own, for which the basis keeps ``r``
-    further rows.
+    more rows.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> rule = lro.basis.CayleyAdamG(0.5, b1=0.0, iterations=20)
+      >>> x, lam, memory = jnp.array([[1.], [1.]]), jnp.ones(1), rule.init(1, jnp.float32)
+      >>> turned, _ = rule.step(memory, jnp.eye(1), jnp.array([[1., 0.]]), x, lam, 0)
+      >>> print(turned.round(2))       # by the angle 2 atan(η/(2√2)), as ‖W X‖ = 1/√2 at the start
+      [[0.94 0.34]]
 
     Args:
-      learning_rate: ``eta``, the length of a step on the manifold once ``‖M‖`` is like ``‖G‖``; or
-        a schedule of the number of columns absorbed.
-      b1: decay of the momentum; without it (0) no rows are kept for it.
-      b2: decay of the second moment.
-      eps: added under the root and to the norm.
-      q: contraction of the iteration.
-      iterations: of the Cayley transform.
+      learning_rate: step ``eta``, the length of a step on the manifold once ``‖M‖`` is about
+        ``‖G‖``; a number above 0, default 0.02, or a schedule of the number of columns absorbed.
+      b1: decay of the momentum, in [0, 1), default 0.9; with 0 no rows are kept for it.
+      b2: decay of the second moment, in [0, 1), default 0.99.
+      eps: number added under the root and to the norm, at least 0, default 1e-8.
+      q: contraction of the iteration, above 0, default 0.5.
+      iterations: number of iterations of the Cayley transform, at least 1, default 2.
 
     Raises:
       ValueError: for numbers out of range.
 
-    Cost: ``r d`` further numbers, small algebra of size ``2 r + k``.
+    Cost: memory ``r d`` for the momentum's own directions; small algebra of size ``2 r + k``.
 
     Source: Li, Li and Todorovic, "Efficient Riemannian optimization on the Stiefel manifold via the
     Cayley transform", ICLR 2020.
@@ -199,24 +292,32 @@ class CayleyAdamG(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Hebbian(Tracker):
+class Hebbian(MovingSubspace):
     r"""Learns the subspace by stochastic ascent on the energy it captures, ``E‖Q^T y‖²``.
 
-    The rule gets Hebb's gradient ``a y^T``, ``a = Q^T y``; the moments of ``a`` inside the subspace
-    give the eigenvalues, and their eigenvectors the rows' rotation, see `Tracker`.
+    The rule gets Hebb's gradient ``a y^T``, ``a = Q^T y``. The moments of ``a`` inside the subspace
+    give the eigenvalues, and their eigenvectors rotate the rows.
 
     Example:
-      >>> import lowrank_optax as lro
-      >>> tx = lro.lre(1.0, basis=lro.basis.Hebbian(20, rule=lro.basis.CayleyAdamG(0.02)))
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> for rule in (lro.basis.GradientRule(), lro.basis.CayleyAdamG()):
+      ...     tx = lro.lre(1.0, basis=lro.basis.Hebbian(20, rule=rule, buffer=8))
+      ...     state = jax.eval_shape(tx.init, jnp.zeros(1000))
+      ...     print(lro.diagnose.find(state).basis.rows[0].shape)    # the second has a momentum
+      (28, 1000)
+      (48, 1000)
 
     Args:
-      rank: dimension of the subspace, ``r``.
-      beta: decay of the moments; ``None`` sums, and the steps of `GradientRule` and `StiefelRule`,
-        which are relative to the moments, then fall like ``1/t``.
-      rule: `GradientRule`, `StiefelRule` or `CayleyAdamG`.
-      buffer: columns between two rotations, see `Frame`.
-      eig_tol: directions whose moments fall below ``eig_tol * max`` are given up for new ones. For
-        the others see `GGT`.
+      rank: dimension ``r`` of the subspace, at least 1.
+      beta: decay of the moments per correction, in [0, 1), default 0.99. ``None`` sums; the steps
+        of `GradientRule` and `StiefelRule` are relative to the moments and then fall like ``1/t``.
+      rule: how the rows move: `GradientRule` (the default), `StiefelRule`, `AdaptiveRule`,
+        `CayleyAdamG`, or a `Rule` of your own.
+      buffer: number of columns between two rotations, default ``max(8, rank // 3)``; see `Frame`.
+      eig_tol: share of the largest moment at or below which a direction is given up for a new one,
+        without unit, default 1e-5.
+
+    The remaining keywords are those of `Regularized`.
 
     Raises:
       ValueError: for a rank below 1, a ``beta`` or tolerance out of range, something that is not a
@@ -231,25 +332,29 @@ class Hebbian(Tracker):
     rule: Rule = GradientRule()
 
     def __post_init__(self):
-        Tracker.__post_init__(self)
+        super().__post_init__()
         check(
             isinstance(self.rule, Rule),
-            f"Hebbian: rule is {self.rule!r}; pass GradientRule(), StiefelRule() or CayleyAdamG().",
+            f"Hebbian: rule is {self.rule!r}; pass a rule of lowrank_optax.basis, such as "
+            "GradientRule().",
         )
 
     @property
     def slots(self) -> int:
         return self.rank + self.rule.spare(self.rank)
 
-    def remember(self, dtype: Any) -> Any:
+    def init_memory(self, dtype: Any) -> Any:
         return self.rule.init(self.rank, dtype)
+
+    def memory_after(self, memory: Any, lam: jax.Array, count: jax.Array) -> Any:
+        return self.rule.after(memory, lam, count)
 
     def move(self, memory, v, rows, x, lam, count):
         return self.rule.step(memory, v, rows, x, lam, count)
 
 
 def _outside(momentum: jax.Array, rows: jax.Array, count: int) -> jax.Array:
-    """Orthonormal rows for what of a momentum is outside ``rows``, as far as it is resolved."""
+    """Orthonormal rows for the part of a momentum outside ``rows``, where it exceeds rounding."""
     rest = momentum - momentum @ rows.T @ rows
     size, z = linalg.eigh(linalg.symmetrize(rest.T @ rest))
     kind = jnp.finfo(rest.dtype)

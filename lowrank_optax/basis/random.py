@@ -19,11 +19,11 @@ class RandomState(NamedTuple):
     """State of `Random` for ``n`` groups.
 
     Attributes:
-      rows: ``W``, nearly orthonormal, ``(r, leaf.size)`` a leaf.
-      gram: ``K = W W^T``, ``(n, r, r)``, measured.
-      t: ``(n, r, r)``, nearly the identity, with ``Q^T = T W``.
-      lam: ``(n, r)``, 1 in live slots: there are no eigenvalues.
-      updates: ``(n,)`` corrections seen so far.
+      rows: nearly orthonormal rows ``W``, ``(r, leaf.size)`` a leaf.
+      gram: the Gram matrix ``K = W W^T``, ``(n, r, r)``, measured on what is stored.
+      t: the matrix ``T`` of ``Q^T = T W``, ``(n, r, r)``, nearly the identity.
+      lam: ``(n, r)``, 1 in live slots and 0 in dead ones: there are no eigenvalues.
+      updates: number ``(n,)`` of corrections that came so far.
     """
 
     rows: Any
@@ -37,17 +37,24 @@ class RandomState(NamedTuple):
 class Random(Basis):
     r"""A uniformly random subspace: ``Q`` is a Gaussian matrix orthonormalised.
 
-    When it is drawn anew the inner state moves by the true ``C = Q_new^T Q_old``, which keeps a
-    share of about ``r / d``; a fixed one is training in a random subspace. It looks at
-    no correction and has no eigenvalues.
+    With every draw the inner state moves by the true ``C = Q_new^T Q_old``, which keeps a share of
+    about ``r / d`` of it. A subspace that is never redrawn means training in a random subspace.
+    Corrections are ignored, and there are no eigenvalues.
 
     Example:
-      >>> import lowrank_optax as lro
-      >>> tx = lro.lre(1.0, basis=lro.basis.Random(50, redraw=None))      # intrinsic dimension 50
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.scale_by_lre(
+      ...     lro.curvature.Covariance(), lro.basis.Random(3, redraw=None), lro.inner.EMA(0.0))
+      >>> state = tx.init(jnp.zeros(3))
+      >>> updates, state = tx.update(jnp.array([1., 2., 3.]), state)
+      >>> print((updates * 10).round())           # three dimensions of three are the whole space
+      [10. 20. 30.]
 
     Args:
-      rank: its dimension, ``r``; of a smaller group all of it.
-      redraw: updates of the basis between two draws; ``None`` keeps the first.
+      rank: dimension ``r`` of the subspace, at least 1. A group with fewer parameters is spanned
+        whole.
+      redraw: number of updates of the basis from one draw to the next, at least 1, default 1;
+        ``None`` keeps the first draw.
 
     Raises:
       ValueError: for a rank or ``redraw`` below 1.
@@ -105,7 +112,7 @@ class Random(Basis):
             layout.stored(state.rows), layout, drawn, self.rank, draw, cross=True
         )
         rows, gram, t, total = cholesky_qr(rows, layout, gram, drawn)
-        # A factorisation that failed leaves an empty basis, to be drawn again at the next update.
+        # A factorisation that failed leaves an empty basis; the next update draws again.
         fine = jax.vmap(linalg.finite)(t, total)
         failed = drawn & ~fine
         pick = lambda new, old: jnp.where(
@@ -129,5 +136,5 @@ class Random(Basis):
 
 
 def is_due(updates: jax.Array, redraw: int | None) -> jax.Array:
-    """Whether the update after so many draws anew."""
+    """Whether the update that comes after ``updates`` of them draws anew."""
     return updates == 0 if redraw is None else updates % redraw == 0

@@ -1,4 +1,4 @@
-"""Bases whose directions are coordinates, or sets of them: indices instead of vectors."""
+"""Bases whose directions are coordinates: indices instead of vectors."""
 
 import abc
 import dataclasses
@@ -22,10 +22,10 @@ class SelectionState(NamedTuple):
 
     Attributes:
       rows: the running diagonal of the curvature, ``(1, leaf.size)`` a leaf; ``()`` where none is
-        kept, because there are checkpoints that take no arrays without entries.
-      indices: ``(n, r)`` the coordinates, counted through the group's leaves; -1 in dead slots.
-      lam: ``(n, r)`` the diagonal at the coordinates, 0 in dead slots; 1 where none is kept.
-      updates: ``(n,)`` corrections absorbed so far.
+        kept, because some checkpoint formats take no empty arrays.
+      indices: the coordinates ``(n, r)``, counted through the group's leaves; -1 in dead slots.
+      lam: the diagonal ``(n, r)`` at the coordinates, 0 in dead slots; 1 where none is kept.
+      updates: number ``(n,)`` of corrections absorbed so far.
     """
 
     rows: Any
@@ -36,7 +36,11 @@ class SelectionState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Selection(Basis):
-    """``rank`` coordinates: projecting gathers, unprojecting scatters, ``C_ij = [i is j]``."""
+    """``rank`` coordinates: projecting gathers, unprojecting scatters, ``C_ij = [i is j]``.
+
+    Args:
+      rank: number ``r`` of coordinates, at least 1.
+    """
 
     rank: int
 
@@ -45,14 +49,17 @@ class Selection(Basis):
 
     @property
     def period(self) -> int:
-        """Corrections after which its rhythm, if it has any, starts again."""
+        """Number of corrections after which a regular schedule begins again; 1 without one."""
         return 1
 
     @abc.abstractmethod
     def choose(
         self, layout: Layout, state: SelectionState, correction: SymmetricCorrection, key: jax.Array
     ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-        """Rows or ``()``, index and lam after a correction, and whether all is finite, ``(n,)``."""
+        """Rows or ``()``, indices ``(n, r)`` and ``lam`` ``(n, r)`` after a correction.
+
+        The fourth result says for every group, ``(n,)``, whether all of it is finite.
+        """
 
     def coordinates(self, layout: Layout) -> int:
         return self.rank
@@ -115,12 +122,18 @@ class RandomPermutation(Selection):
     """Coordinates drawn uniformly without replacement.
 
     Example:
-      >>> import lowrank_optax as lro
-      >>> tx = lro.lre(1.0, basis=lro.basis.RandomPermutation(100, redraw=10))
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> basis = lro.basis.RandomPermutation(2)
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.Sign())
+      >>> state = tx.init(jnp.zeros(5))
+      >>> updates, state = tx.update(jnp.ones(5), state)
+      >>> print(updates.sum())                    # two of the five coordinates move
+      2.0
 
     Args:
-      rank: how many, ``r``; of a smaller group all.
-      redraw: updates of the basis between two draws; ``None`` keeps the first.
+      rank: number ``r`` of coordinates, at least 1. Of a smaller group all are taken.
+      redraw: number of updates of the basis from one draw to the next, at least 1, default 1;
+        ``None`` keeps the first draw.
 
     Raises:
       ValueError: for a rank or ``redraw`` below 1; by ``init``, for groups of 2^31 entries.
@@ -154,35 +167,11 @@ class RandomPermutation(Selection):
 
 
 @dataclasses.dataclass(frozen=True)
-class TopK(Selection):
-    r"""The coordinates in which the curvature's running diagonal is largest.
-
-    .. math:: v \leftarrow \beta v + (1 - \beta) \sum_j w_j\, y_j \circ y_j, \qquad
-              i_1, \dots, i_r = \mathrm{top}_r\, |v|, \qquad \lambda_k = v_{i_k}
-
-    With `Covariance` this is the mean square of every gradient entry, and ``LInvSqrt`` is RMSprop
-    on the ``r`` largest. Coordinates that never moved stay out.
-
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), lro.basis.TopK(2), lro.inner.Sign())
-      >>> state = tx.init(jnp.zeros(4))
-      >>> updates, state = tx.update(jnp.array([0.1, -3., 2., 0.]), state)
-      >>> print(updates)
-      [ 0. -1.  1.  0.]
+class FromDiagonal(Selection):
+    """Coordinates that are chosen by the curvature's running diagonal ``v``; see `TopK`.
 
     Args:
-      rank: how many coordinates, ``r``.
-      beta: decay of the average, which is corrected for its start by ``1 - beta^n``; ``None`` sums.
-
-    Raises:
-      ValueError: for a rank below 1 or a ``beta`` out of range; by ``init``, for groups of 2^31
-        entries.
-
-    Cost: memory ``d``; a step one pass over ``v`` and the selection of ``r`` from it.
-
-    Source: the original LRE's basis of that name, which takes them from the last correction alone
-    (``beta=0``).
+      beta: decay of the diagonal per correction, in [0, 1), default 0.99; ``None`` sums.
     """
 
     beta: float | None = 0.99
@@ -192,16 +181,16 @@ class TopK(Selection):
         if self.beta is not None:
             check_decay(type(self).__name__, "beta", self.beta)
 
+    @abc.abstractmethod
     def scores(self, layout: Layout, sizes: Vector, key: jax.Array) -> Vector:
-        """What the chosen coordinates have most of, from ``|v|``."""
-        return sizes
+        """One score for every entry, from ``|v|``; the ``rank`` largest scores are chosen."""
 
     def choose(
         self, layout: Layout, state: SelectionState, correction: SymmetricCorrection, key: jax.Array
     ):
         decay, gain = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
         rows = [
-            decay * v + gain * _weigh(w, jnp.square(y.astype(layout.dtype)))[None]
+            decay * v + gain * weigh(w, jnp.square(y.astype(layout.dtype)))[None]
             for v, w, y in zip(
                 layout.stored(state.rows),
                 layout.to_leaves(correction.weights),
@@ -231,20 +220,65 @@ class TopK(Selection):
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightedPermutation(TopK):
-    r"""Coordinates drawn without replacement, with probabilities in proportion to ``|v|^power``.
+class TopK(FromDiagonal):
+    r"""The coordinates in which the curvature's running diagonal is largest.
 
-    ``v`` is the running diagonal of `TopK`. The ``r`` largest of ``power log|v| + gumbel`` are such
-    a draw, a new one at every update.
+    .. math:: v \leftarrow \beta v + (1 - \beta) \sum_j w_j\, y_j \circ y_j, \qquad
+              i_1, \dots, i_r = \mathrm{top}_r\, |v|, \qquad \lambda_k = v_{i_k}
+
+    With `Covariance` ``v`` is the mean square of every gradient entry, and ``LInvSqrt`` is RMSprop
+    on the ``r`` largest. Coordinates whose gradient was always zero are never chosen.
 
     Example:
-      >>> import lowrank_optax as lro
-      >>> tx = lro.lre(1.0, basis=lro.basis.WeightedPermutation(100), update_every=10)
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), lro.basis.TopK(2), lro.inner.Sign())
+      >>> state = tx.init(jnp.zeros(4))
+      >>> updates, state = tx.update(jnp.array([0.1, -3., 2., 0.]), state)
+      >>> print(updates)
+      [ 0. -1.  1.  0.]
 
     Args:
-      rank: how many coordinates, ``r``.
-      beta: decay of the average; ``None`` sums.
-      power: 1/2 draws by the size of a gradient's entries, 1 by its square, 0 evenly.
+      rank: number ``r`` of coordinates, at least 1.
+      beta: decay of the average per correction, in [0, 1), default 0.99; ``None`` sums. An average
+        starts at zero and is divided by ``1 - beta^n`` to make up for that.
+
+    Raises:
+      ValueError: for a rank below 1 or a ``beta`` out of range; by ``init``, for groups of 2^31
+        entries.
+
+    Cost: memory ``d``; a step one pass over ``v`` and the selection of ``r`` entries from it.
+
+    Source: the original LRE's basis of that name, which takes the coordinates from the last
+    correction alone (``beta=0``).
+    """
+
+    def scores(self, layout: Layout, sizes: Vector, key: jax.Array) -> Vector:
+        return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedPermutation(FromDiagonal):
+    r"""Coordinates drawn without replacement, with probabilities in proportion to ``|v|^power``.
+
+    .. math:: i_1, \dots, i_r = \mathrm{top}_r\,(p \log |v| + \mathrm{gumbel})
+
+    is such a draw, where ``v`` is the running diagonal of `TopK` and ``p`` is ``power``. Every
+    update of the basis draws anew.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> basis = lro.basis.WeightedPermutation(2, power=50.0)
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.Sign())
+      >>> state = tx.init(jnp.zeros(4))
+      >>> updates, state = tx.update(jnp.array([0.1, -3., 2., 0.]), state)
+      >>> print(updates)                          # so high a power is nearly `TopK`
+      [ 0. -1.  1.  0.]
+
+    Args:
+      rank: number ``r`` of coordinates, at least 1.
+      beta: decay of the average per correction, in [0, 1), default 0.99; ``None`` sums.
+      power: exponent of the probabilities, at least 0, default 1/2: 1/2 draws by the size of a
+        gradient's entries, 1 by its square, 0 evenly.
 
     Raises:
       ValueError: for a rank below 1, a ``beta`` out of range or a negative power; by ``init``, for
@@ -272,153 +306,6 @@ class WeightedPermutation(TopK):
         ]
 
 
-class HistogramState(NamedTuple):
-    """State of `Histogram` for ``n`` groups.
-
-    Attributes:
-      rows: the bin of every entry, ``(1, leaf.size)`` a leaf.
-      mean: the running mean of the columns, ``(1, leaf.size)`` a leaf.
-      counts: ``(n, r)`` entries in every bin.
-      lam: ``(n, r)``, 1 for a bin with entries: there are no eigenvalues.
-      updates: ``(n,)`` corrections absorbed so far.
-    """
-
-    rows: Any
-    mean: Any
-    counts: jax.Array
-    lam: jax.Array
-    updates: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Histogram(Basis):
-    r"""Coordinates of similar values move together: one direction for each bin of a histogram.
-
-    The entries of the columns' running mean fall into ``rank`` bins of equal width between the
-    smallest and the largest; ``q_k`` is the indicator of a bin over ``sqrt(n_k)``, so that
-
-    .. math:: (Q^T g)_k = \frac{1}{\sqrt{n_k}} \sum_{i \in k} g_i, \qquad
-              C_{kl} = \frac{|k_\mathrm{new} \cap l_\mathrm{old}|}{\sqrt{n_k\, n_l}}
-
-    With the curvature `Parameters` it is a histogram of the parameters.
-
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> bins = lro.basis.Histogram(2)
-      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), bins, lro.inner.EMA(0.))
-      >>> state = tx.init(jnp.zeros(5))
-      >>> updates, state = tx.update(jnp.array([1., 2., 2., 3., 10.]), state)
-      >>> print(updates)                                        # the means of two bins
-      [ 2.  2.  2.  2. 10.]
-
-    Args:
-      rank: how many bins, ``r``; those without entries are dead slots.
-      beta: decay of the mean; 0 takes the last correction alone.
-
-    Raises:
-      ValueError: for a rank below 1 or a ``beta`` out of range.
-
-    Cost: memory ``2 d`` and ``r²``; a step a few passes over a gradient, none over rows.
-
-    Source: the original LRE's basis of that name.
-    """
-
-    rank: int
-    beta: float = 0.99
-    provides: ClassVar[frozenset[str]] = frozenset()
-
-    def __post_init__(self):
-        fix_size(self, "rank")
-        check_decay("Histogram", "beta", self.beta)
-
-    def coordinates(self, layout: Layout) -> int:
-        return self.rank
-
-    def init(self, layout: Layout, key: jax.Array) -> HistogramState:
-        small = jnp.uint8 if self.rank <= 2**8 else jnp.uint16 if self.rank <= 2**16 else jnp.int32
-        rows = lambda dtype: layout.store([jnp.zeros((1, size), dtype) for size in layout.sizes])
-        line = lambda: jnp.zeros((layout.n, self.rank), layout.dtype)
-        return HistogramState(
-            rows(small), rows(layout.dtype), line(), line(), jnp.zeros(layout.n, jnp.int32)
-        )
-
-    def absorb(
-        self,
-        layout: Layout,
-        state: HistogramState,
-        correction: SymmetricCorrection,
-        accept: jax.Array,
-        key: jax.Array,
-    ) -> BasisUpdate:
-        on = (correction.weights != 0).astype(layout.dtype)
-        share = (1 - self.beta) * linalg.safe_divide(on, jnp.sum(on, axis=1, keepdims=True))
-        old, before = layout.stored(state.rows), layout.stored(state.mean)
-        mean = [
-            self.beta * x + _weigh(w, y.astype(layout.dtype))[None]
-            for x, w, y in zip(before, layout.to_leaves(share), correction.columns, strict=True)
-        ]
-        low, high = _extremes(layout, mean)
-        ok = accept & jnp.isfinite(high - low)
-        bins = [
-            jnp.where(yes, self._bin(x, a, b).astype(was.dtype), was)
-            for yes, x, a, b, was in zip(
-                layout.to_leaves(ok),
-                mean,
-                layout.to_leaves(low),
-                layout.to_leaves(high),
-                old,
-                strict=True,
-            )
-        ]
-        mean = [
-            jnp.where(yes, a, b)
-            for yes, a, b in zip(layout.to_leaves(ok), mean, before, strict=True)
-        ]
-        pick = lambda new, old: jnp.where(ok.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-        r = self.rank
-        shared = layout.gather(
-            [
-                _count(a[0].astype(jnp.int32) * r + b[0], r * r)
-                for a, b in zip(bins, old, strict=True)
-            ],
-            (r * r,),
-        ).reshape(-1, r, r)
-        counts = pick(jnp.sum(shared, axis=2), state.counts)
-        new = HistogramState(
-            layout.store(bins),
-            layout.store(mean),
-            counts,
-            (counts > 0).astype(layout.dtype),
-            linalg.tally(state.updates, ok),
-        )
-        c = _scale(counts)[:, :, None] * shared * _scale(state.counts)[:, None, :]
-        u = self.project(layout, new, correction.columns)
-        return BasisUpdate(new, c, u, accept & ~ok)
-
-    def eigenbasis(self, state: HistogramState) -> Eigenbasis:
-        return Eigenbasis(state.lam, state.lam != 0)
-
-    def project(self, layout: Layout, state: HistogramState, vector: Vector | Columns) -> jax.Array:
-        sums = partial(jax.ops.segment_sum, num_segments=self.rank)
-        parts = [
-            sums(x.astype(layout.dtype).T, bins[0].astype(jnp.int32))
-            for x, bins in zip(vector, layout.stored(state.rows), strict=True)
-        ]
-        total = layout.gather(parts, parts[0].shape)
-        return jnp.einsum("nr,nr...->nr...", _scale(state.counts), total)
-
-    def unproject(self, layout: Layout, state: HistogramState, u: jax.Array) -> Vector | Columns:
-        scaled = jnp.einsum("nr,n...r->n...r", _scale(state.counts), u)
-        return [
-            x[..., bins[0]]
-            for x, bins in zip(layout.to_leaves(scaled), layout.stored(state.rows), strict=True)
-        ]
-
-    def _bin(self, x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-        place = jnp.floor(linalg.safe_divide(x - low, high - low) * self.rank)
-        return jnp.clip(place, 0, self.rank - 1)
-
-
 def _starts(layout: Layout) -> list[int]:
     """The first coordinate of every leaf, counted through its group."""
     starts, filled = [], [0] * layout.n
@@ -429,22 +316,22 @@ def _starts(layout: Layout) -> list[int]:
 
 
 def _local(layout: Layout, index: jax.Array) -> list[jax.Array]:
-    """Coordinates of each group as those ``(r,)`` of every leaf; of others the leaf's size."""
-    local = [at - start for at, start in zip(layout.to_leaves(index), _starts(layout), strict=True)]
+    """Coordinates ``(r,)`` of each leaf, from those of its group; its size for other leaves'."""
+    local = [at - first for at, first in zip(layout.to_leaves(index), _starts(layout), strict=True)]
     return [
         jnp.where((at >= 0) & (at < size) & (of >= 0), at, size)
         for at, of, size in zip(local, layout.to_leaves(index), layout.sizes, strict=True)
     ]
 
 
-def _weigh(weights: jax.Array, columns: jax.Array) -> jax.Array:
+def weigh(weights: jax.Array, columns: jax.Array) -> jax.Array:
     """``sum_j w_j y_j``; a column that is switched off may hold anything."""
     return jnp.einsum("k,ks->s", weights, jnp.where(weights[:, None] != 0, columns, 0))
 
 
 def _take(x: jax.Array, at: jax.Array) -> jax.Array:
     """Entries ``(r,)`` of a leaf's vector, or ``(r, k)`` of its columns; 0 beyond its end."""
-    if x.shape[-1] == 0:  # which XLA does not gather from
+    if x.shape[-1] == 0:  # XLA does not gather from an array without entries
         return jnp.zeros((at.shape[0], *x.shape[:-1]), x.dtype)
     return x.at[..., at].get(mode="fill", fill_value=0).T
 
@@ -453,10 +340,10 @@ def _largest(layout: Layout, rank: int, scores: Vector) -> jax.Array:
     """The ``rank`` coordinates of each group with the largest scores above ``-inf``, or -1."""
     values = [[jnp.full(rank, -jnp.inf, layout.dtype)] for _ in range(layout.n)]
     places = [[jnp.full(rank, -1, jnp.int32)] for _ in range(layout.n)]
-    for x, start, group in zip(scores, _starts(layout), layout.group, strict=True):
+    for x, first, group in zip(scores, _starts(layout), layout.group, strict=True):
         top, at = lax.top_k(x, min(rank, x.size))
         values[group].append(top)
-        places[group].append(at + start)
+        places[group].append(at + first)
     chosen = []
     for value, place in zip(values, places, strict=True):
         top, at = lax.top_k(jnp.concatenate(value), rank)
@@ -465,7 +352,7 @@ def _largest(layout: Layout, rank: int, scores: Vector) -> jax.Array:
 
 
 def _sample(key: jax.Array, size: jax.Array, *, rank: int) -> jax.Array:
-    """``rank`` different numbers below ``size``, uniformly; -1 for what a smaller size lacks."""
+    """``rank`` different numbers below ``size``, uniformly; padded with -1 if there are fewer."""
     count = jnp.minimum(rank, size)
 
     def body(i, chosen):
@@ -475,23 +362,3 @@ def _sample(key: jax.Array, size: jax.Array, *, rank: int) -> jax.Array:
         return chosen.at[i].set(jnp.where(i < count, drawn, -1).astype(jnp.int32))
 
     return lax.fori_loop(0, rank, body, jnp.full(rank, -1, jnp.int32))
-
-
-def _extremes(layout: Layout, rows: Columns) -> tuple[jax.Array, jax.Array]:
-    """The smallest and the largest entry of each group, ``(n,)`` each."""
-    low: list[Any] = [jnp.inf] * layout.n
-    high: list[Any] = [-jnp.inf] * layout.n
-    for x, group in zip(rows, layout.group, strict=True):
-        low[group] = jnp.minimum(low[group], jnp.min(x, initial=jnp.inf))
-        high[group] = jnp.maximum(high[group], jnp.max(x, initial=-jnp.inf))
-    return jnp.asarray(low, layout.dtype), jnp.asarray(high, layout.dtype)
-
-
-def _count(bins: jax.Array, length: int) -> jax.Array:
-    """How many entries there are of each number below ``length``."""
-    return jnp.zeros(length, jnp.int32).at[bins].add(1)
-
-
-def _scale(counts: jax.Array) -> jax.Array:
-    """``1 / sqrt(n)``, and 0 where ``n`` is."""
-    return linalg.safe_divide(1.0, jnp.sqrt(counts))

@@ -1,16 +1,15 @@
-"""Bases with a guarantee for the whole matrix: Frequent Directions and randomised sketches."""
+"""Bases with a guarantee for the whole matrix: Frequent Directions and the Nyström sketch."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core import linalg
-from lowrank_optax._core.checks import check_decay, fix_size
+from lowrank_optax._core.checks import check_decay
 from lowrank_optax.basis._average import Average
 from lowrank_optax.basis._frame import FrameState, Seen, Turn
-from lowrank_optax.basis.eigen import Eigen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,28 +24,37 @@ class FrequentDirections(Average):
               \le \min_{k \le r} \frac{‖A - A_k‖_F^2}{r + 1 - k}
 
     where the columns are the rows of ``A`` and ``A_k`` is its best approximation of rank ``k``. The
-    sum ``rho`` of the ``delta``, in ``state.memory``, is the escaped mass and certifies the error.
-    A share ``s`` of it can be given back as ``s rho I``: inside the basis steps then see ``lam + s
-    rho``, and outside it a `complement` such as ``LInvSqrt()`` sees ``s rho``. Half of it
-    (``robust``) halves error and bound; the whole is what S-AdaGrad's guarantee needs. The bound
-    holds up to rounding; residuals below the resolution of `Frame` are not seen.
+    sum ``rho`` of the ``delta``, in ``state.memory``, is the escaped mass: it bounds the error.
+    A share ``s`` of it can be given back as ``s rho I``. Inside the basis a step then sees ``lam +
+    s rho``, and outside it a complement such as ``LInvSqrt()`` sees ``s rho``. Half of the mass
+    (``robust``) halves error and bound; S-AdaGrad's guarantee needs all of it. The bound holds up
+    to rounding; residuals below the resolution of `Frame` are not seen.
 
-    It erases directions weaker than the tail over ``r``: use it for its guarantee.
+    Directions weaker than the tail divided by ``r`` are lost. Use this basis for its guarantee, and
+    `Eigen` for the best eigenpairs.
 
     Example:
-      >>> import lowrank_optax as lro
-      >>> tx = lro.scale_by_lre(                                        # S-AdaGrad
-      ...     lro.curvature.Covariance(), lro.basis.FrequentDirections(20, escaped=1.0),
-      ...     lro.inner.LInvSqrt(), complement=lro.inner.LInvSqrt())
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> basis = lro.basis.FrequentDirections(20, escaped=1.0)         # S-AdaGrad
+      >>> part = lro.inner.LInvSqrt()
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, part, complement=part)
+      >>> state = jax.eval_shape(tx.init, jnp.zeros(1000)).basis
+      >>> print(basis.share, state.rows[0].shape, state.memory.shape)   # one escaped mass a group
+      1.0 (28, 1000) (1,)
 
     Args:
-      rank: eigenpairs kept, ``r``.
-      beta: ``None`` sums, as the bound has it; a number averages, with a bound on the same average.
-      robust: give half of the escaped mass back, as Robust Frequent Directions does.
-      escaped: the share ``s`` of the escaped mass that is given back, in [0, 1]; by default 1/2
-        with ``robust`` and 0 without. 1 is S-AdaGrad.
-      buffer: columns between two rotations, see `Frame`.
-      eig_tol: 0, as the bound wants it. For the others see `GGT`.
+      rank: number ``r`` of eigenpairs that are kept, at least 1.
+      beta: decay of the average per correction, in [0, 1); ``None``, the default, sums. The bound
+        holds for the sum, and likewise for an average.
+      robust: whether half of the escaped mass is given back, as in Robust Frequent Directions;
+        default no.
+      escaped: share ``s`` of the escaped mass that is given back, in [0, 1]; default 1/2 with
+        ``robust`` and 0 without. With 1 this is S-AdaGrad.
+      buffer: number of columns between two rotations, default ``max(8, rank // 3)``; see `Frame`.
+      eig_tol: share of the largest eigenvalue at or below which an eigenvalue is dropped, without
+        unit; default 0, because the bound does not allow for more.
+
+    The remaining keywords are those of `Regularized`.
 
     Raises:
       ValueError: for a rank below 1, a ``beta``, share or tolerance out of range, or corrections
@@ -61,8 +69,6 @@ class FrequentDirections(Average):
     Directions", NeurIPS 2023.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues", "outside"})
-
     beta: float | None = None
     robust: bool = dataclasses.field(default=False, kw_only=True)
     escaped: float | None = dataclasses.field(default=None, kw_only=True)
@@ -73,8 +79,8 @@ class FrequentDirections(Average):
         if self.escaped is not None:
             check_decay("FrequentDirections", "escaped", self.escaped, closed=True)
 
-    def remember(self, dtype: Any) -> jax.Array:
-        """What was cut from every eigenvalue so far."""
+    def init_memory(self, dtype: Any) -> jax.Array:
+        """The sum of what was cut from every eigenvalue so far."""
         return jnp.zeros((), dtype)
 
     def turn(self, memory: Any, lam: jax.Array, seen: Seen, signed: bool) -> Turn:
@@ -83,12 +89,12 @@ class FrequentDirections(Average):
         lam, z = linalg.eigh(linalg.symmetrize(b))
         cut = jnp.maximum(lam[self.rank], 0)
         lam = lam[: self.rank] - cut
-        lam, live = self.stored(lam, lam > 0)
+        lam, live = self.stored.apply(lam, lam > 0)
         return Turn(jnp.where(live[:, None], z[: self.rank], 0), lam, decay * memory + cut)
 
     @property
     def share(self) -> float:
-        """Of the escaped mass that is given back."""
+        """The share of the escaped mass that is given back."""
         return (0.5 if self.robust else 0.0) if self.escaped is None else self.escaped
 
     def eigenvalues(self, lam: jax.Array, memory: Any) -> jax.Array:
@@ -100,66 +106,13 @@ class FrequentDirections(Average):
         return mass + self.update_damping + self.update_rdamping * top
 
 
-@dataclasses.dataclass(frozen=True)
-class RandomizedEigen(Eigen):
-    r"""`Eigen` whose small eigenproblem is solved by a randomised range finder.
-
-    Of the ``(r + k, r + k)`` matrix ``B`` in the coordinates ``[Q, rho/‖rho‖]`` a Gaussian
-    ``Omega`` takes ``l = r + oversample`` samples:
-
-    .. math:: V = \mathrm{orth}(B^{1+q}\,\Omega), \qquad V^T B V = Z \Lambda Z^T, \qquad
-              Q \leftarrow V Z
-
-    which expects the optimal error times ``(1 + r/(oversample - 1))^{1/2}``, and closer to one the
-    more power iterations ``q`` there are. Corrections no wider than ``oversample`` give nothing
-    to save, and are exact.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> basis = lro.basis.RandomizedEigen(20, oversample=5, buffer=40)   # for 40 columns a step
-
-    Args:
-      rank: how many eigenpairs are kept, ``r``.
-      beta: decay of the average; ``None`` sums. For the others see `Eigen`.
-      oversample: samples beyond the rank.
-      power_iterations: ``q``, multiplications by ``B`` that sharpen the spectrum.
-
-    Raises:
-      ValueError: as `Eigen`, and for a negative number of samples or iterations.
-
-    Cost: that of `Eigen`, with ``eigh`` of size ``min(r + oversample, r + k)`` and
-    ``(2 q + 4) (r + k)² l`` flops for the range.
-
-    Source: Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 2011.
-    """
-
-    oversample: int = dataclasses.field(default=5, kw_only=True)
-    power_iterations: int = dataclasses.field(default=1, kw_only=True)
-
-    def __post_init__(self):
-        Eigen.__post_init__(self)
-        fix_size(self, "oversample", 0)
-        fix_size(self, "power_iterations", 0)
-
-    def decompose(self, b: jax.Array, signed: bool, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        size, samples = b.shape[0], self.rank + self.oversample
-        if samples >= size:
-            return super().decompose(b, signed, key)
-        v = jax.random.normal(key, (size, samples), b.dtype)
-        for _ in range(1 + self.power_iterations):
-            # Householder, for B is singular while slots are dead, and nothing here is long.
-            v = linalg.qr(b @ v)
-        lam, z = super().decompose(linalg.symmetrize(v.T @ b @ v), signed, key)
-        return lam, z @ v.T
-
-
 class NystromMemory(NamedTuple):
     """Memory of `Nystrom`.
 
     Attributes:
-      sketch: ``(r, r)`` rows of ``Y^T = Omega^T B`` in the coordinates of ``Q``.
-      core: ``(r, r)`` ``Omega^T B Omega``.
-      test: ``(r, r)`` rows of ``Omega^T`` in the coordinates of ``Q``.
+      sketch: rows ``(r, r)`` of ``Y^T = Omega^T B`` in the coordinates of ``Q``.
+      core: the matrix ``Omega^T B Omega``, ``(r, r)``.
+      test: rows ``(r, r)`` of ``Omega^T`` in the coordinates of ``Q``.
     """
 
     sketch: jax.Array
@@ -174,25 +127,31 @@ class Nystrom(Average):
     .. math:: B \approx Y (\Omega^T Y)^+ Y^T, \qquad
               Y \leftarrow \beta Y + (1 - \beta) \sum_j w_j\, y_j\, (\Omega^T y_j)^T
 
-    ``Y`` has rank ``r``, so ``Q = orth(Y)`` and ``Y``'s coordinates in it lose nothing, and nothing
-    is truncated between corrections. The approximation never exceeds ``B``. It needs more samples
-    than the eigenpairs one trusts: for a good rank ``p`` take ``rank`` about ``2 p``, and
-    ``update_truncate=p`` for steps to see these alone.
+    ``Y`` has rank ``r``, so ``Q = orth(Y)`` and the coordinates of ``Y`` in it lose nothing, and
+    nothing is truncated between corrections. The approximation never exceeds ``B``. It needs more
+    samples than there are eigenpairs to be trusted: for ``p`` good eigenpairs take a ``rank`` of
+    about ``2 p``, and ``update_truncate=p`` so that steps see no others.
 
-    A Gaussian matrix is the same in all orthonormal coordinates, so ``Omega`` is drawn where it is
-    first needed: along the fresh directions. Along a direction that left the basis, and with it the
-    memory, it is drawn anew; while there is room for all directions it is one fixed matrix. In
-    either case the approximation is ``X^T P X`` for the stream ``X``, with a projector ``P``.
+    A Gaussian matrix has the same distribution in all orthonormal coordinates. So ``Omega`` is
+    drawn where it is first needed, along the fresh directions. A direction that left the basis left
+    the memory, too; should it return, ``Omega`` is drawn anew along it. While there is room for all
+    directions ``Omega`` is one fixed matrix. In either case the approximation is ``X^T P X`` for
+    the stream ``X``, with a projector ``P``.
 
     Example:
-      >>> import lowrank_optax as lro
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> basis = lro.basis.Nystrom(40, update_truncate=20)
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.LInvSqrt())
+      >>> state = jax.eval_shape(tx.init, jnp.zeros(1000)).basis
+      >>> print(state.rows[0].shape, state.memory.sketch.shape)     # 40 directions and 13 columns
+      (53, 1000) (1, 40, 40)
 
     Args:
-      rank: samples, the columns of ``Omega``, ``r``.
-      beta: decay of the average; ``None`` sums.
-      buffer: columns between two rotations, see `Frame`.
-      eig_tol: eigenvalues below ``eig_tol * max`` are dropped. For the others see `GGT`.
+      rank: number ``r`` of samples, the columns of ``Omega``; at least 1.
+      beta: decay of the average per correction, in [0, 1), default 0.99; ``None`` sums.
+      buffer: number of columns between two rotations, default ``max(8, rank // 3)``; see `Frame`.
+
+    The remaining keywords are those of `Regularized`.
 
     Raises:
       ValueError: for a rank below 1, a ``beta`` or tolerance out of range, or corrections with
@@ -205,7 +164,7 @@ class Nystrom(Average):
     matrix from streaming data", NeurIPS 2017.
     """
 
-    def remember(self, dtype: Any) -> NystromMemory:
+    def init_memory(self, dtype: Any) -> NystromMemory:
         return NystromMemory(*jnp.zeros((3, self.rank, self.rank), dtype))
 
     def turn(self, memory: Any, lam: jax.Array, seen: Seen, signed: bool) -> Turn:
@@ -221,6 +180,6 @@ class Nystrom(Average):
         root = jnp.sqrt(jnp.where(rounding, 1, size))
         half = jnp.where(rounding[:, None], 0, u @ sketch / root[:, None])
         lam, z = linalg.eigh(linalg.symmetrize(half.T @ half))
-        lam, live = self.stored(lam[:rank], lam[:rank] > 0)
+        lam, live = self.stored.apply(lam[:rank], lam[:rank] > 0)
         z = jnp.where(live[:, None], z[:rank], 0)
         return Turn(z, lam, NystromMemory(sketch @ z.T, core, test @ z.T))

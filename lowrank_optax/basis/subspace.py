@@ -18,9 +18,10 @@ class SubspaceIterationState(NamedTuple):
     """State of `SubspaceIteration` for ``n`` groups of at most ``d`` parameters.
 
     Attributes:
-      t: ``Q^T``, ``(n, r, d)``, orthonormal rows.
-      lam: ``(n, r)`` eigenvalues before the correction for the start, 0 in dead slots.
-      updates: ``(n,)`` corrections absorbed so far.
+      t: orthonormal rows ``Q^T``, ``(n, r, d)``.
+      lam: eigenvalues ``(n, r)`` before they are divided by ``1 - beta^updates``, in units of the
+        curvature; 0 in dead slots.
+      updates: number ``(n,)`` of corrections absorbed so far.
     """
 
     t: jax.Array
@@ -32,29 +33,36 @@ class SubspaceIterationState(NamedTuple):
 class SubspaceIteration(Dense):
     r"""The ``rank`` leading eigenpairs of ``B <- beta B + (1 - beta) sum_j w_j y_j y_j^T``.
 
-    For wide corrections and short vectors, as the sides of a matrix have them. ``B = M^T M`` is
-    known through its factor ``M = [sqrt(beta Lambda) Q^T; sqrt((1-beta) W) Y^T]``. From the old
-    rows, random ones where there are none, and ``oversample`` random rows beyond,
+    It is meant for wide corrections of short vectors, as the sides of a matrix have them. ``B =
+    M^T M`` is known through its factor ``M = [sqrt(beta Lambda) Q^T; sqrt((1-beta) W) Y^T]``. The
+    iteration starts from the old rows (random ones in dead slots) and ``oversample`` random rows:
 
     .. math:: X \leftarrow \mathrm{orth}(X M^T M) \quad\text{``iterations`` times}, \qquad
               X M^T M X^T = Z \Lambda Z^T, \qquad Q^T \leftarrow Z X
 
-    Once ``rank + oversample`` reaches ``d`` it is the exact ``eigh`` of ``B``, and a rank of ``d``
-    loses nothing: then ``Q diag(lam) Q^T`` is the average itself. ``lam_i = ‖M q_i‖²`` resolves
-    directions down to rounding of ``M``, not of ``B``; only those below it are dropped, so that a
-    basis of full rank leaves no part of a gradient behind.
+    If ``rank + oversample`` is at least ``d``, this is the exact ``eigh`` of ``B``. With a rank of
+    ``d`` nothing is lost, and ``Q diag(lam) Q^T`` is the average itself. ``lam_i = ‖M q_i‖²``
+    resolves directions down to the rounding of ``M``, which is finer than that of ``B``. Only
+    directions below it are dropped, so that a basis of full rank loses no part of a gradient.
 
     Example:
-      >>> import lowrank_optax as lro
-      >>> side = lro.basis.SubspaceIteration(16, beta=0.9)
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> side = lro.basis.SubspaceIteration(2, beta=0.9)
       >>> tx = lro.scale_by_matrix_lre(side, side, lro.inner.Adam(), update_every=10)
+      >>> state = jax.eval_shape(tx.init, jnp.zeros((50, 70)))
+      >>> print([x.shape for x in jax.tree.leaves(state) if x.shape[1:2] == (2,) and x.ndim == 3])
+      [(1, 2, 50), (1, 2, 70)]
 
     Args:
-      rank: how many eigenpairs are kept, ``r``; ``None`` or more than ``d`` for all ``d``.
-      beta: decay of the average, which is corrected for its start; 0 sees the last correction only.
-      oversample: random rows beyond the rank.
-      iterations: multiplications by ``B``; the old rows are close to begin with.
-      floor: steps see no eigenvalue below ``floor`` of the largest.
+      rank: number ``r`` of eigenpairs that are kept, at least 1; ``None`` or a number above ``d``
+        keeps all ``d``.
+      beta: decay of the average per correction, in [0, 1), default 0.9; 0 sees the last correction
+        alone. An average starts at zero and is divided by ``1 - beta^n`` to make up for that.
+      oversample: number of random rows beyond the rank, at least 0, default 8.
+      iterations: number of products with ``B``, at least 1, default 2. Few are enough, because the
+        old rows are close to the new ones.
+      floor: share of the largest eigenvalue below which a step sees no eigenvalue: smaller ones
+        count as that much. At least 0, without unit, default 1e-6.
 
     Raises:
       ValueError: for a rank, number of iterations or decay out of range, or corrections with
@@ -118,8 +126,8 @@ class SubspaceIteration(Dense):
         )
 
     def measured(self, state: SubspaceIterationState) -> jax.Array:
-        start = 1 - jnp.asarray(self.beta, state.lam.dtype) ** state.updates
-        return linalg.safe_divide(state.lam, start[:, None])
+        whole = 1 - jnp.asarray(self.beta, state.lam.dtype) ** state.updates
+        return linalg.safe_divide(state.lam, whole[:, None])
 
     def eigenbasis(self, state: SubspaceIterationState) -> Eigenbasis:
         lam = self.measured(state)
@@ -140,11 +148,11 @@ class SubspaceIteration(Dense):
             x = jax.random.normal(key, (r + self.oversample, d), y.dtype)
             x = x.at[:r].set(jnp.where((old.lam != 0)[:, None], old.t, x[:r]))
             for _ in range(self.iterations):
-                # Householder, for B may be singular, and nothing here is long.
+                # QR by Householder reflections: B may be singular, and the columns are short.
                 x = linalg.qr(m.T @ (m @ x.T)).T
         s = m @ x.T
         t = linalg.eigh(linalg.symmetrize(s.T @ s))[1][:r] @ x
-        # Measured like this, an eigenvalue is known to eps² of the largest, not to eps.
+        # Measured through M, an eigenvalue is known to eps² of the largest, through B only to eps.
         lam = jnp.sum((m @ t.T) ** 2, axis=0)
         live = ~(lam <= 100 * d * eps**2 * jnp.max(lam))  # what is NaN is to be seen
         lam, t = jnp.where(live, lam, 0), jnp.where(live[:, None], t, 0)

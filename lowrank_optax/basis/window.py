@@ -14,7 +14,7 @@ from lowrank_optax._core.checks import check, check_decay, fix_size
 from lowrank_optax._core.layout import Layout, cast_like, combine
 from lowrank_optax._core.rows import rewrite, write
 from lowrank_optax._core.types import BasisUpdate, Columns, Eigenbasis, SymmetricCorrection
-from lowrank_optax.basis._basis import Spectrum
+from lowrank_optax.basis._basis import Regularized
 from lowrank_optax.basis._ring import Ring, RingState, oldest, spectral_factor, window_eigh
 
 
@@ -26,8 +26,8 @@ class CommonDirections(Ring):
 
     .. math:: \mathrm{span}\, Q = \mathrm{span}\{s_t, g_t, s_{t-1}, g_{t-1}, \dots\}
 
-    over the last ``rank`` of them, through the eigenvectors of their correlation matrix. It has no
-    eigenvalues. ``update`` needs ``params``, from which the steps are known.
+    over the last ``rank`` of them, through the eigenvectors of their correlation matrix. There are
+    no eigenvalues. ``update`` needs ``params``, because the steps are differences of these.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -39,10 +39,10 @@ class CommonDirections(Ring):
       [0. 1. 0.]
 
     Args:
-      rank: vectors kept, ``m = r``, at least 2: half of them steps where a correction has one
-        column.
-      eig_tol: eigenvalues of the correlation matrix below ``eig_tol * max`` are dropped: what
-        depends on the rest.
+      rank: number of vectors that are kept, ``m = r``, at least 2. Where a correction has one
+        column, half of them are steps.
+      eig_tol: share of the largest eigenvalue of the correlation matrix at or below which a
+        direction is dropped as a combination of the others; in [0, 1), without unit, default 1e-5.
 
     Raises:
       ValueError: for a rank below 2 or a tolerance out of range; by ``update``, without ``params``.
@@ -63,7 +63,7 @@ class CommonDirections(Ring):
         check_decay("CommonDirections", "eig_tol", self.eig_tol)
 
     def init(self, layout: Layout, key: jax.Array) -> RingState:
-        # The parameters as they were, in their own dtype: differences of rounded ones are noise.
+        # The last parameters keep their own dtype: the difference of rounded ones would be noise.
         last = [
             jnp.zeros((1, size), dtype)
             for size, dtype in zip(layout.sizes, layout.dtypes, strict=True)
@@ -91,7 +91,7 @@ class CommonDirections(Ring):
         step = [
             x.astype(layout.dtype) - y.astype(layout.dtype) for x, y in zip(here, last, strict=True)
         ]
-        # Of unit length, so that no dtype of the rows is too narrow for a short step.
+        # Steps get unit length, so that no dtype of the rows is too narrow for a short one.
         size = jnp.sqrt(layout.gram(step)[:, 0])
         step = [linalg.safe_divide(x, c) for x, c in zip(step, layout.to_leaves(size), strict=True)]
         recent = slice(1 - self.rank, None)
@@ -128,20 +128,41 @@ class CommonDirections(Ring):
 
 
 class Overflow(abc.ABC):
-    """Rule of a `LowRankFactor` for columns that find no room."""
+    """What a `LowRankFactor` does with columns when it is full."""
 
     @abc.abstractmethod
     def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
-        """Rows in which columns go, see `Ring.place`."""
+        """Rows ``(k,)`` of one group in which columns go, ``m`` for a column that is dropped.
+
+        Args:
+          old: one group's window, with ``weights`` ``(m,)`` that are 0 where a row is empty.
+          gram: the Gram matrix ``(k, k)`` of the columns.
+          weights: the columns' weights ``(k,)``, 0 for a column that is switched off.
+        """
 
     def kept(self, rank: int) -> int | None:
-        """Eigenpairs that an overflow leaves; ``None`` where columns are replaced one by one."""
+        """Number of eigenpairs that an overflow leaves; ``None`` where columns replace columns."""
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class DropOldest(Overflow):
-    """The oldest columns make room, which leaves the window of `GGT`."""
+    """The oldest columns make room, which leaves the window of `GGT`.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> basis = lro.basis.LowRankFactor(2, lro.basis.DropOldest())
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.LInvSqrt())
+      >>> state = tx.init(jnp.zeros(3))
+      >>> for g in jnp.diag(jnp.array([3., 1., 2.])):
+      ...     updates, state = tx.update(g, state)
+      >>> print(basis.measured(state.basis).round())      # 3² has gone
+      [[4. 1.]]
+
+    Cost: none beyond `LowRankFactor`.
+
+    Source: Agarwal et al., "Efficient Full-Matrix Adaptive Regularization", ICML 2019.
+    """
 
     def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
         return oldest(old, weights)
@@ -149,9 +170,24 @@ class DropOldest(Overflow):
 
 @dataclasses.dataclass(frozen=True)
 class DropSmallest(Overflow):
-    """The columns of the largest norms ``|w_j| ‖y_j‖²`` stay, be they old or new.
+    """The columns with the largest ``|w_j| ‖y_j‖²`` stay, whether they are old or new.
 
-    What was large once stays for good: for streams whose norms do not fade.
+    A column that was large once stays for good, so this rule is for streams whose norms do not
+    fade.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> basis = lro.basis.LowRankFactor(2, lro.basis.DropSmallest())
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.LInvSqrt())
+      >>> state = tx.init(jnp.zeros(3))
+      >>> for g in jnp.diag(jnp.array([3., 1., 2.])):
+      ...     updates, state = tx.update(g, state)
+      >>> print(basis.measured(state.basis).round())      # 1² has gone
+      [[9. 4.]]
+
+    Cost: none beyond `LowRankFactor`.
+
+    Source: elementary.
     """
 
     def place(self, old: RingState, gram: jax.Array, weights: jax.Array) -> jax.Array:
@@ -166,13 +202,23 @@ class DropSmallest(Overflow):
 class Reconstruct(Overflow):
     r"""``B`` with the new columns is cut to its leading eigenpairs, ``y_i = sqrt(|lam_i|) q_i``.
 
+    Example:
+      >>> import lowrank_optax as lro
+      >>> lro.basis.Reconstruct().kept(20), lro.basis.Reconstruct(keep=15).kept(20)
+      (10, 15)
+
     Args:
-      keep: how many eigenpairs stay; ``None`` for half of the rank, with an overflow every
-        ``rank / 2`` columns at a cost of ``3 d r`` flops a column. ``keep=rank`` cuts as little as
-        possible, and costs ``4 d r²`` flops for every correction once the factor is full.
+      keep: number of eigenpairs that stay, from 1 to the factor's rank; default ``None``, half of
+        the rank. ``keep=rank`` cuts as little as possible, but cuts at every correction once the
+        factor is full.
 
     Raises:
       ValueError: for less than one.
+
+    Cost: with half of the rank an overflow every ``rank / 2`` columns, at ``3 d r`` flops a column;
+    with ``keep=rank`` ``4 d r²`` flops for every correction.
+
+    Source: Levy and Lindenbaum, "Sequential Karhunen-Loeve basis extraction", 2000.
     """
 
     keep: int | None = None
@@ -190,28 +236,36 @@ class Reconstruct(Overflow):
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankFactor(Ring, Spectrum):
+class LowRankFactor(Ring, Regularized):
     r"""Eigenbasis of ``B = sum_j w_j y_j y_j^T``, kept as a factor of at most ``rank`` columns.
 
     With ``W`` the columns as rows, ``S`` their weights and ``K = W W^T``, as in `GGT`:
-    ``S^{1/2} K S^{1/2} = V diag(lam) V^T`` and ``Q^T = diag(lam)^{-1/2} V^T S^{1/2} W``. What
-    happens when the factor is full is a part of its own.
+    ``S^{1/2} K S^{1/2} = V diag(lam) V^T`` and ``Q^T = diag(lam)^{-1/2} V^T S^{1/2} W``. A part of
+    its own, ``overflow``, says what happens when the factor is full.
 
     Example:
-      >>> import lowrank_optax as lro
-      >>> basis = lro.basis.LowRankFactor(20, lro.basis.DropSmallest())
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> basis = lro.basis.LowRankFactor(2, lro.basis.Reconstruct(keep=2))
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.LInvSqrt())
+      >>> state = tx.init(jnp.zeros(3))
+      >>> for g in jnp.array([[3., 0., 0.], [0., 2., 0.], [4., 0., 0.]]):
+      ...     updates, state = tx.update(g, state)
+      >>> print(basis.measured(state.basis).round())      # 3² + 4² along the first axis, and 2²
+      [[25.  4.]]
 
     Args:
-      rank: columns of the factor, ``m = r``.
-      overflow: `Reconstruct`, `DropOldest` or `DropSmallest`.
-      eig_tol: eigenvalues below ``eig_tol * max`` are dropped; for the others see `GGT`.
+      rank: number of columns of the factor, ``m = r``, at least 1.
+      overflow: what happens when the factor is full: `Reconstruct` (the default), `DropOldest`,
+        `DropSmallest`, or an `Overflow` of your own.
+
+    The remaining keywords are those of `Regularized`.
 
     Raises:
       ValueError: for a rank below 1, a tolerance out of range, an overflow that is not a rule or
         keeps more than ``rank``.
 
     Cost: memory ``m d + 3 m²``; a step two passes over the rows (``4 m d`` flops), one ``eigh`` of
-    size ``m`` (``m + k`` for `Reconstruct`, whose own cost comes on top) and ``6 m³`` flops.
+    size ``m`` (``m + k`` with `Reconstruct`) and ``6 m³`` flops, and the cost of the overflow.
 
     Source: the original LRE's low-rank factor; `Reconstruct` is incremental principal components,
     Levy and Lindenbaum, "Sequential Karhunen-Loeve basis extraction", 2000.
@@ -220,7 +274,7 @@ class LowRankFactor(Ring, Spectrum):
     overflow: Overflow = Reconstruct()
 
     def __post_init__(self):
-        Spectrum.__post_init__(self)
+        Regularized.__post_init__(self)
         Ring.__post_init__(self)
         check(
             isinstance(self.overflow, Overflow),
@@ -238,10 +292,7 @@ class LowRankFactor(Ring, Spectrum):
         return self.overflow.place(old, gram, weights)
 
     def factor(self, state: RingState, signed: bool) -> tuple[jax.Array, jax.Array]:
-        return spectral_factor(self, state.gram, state.weights, signed, state.rows)
-
-    def eigenbasis(self, state: RingState) -> Eigenbasis:
-        return Eigenbasis(*jax.vmap(self.used)(state.lam))
+        return spectral_factor(self.stored, state.gram, state.weights, signed, state.rows)
 
     def absorb(
         self,
@@ -273,7 +324,9 @@ class LowRankFactor(Ring, Spectrum):
         corner = jnp.where(on[:, None] & on[None], gram, 0)
         beside = jnp.where(on[None], s, 0)
         whole = jnp.block([[old.gram, beside], [beside.T, corner]])
-        lam, t = spectral_factor(self, whole, jnp.concatenate([old.weights, weights]), signed)
+        lam, t = spectral_factor(
+            self.stored, whole, jnp.concatenate([old.weights, weights]), signed
+        )
         full = jnp.sum(on) > jnp.sum(old.weights == 0)
         live = jnp.arange(m) < jnp.where(full, keep, m)
         lam, t = jnp.where(live, lam[:m], 0), jnp.where(live[:, None], t[:m], 0)
@@ -329,7 +382,7 @@ class LowRankFactor(Ring, Spectrum):
 
 
 class _Cut(NamedTuple):
-    """What the rows still have to do after the small algebra, and what the engine is told."""
+    """What is still to be done to the rows after the small algebra, and what the engine is told."""
 
     slots: jax.Array
     full: jax.Array

@@ -25,7 +25,6 @@ from lowrank_optax._core.types import (
     Vector,
 )
 from lowrank_optax.basis import Basis
-from lowrank_optax.basis._basis import Spectrum
 from lowrank_optax.curvature import Curvature, Evidence, Observation
 from lowrank_optax.engine.space import (
     Events,
@@ -398,9 +397,7 @@ class VectorSpace(Space):
         curvature, basis = self.engine.curvature, self.engine.basis
         if "outside" in curvature.provides:
             return curvature.outside(now.curvature)
-        if "outside" in basis.provides:
-            return basis.outside(now.basis)
-        return basis.bound(basis.measured(now.basis))  # pyright: ignore
+        return basis.outside(now.basis)
 
     def each(self, values: jax.Array) -> list[jax.Array]:
         return self.layout.to_leaves(values)
@@ -415,8 +412,6 @@ class VectorSpace(Space):
 def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement: Any) -> None:
     """Refuses combinations in which a part's needs are met by no other."""
     offers = curvature.provides | basis.provides
-    if isinstance(basis, Spectrum):
-        offers = offers | {"outside"}
     if complement is not None:
         offers = offers | {"complement"}
     outside = frozenset({"outside"} if isinstance(complement, LPower) else ())

@@ -1,7 +1,7 @@
 """Learned: an online operator as the basis of `scale_by_lre`."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from lowrank_optax._core import linalg
 from lowrank_optax._core.checks import check
 from lowrank_optax._core.layout import Layout
-from lowrank_optax._core.types import BasisUpdate, Columns, Eigenbasis, SymmetricCorrection, Vector
-from lowrank_optax.basis import Basis
-from lowrank_optax.basis._basis import Spectrum
+from lowrank_optax._core.types import BasisUpdate, Columns, SymmetricCorrection, Vector
+from lowrank_optax.basis._basis import Regularized
 from lowrank_optax.online.learner import Learner, LearnerState
 
 
@@ -20,8 +19,8 @@ class LearnedState(NamedTuple):
 
     Attributes:
       learners: the learner's state for each group, which holds the rows ``A``.
-      t: ``(n, r, r)``, with ``Q^T = T A`` the eigenvectors of ``G``; zero rows in dead slots.
-      lam: ``(n, r)`` eigenvalues of ``G``, 0 in dead slots.
+      t: the matrix ``T`` of ``Q^T = T A``, ``(n, r, r)``; its rows are zero in dead slots.
+      lam: eigenvalues ``(n, r)`` of ``G``, in units of the curvature; 0 in dead slots.
     """
 
     learners: tuple[LearnerState, ...]
@@ -35,36 +34,42 @@ class LearnedState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned(Basis, Spectrum):
-    r"""The eigenbasis of an operator that is learnt for a purpose, on its own slow schedule.
+class Learned(Regularized):
+    r"""The eigenbasis of an operator that is learned for a purpose, on its own slow schedule.
 
-    The corrections' columns ``√w_j y_j`` are the stream. Every group has a learner of its own; the
-    step sees the eigenvectors ``Q`` of ``G = A^T H A`` and its eigenvalues. They turn with ``H`` at
-    every correction, the subspace when the learner's optimizer moves it.
+    .. math:: G = A^T H A = Q\,\mathrm{diag}(\lambda)\,Q^T
+
+    The corrections' columns ``√w_j y_j`` are the stream. Every group has a learner of its own. A
+    step sees the eigenvectors ``Q`` and the eigenvalues of ``G``. Inside the subspace they turn
+    with ``H`` at every correction; the subspace turns when the learner's optimizer moves it.
 
     Example:
-      >>> import optax, lowrank_optax as lro
-      >>> learner = lro.online.learner(
-      ...     8, (lro.online.Dynamics(1.0),), optax.MultiSteps(optax.adam(3e-3), 8))
+      >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> learner = lro.online.learner(8, (lro.online.Dynamics(1.0),), optax.adam(3e-3))
       >>> tx = lro.lre(1.0, basis=lro.online.Learned(learner), complement=1.0)
+      >>> state = lro.diagnose.find(jax.eval_shape(tx.init, jnp.zeros(1000)))
+      >>> print(state.basis.learners[0].operator.rows[0].shape, state.basis.lam.shape)
+      (8, 1000) (1, 8)
 
     Args:
-      learner: made by `learner`; its purposes can look at the stream of corrections alone.
-      eig_tol: directions with eigenvalues below ``eig_tol * max`` are dead. For the other options
-        see `lowrank_optax.basis.GGT`.
+      learner: learner of the operator, made by `learner`. Its purposes can look at the main stream
+        alone, that of the corrections.
+
+    The remaining keywords are those of `lowrank_optax.basis.Regularized`.
 
     Raises:
       ValueError: for something else than a learner, purposes that need other streams, corrections
         with weights of both signs, or groups with fewer parameters than the rank.
 
     Cost: the learner's, two ``eigh`` of size ``r``, and one more pass over the rows.
+
+    Source: that of the learner's purposes.
     """
 
     learner: Learner
-    provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues"})
 
     def __post_init__(self):
-        Spectrum.__post_init__(self)
+        Regularized.__post_init__(self)
         check(
             isinstance(self.learner, Learner),
             f"Learned: learner is {self.learner!r}; pass lro.online.learner(...).",
@@ -119,9 +124,6 @@ class Learned(Basis, Spectrum):
         new = LearnedState(learners, t, lam)
         return BasisUpdate(new, c, self.project(layout, new, correction.columns), failed)
 
-    def eigenbasis(self, state: LearnedState) -> Eigenbasis:
-        return Eigenbasis(*jax.vmap(self.used)(state.lam))
-
     def project(self, layout: Layout, state: LearnedState, vector: Vector | Columns) -> jax.Array:
         return jnp.einsum("nrm,nm...->nr...", state.t, layout.dot(_rows(layout, state), vector))
 
@@ -133,17 +135,17 @@ class Learned(Basis, Spectrum):
         new, info = self.learner.step(state, columns, None, {}, on)
         op = new.operator
         lam, turned = op.eigenbasis()
-        lam, live = self.stored(lam, lam > 0)
+        lam, live = self.stored.apply(lam, lam > 0)
         fine = linalg.finite(lam, turned)
         turned = jnp.where(fine, jnp.where(live[:, None], turned, 0), t)
-        # A_new A_old^T, from A_new A_old^+.
+        # The learner gives A_new A_old^+; times A_old A_old^T this is A_new A_old^T.
         c = turned @ info.change @ state.operator.gram @ t.T
         failed = accept & (~fine | (new.failed > state.failed))
         return new, turned, jnp.where(fine, lam, old), c, failed
 
 
 def _groups(layout: Layout, leaves: list[Any]) -> list[list[Any]]:
-    """One entry a leaf, by group."""
+    """A list with one entry for every leaf, cut into one list for each group."""
     return [
         [x for x, group in zip(leaves, layout.group, strict=True) if group == g]
         for g in range(layout.n)

@@ -1,4 +1,4 @@
-"""Learner: the online operator, its subspace trained for its purposes."""
+"""Learner: an online operator whose subspace is trained for its purposes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from lowrank_optax._core.precision import full_precision
 from lowrank_optax._core.rows import orthonormal, random_rows, rewrite
 from lowrank_optax._core.states import check_fits, check_kind
 from lowrank_optax._core.types import Columns
+from lowrank_optax.online.loss import composite
 from lowrank_optax.online.operator import Operator
 from lowrank_optax.online.purposes import (
     Custom,
@@ -34,16 +35,17 @@ class LearnerState(NamedTuple):
     """State of a `Learner`.
 
     Attributes:
-      operator: ``A``, ``H`` and ``A A^T`` as they are now.
-      theta: parameters that purposes learn besides ``A``, for each purpose.
-      memory: what purposes remember of the stream, for each purpose.
-      opt_state: of the optimizer.
-      energy: ``E‖v‖²``, a running average.
-      previous: the last vector, ``(1, leaf.size)`` a leaf, where a purpose looks at pairs.
-      after: whether ``previous`` is a vector that was seen.
-      count: updates that took in something.
-      skipped: vectors that were not finite.
-      failed: updates undone because loss or gradient was not finite.
+      operator: the operator as it is now: ``A``, ``H`` and ``A A^T``.
+      theta: parameters that the purposes learn besides ``A``, one tree for each purpose.
+      memory: the purposes' memories of the stream, one tree for each purpose.
+      opt_state: the optimizer's state.
+      energy: running average of ``E‖v‖²``, a number.
+      previous: the last vector, ``(1, leaf.size)`` a leaf, if a purpose looks at pairs; else
+        ``()``.
+      after: whether ``previous`` is a vector that was seen, so that the next one follows it.
+      count: number of updates that took in something.
+      skipped: number of vectors left out because they were not finite.
+      failed: number of updates undone because loss or gradient was not finite.
     """
 
     operator: Operator
@@ -62,10 +64,10 @@ class Info(NamedTuple):
     """What an update reports.
 
     Attributes:
-      loss: the composite loss, before the update.
-      values: the purposes' own losses without their weights, reconstruction first.
-      moved: whether ``A`` moved: on a slow schedule it rarely does.
-      change: ``C = A_new A_old^+``, ``(r, r)``, by which codes moved.
+      loss: the composite loss before the update, a number.
+      values: the purposes' own losses without their weights, in the order of `Learner.purposes`.
+      moved: whether ``A`` moved: with an optimizer that collects gradients it rarely does.
+      change: the matrix ``C = A_new A_old^+``, ``(r, r)``: codes ``z`` became ``C z``.
     """
 
     loss: jax.Array
@@ -76,7 +78,28 @@ class Info(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """Pure functions ``init``, ``update`` and ``operator``; made by `learner`."""
+    """Pure functions ``init``, ``update`` and ``operator``; made by `learner`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> learner = lro.online.learner(2, (lro.online.Entropy(0.1),))
+      >>> state = jax.eval_shape(learner.init, jax.random.key(0), jnp.zeros(6))
+      >>> print(len(learner.purposes), state.operator.rows.shape, state.operator.h.shape)
+      2 (2, 6) (2, 2)
+
+    Args:
+      rank: number ``r`` of codes.
+      purposes: the purposes, reconstruction first where it has a weight.
+      optimizer: the optax transformation that moves ``A``.
+      orthonormal: whether ``A`` has orthonormal rows.
+      decay: decay ``β`` of the running averages per update.
+      relative: whether losses are divided by ``E‖v‖²``.
+      dtype: dtype of the stored rows; ``None`` for that of the vectors.
+
+    Cost: that of `learner`.
+
+    Source: that of the purposes.
+    """
 
     rank: int
     purposes: tuple[Purpose, ...]
@@ -91,10 +114,11 @@ class Learner:
         """The state before the first vector.
 
         Args:
-          key: for the start of ``A`` and of what else purposes learn.
-          example: a vector or tree of floating-point arrays, or their shapes.
-          rows: where ``A`` starts, leaves ``(r, *shape)``, such as an operator's `eigenvectors`; by
-            default random and orthonormal. They are made orthonormal where ``A`` is to be.
+          key: random key for the first ``A`` and for the purposes' own parameters.
+          example: a vector or tree of floating-point arrays, or of their shapes; the values are not
+            read.
+          rows: the first ``A``, leaves ``(r, *shape)``, such as an operator's `eigenvectors`; by
+            default random and orthonormal. If ``A`` is to be orthonormal, they are made so.
 
         Raises:
           ValueError: for a rank above the number of entries, or rows of other shapes.
@@ -146,11 +170,16 @@ class Learner:
         """Takes in one vector, or several along a leading axis.
 
         Args:
-          state: the state.
-          vectors: shaped like the example, or with a leading axis ``k``; with ``k = 0`` the state
-            stays as it is and losses are 0.
-          next: what follows each vector; by default the next one in the order of passing.
-          extra: further streams that purposes ask for, shaped like ``vectors``, any number each.
+          state: the state before.
+          vectors: one vector shaped like the example, or ``k`` of them along a leading axis. With
+            ``k = 0`` the state stays as it is and losses are 0.
+          next: the vectors that follow each of ``vectors``; by default the next ones in the order
+            in which they are passed.
+          **extra: the other streams that the purposes ask for, by name; each is shaped like
+            ``vectors``, with any number of vectors.
+
+        Returns:
+          The state after the update, and `Info`.
 
         Raises:
           ValueError: for shapes unlike the example's, or a stream that is missing or not asked for.
@@ -205,29 +234,16 @@ class Learner:
         others = {name: _clean(layout, c) for name, c in extra.items()}
         lost = [~fine if on is None else on & ~fine, *(~ok for _, ok in others.values())]
         some = jnp.any(fine)
-        # An average corrected for its start: the first vector counts fully.
+        # The first vector counts fully, since averages start at zero.
         rate = (1 - self.decay) / (1 - self.decay ** (state.count + 1.0).astype(layout.dtype))
         norms = layout.squares(stream.columns)
         energy = (1 - rate) * state.energy + rate * jnp.sum(stream.weights * norms)
-        view = View(
-            old,
-            stream,
-            old.codes(stream.columns),
-            self._successors(state, stream, fine, after),
-            {name: s for name, (s, _) in others.items()},
-            jnp.where(energy > 0, energy, 1) if self.relative else jnp.ones_like(energy),
-            (),
-        )
-        weights = tuple(
-            p.weight(state.count) if callable(p.weight) else p.weight for p in self.purposes
-        )
-        wide = _widened(old.rows, layout.dtype)
-        (loss, values), grads = jax.value_and_grad(composite, argnums=(3, 4), has_aux=True)(
-            self.purposes, self.orthonormal, weights, wide, state.theta, view, state.memory
-        )
-        steps, opt_state = self.optimizer.update(grads, state.opt_state, (wide, state.theta))
-        size = sum(jnp.sum(jnp.square(x.astype(layout.dtype))) for x in jax.tree.leaves(steps))
-        ok = some & jnp.isfinite(loss) & jnp.isfinite(size) & jnp.isfinite(optax.tree.norm(grads))
+        pairs = self._successors(state, stream, fine, after)
+        extra_streams = {name: s for name, (s, _) in others.items()}
+        scale = jnp.where(energy > 0, energy, 1) if self.relative else jnp.ones_like(energy)
+        view = View(old, stream, old.codes(stream.columns), pairs, extra_streams, scale, ())
+        loss, values, steps, opt_state, size, sound = self._descend(state, view)
+        ok = some & sound
         memory = tuple(
             p.remember(m, view._replace(memory=m), rate)
             for p, m in zip(self.purposes, state.memory, strict=True)
@@ -248,19 +264,34 @@ class Learner:
             state.skipped,
             state.failed,
         )
-        # Rows have been kept already, where they had to be; a choice would copy them.
+        # `_retract` has left the rows alone where it had to; a choice here would copy them.
         keep = new.operator.rows
         new = jax.tree.map(partial(jnp.where, ok), _sparing(new), _sparing(state))
         new = new._replace(
             operator=dataclasses.replace(new.operator, rows=keep),
             skipped=linalg.tally(state.skipped, sum(jnp.sum(x) for x in lost)),
             failed=linalg.tally(state.failed, some & ~ok),
-            # What was not taken in is not followed by anything.
+            # The next vector does not follow one that was not taken in.
             after=ok & fine[-1]
             if on is None
             else jnp.where(jnp.any(on), ok & fine[-1], state.after),
         )
         return new, Info(loss, values, moved, c)
+
+    def _descend(self, state: LearnerState, view: View) -> "_Descent":
+        """What the optimizer makes of the composite loss and its gradient."""
+        old, dtype = state.operator, state.operator.layout.dtype
+        weights = tuple(
+            p.weight(state.count) if callable(p.weight) else p.weight for p in self.purposes
+        )
+        wide = _widened(old.rows, dtype)
+        (loss, values), grads = jax.value_and_grad(composite, argnums=(3, 4), has_aux=True)(
+            self.purposes, self.orthonormal, weights, wide, state.theta, view, state.memory
+        )
+        steps, opt_state = self.optimizer.update(grads, state.opt_state, (wide, state.theta))
+        size = sum(jnp.sum(jnp.square(x.astype(dtype))) for x in jax.tree.leaves(steps))
+        sound = jnp.isfinite(loss) & jnp.isfinite(size) & jnp.isfinite(optax.tree.norm(grads))
+        return _Descent(loss, values, steps, opt_state, size, sound)
 
     @property
     def _pairs(self) -> bool:
@@ -283,13 +314,17 @@ class Learner:
             ]
             both = fine & jnp.concatenate([state.after[None], fine[:-1]])
             targets = stream
-        # A weight of zero is not enough: what is predicted from a huge vector may overflow.
+        # A weight of zero is not enough, because the prediction from a huge vector may overflow.
         sources = [jnp.where(both[:, None], c, 0) for c in sources]
         targets = Stream(targets.columns, _mean(both, layout.dtype))
         return Pairs(sources, operator.codes(sources), targets)
 
     def _retract(self, old: Operator, steps: Columns, moved: jax.Array):
-        """Rows moved by a step, orthonormal again if they are to be, and ``C``; rarely run."""
+        """Rows moved by a step, their Gram matrix, ``C``, and whether they moved.
+
+        They are made orthonormal again where ``A`` is to be. The work is in a loop that runs only
+        if ``moved``.
+        """
         rows, r = old.layout.leaves(old.rows), self.rank
         layout = old.layout.on(rows)
         eye = jnp.eye(r, dtype=old.h.dtype)
@@ -317,6 +352,17 @@ class Learner:
         return rows, gram, c, moved
 
 
+class _Descent(NamedTuple):
+    """One step of the optimizer, its squared length, and whether all of it was finite."""
+
+    loss: jax.Array
+    values: tuple[jax.Array, ...]
+    steps: Any
+    opt_state: Any
+    size: Any
+    sound: jax.Array
+
+
 def learner(
     rank: int,
     purposes: Sequence[Any] = (),
@@ -328,21 +374,23 @@ def learner(
     relative: bool = True,
     dtype: Any = None,
 ) -> Learner:
-    r"""Learns ``G = A^T H A`` from a stream of vectors, its subspace for a purpose.
+    r"""Learns ``G = A^T H A`` from a stream of vectors; the subspace is trained for a purpose.
 
     .. math:: L(A) = w_0\, E‖v - A^T A v‖^2 / E‖v‖^2 + \sum_i w_i L_i(A), \qquad
               H \leftarrow \beta H + (1 - \beta)\, z z^T, \quad z = A v
 
     Every update takes the gradient of the composite loss in closed form and hands it to an optax
     optimizer, by default a slow one that moves ``A`` once in eight updates. Orthonormal rows get
-    gradients tangent to them and are made orthonormal again by ``(A A^T)^{-1/2}``. With ``A`` moves
-    ``H <- C H C^T`` with ``C = A_new A_old^+``. The gradient through ``H`` is taken at the average
-    before the batch, as that of an average over the whole stream: differentiating one step of the
-    running average instead gives ``1 - β`` times it, with a bias.
+    gradients tangent to them and are made orthonormal again by ``(A A^T)^{-1/2}``. When ``A``
+    moves, so does ``H <- C H C^T`` with ``C = A_new A_old^+``.
+
+    The gradient through ``H`` is that of an average over the whole stream, taken at the average
+    before the batch. Differentiating one step of the running average would give ``1 - β`` times
+    that, with a bias.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
-      >>> learner = lro.online.learner(2, (lro.online.Dynamics(1.0),), optax.adam(3e-2))
+      >>> learner = lro.online.learner(2, (), optax.adam(3e-2))
       >>> state = learner.init(jax.random.key(0), jnp.zeros(6))
       >>> stream = jax.random.normal(jax.random.key(1), (200, 6)) * jnp.array([5., 4, 1, 1, 1, 1])
       >>> state, info = jax.lax.scan(learner.update, state, stream)
@@ -351,21 +399,24 @@ def learner(
       ((200, 2), True)
 
     Args:
-      rank: number of codes, ``r``.
-      purposes: what the subspace is for, see the classes of `lowrank_optax.online`; a function of
-        ``(operator, batch)``, or a pair of a weight and one, is a purpose too, see `Custom`.
-      optimizer: any optax transformation or `optax.MultiSteps`; by default
+      rank: number ``r`` of codes, at least 1.
+      purposes: what the subspace is for, a sequence of purposes such as `Dynamics`. A function of
+        ``(operator, batch)``, or a pair of a weight and such a function, stands for `Custom`.
+      optimizer: an optax transformation or `optax.MultiSteps`; default
         ``optax.MultiSteps(optax.adam(1e-2), 8)``.
-      reconstruction: weight of the first term, a number or a schedule; 0 leaves it out.
-      orthonormal: whether ``A`` has orthonormal rows; by default it has unless a purpose needs free
-        ones.
-      decay: ``β`` of the running averages, per update.
-      relative: whether losses are divided by ``E‖v‖²`` and so free of units.
-      dtype: of the stored rows, by default the vectors'. The optimizer works in float32 at least.
+      reconstruction: weight ``w_0`` of the first term, a number of at least 0 or a schedule;
+        default 1. With 0 it is left out.
+      orthonormal: whether ``A`` has orthonormal rows; by default yes, unless a purpose needs rows
+        of any length.
+      decay: decay ``β`` of the running averages per update, in [0, 1), default 0.99.
+      relative: whether losses are divided by ``E‖v‖²``, which makes them free of units; default
+        yes.
+      dtype: dtype of the stored rows, by default that of the vectors. The optimizer works in
+        float32 at least.
 
     Returns:
-      An object with ``init(key, example)``, ``update(state, vectors, **streams)`` and
-      ``operator(state)``. Vectors that are not finite are skipped and counted; a loss that is not
+      A `Learner` with ``init(key, example)``, ``update(state, vectors, **streams)`` and
+      ``operator(state)``. Vectors that are not finite are left out and counted; a loss that is not
       finite leaves everything as it was.
 
     Raises:
@@ -397,85 +448,6 @@ def learner(
     return Learner(rank, parts, optimizer, orthonormal, decay, relative, dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def composite(
-    purposes: tuple[Purpose, ...],
-    tangent: bool,
-    weights: tuple[Any, ...],
-    rows: Any,
-    theta: tuple[Any, ...],
-    view: View,
-    memory: tuple[Any, ...],
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """``sum_i w_i L_i`` and the ``L_i``; its gradient is put together from factors.
-
-    The backward pass needs rows, vectors, codes and moments, nothing else. With ``tangent`` the
-    gradient is that on orthonormal rows, ``∂A - ∂A A^T A`` (a dense one's: ``∂A - sym(∂A A^T) A``).
-    """
-    return _values(purposes, weights, rows, theta, view, memory)[:2]
-
-
-def _values(purposes, weights, rows, theta, view, memory):
-    view = view._replace(operator=dataclasses.replace(view.operator, rows=rows))
-    terms = [
-        p.terms(view._replace(memory=m), t) for p, m, t in zip(purposes, memory, theta, strict=True)
-    ]
-    values = tuple(t.value for t in terms)
-    total = jnp.stack([w * v for w, v in zip(weights, values, strict=True)]).sum()
-    return total, values, terms
-
-
-def _forward(purposes, tangent, weights, rows, theta, view, memory):
-    out = _values(purposes, weights, rows, theta, view, memory)[:2]
-    return out, (weights, rows, theta, view, memory)
-
-
-def _backward(purposes, tangent, saved, cotangents):
-    weights, rows, theta, view, memory = saved
-    terms = _values(purposes, weights, rows, theta, view, memory)[2]
-    bars = [cotangents[0] * w + v for w, v in zip(weights, cotangents[1], strict=True)]
-    layout, leaves = view.operator.layout, view.operator.layout.leaves(rows)
-    total = [jnp.zeros(w.shape, layout.dtype) for w in leaves]
-    factors = [
-        (b * t.left, t.right, t.inside)
-        for b, t in zip(bars, terms, strict=True)
-        if t.left is not None
-    ]
-    if factors:
-        left, inside = (jnp.concatenate([f[i] for f in factors]) for i in (0, 2))
-        right = [jnp.concatenate(c) for c in zip(*(f[1] for f in factors), strict=True)]
-        total = _outer(layout, left, right, inside if tangent else None, leaves)
-    dense = [(b, t.dense) for b, t in zip(bars, terms, strict=True) if t.dense is not None]
-    for bar, gradient in dense:
-        if tangent:
-            within = layout.combine(
-                linalg.symmetrize(layout.dot(gradient, leaves)[0])[None], leaves
-            )
-            gradient = [g.astype(i.dtype) - i for g, i in zip(gradient, within, strict=True)]
-        total = [x + bar * g.astype(x.dtype) for x, g in zip(total, gradient, strict=True)]
-    out = [x.astype(w.dtype) for x, w in zip(total, leaves, strict=True)]
-    bar_theta = tuple(
-        jax.tree.map(lambda x, b=b: b * x, t.theta) for b, t in zip(bars, terms, strict=True)
-    )
-    return None, layout.tree(out), bar_theta, None, None
-
-
-composite.defvjp(_forward, _backward)
-
-
-def _outer(layout, left, right, inside, rows) -> Columns:
-    """``sum_j a_j b_j^T``, of the ``b_j`` less ``A^T A b_j`` where their codes are given."""
-    if inside is None:
-        return layout.combine(left.T[None], right)
-    if left.shape[0] < left.shape[1]:  # few vectors are projected at less than their sum
-        within = layout.combine(inside[None], rows)
-        right = [b.astype(i.dtype) - i for b, i in zip(right, within, strict=True)]
-        return layout.combine(left.T[None], right)
-    total = layout.combine(left.T[None], right)
-    within = layout.combine((left.T @ inside)[None], rows)
-    return [g - i for g, i in zip(total, within, strict=True)]
-
-
 def _purpose(p: Any) -> Purpose:
     if isinstance(p, Purpose):
         return p
@@ -495,7 +467,7 @@ def _nonzero(weight: Any) -> bool:
 def _clean(
     layout: Layout, columns: Columns, on: jax.Array | None = None
 ) -> tuple[Stream, jax.Array]:
-    """A stream with vectors that are not finite, or not ``on``, set to zero; and which remain."""
+    """A stream whose vectors are set to zero where not finite or not ``on``; which ones remain."""
     fine = jnp.stack([jnp.all(jnp.isfinite(c), axis=1) for c in columns]).all(axis=0)
     fine = fine if on is None else fine & on
     columns = [jnp.where(fine[:, None], c, 0) for c in columns]
@@ -503,13 +475,15 @@ def _clean(
 
 
 def _mean(some: jax.Array, dtype: Any) -> jax.Array:
+    """Equal weights with sum one for those that are true."""
     return some.astype(dtype) / jnp.maximum(1, jnp.sum(some))
 
 
 def _widened(rows: Any, dtype: Any) -> Any:
-    """Rows as the optimizer sees them: an ``eps`` like Adam's is zero in 16 bits."""
+    """Rows as the optimizer sees them, since an ``eps`` like Adam's would be zero in 16 bits."""
     return jax.tree.map(lambda w: w.astype(dtype), rows)
 
 
 def _sparing(state: LearnerState) -> LearnerState:
+    """The state without the rows, which are large."""
     return state._replace(operator=dataclasses.replace(state.operator, rows=()))

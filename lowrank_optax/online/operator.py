@@ -1,4 +1,4 @@
-"""Operator: the symmetric low-rank ``G = A^T H A``, read by products alone."""
+"""Operator: the symmetric low-rank ``G = A^T H A``, used through products alone."""
 
 import dataclasses
 from functools import partial
@@ -24,8 +24,8 @@ class Operator:
 
     .. math:: G = Q N Q^T, \qquad N = S^{1/2} H S^{1/2}
 
-    through which powers and solves go; ``G`` is never formed. Everything takes one vector, shaped
-    like the example, or ``k`` of them along a leading axis of every leaf.
+    Powers and solves go through ``N``, and ``G`` is never formed. Every method takes one vector,
+    shaped like the example, or ``k`` of them along a leading axis of every leaf.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -35,15 +35,20 @@ class Operator:
       [1. 1.] [ 4. 16.  0.] [0.5  0.25 0.  ]
 
     Attributes:
-      rows: ``A``, an array ``(r, leaf.size)`` for every leaf of the example.
-      h: ``H``, ``(r, r)``, in squared units of the codes.
-      gram: ``S``, ``(r, r)``.
-      layout: the example's structure and shapes (static).
+      rows: the rows ``A``, an array ``(r, leaf.size)`` for every leaf of the example.
+      h: the moments ``H``, ``(r, r)``, in squared units of the codes.
+      gram: the Gram matrix ``S = A A^T``, ``(r, r)``.
+      layout: the example's structure and shapes; static.
+
+    Raises:
+      ValueError: by every method, for vectors that are not shaped like the example.
 
     Cost: memory ``r d``; every product ``4 r d`` flops, with ``O(r³)`` for powers and solves.
 
     On several devices the rows of a `learner` are split along their last axis. With explicit axes,
     call the methods within `jax.sharding.auto_axes`.
+
+    Source: elementary.
     """
 
     rows: Any
@@ -52,7 +57,7 @@ class Operator:
     layout: Layout = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self):
-        # Where the rows are they know themselves, and may move.
+        # Which devices the rows are on is up to the rows, which may move.
         object.__setattr__(self, "layout", self.layout.on(()))
 
     @classmethod
@@ -60,9 +65,12 @@ class Operator:
         """The operator of given rows, whose leaves are ``(r, *shape)``, and ``(r, r)`` moments.
 
         Args:
-          rows: ``A``.
-          h: ``H``.
-          example: a vector, for its structure and dtypes; by default the first row.
+          rows: the rows ``A``, a tree with leaves ``(r, *shape)``.
+          h: the moments ``H``, ``(r, r)``, symmetric.
+          example: a vector whose structure and dtypes are taken; by default the first row.
+
+        Returns:
+          The operator.
 
         Raises:
           ValueError: where rows, moments and example do not fit together.
@@ -109,7 +117,7 @@ class Operator:
     apply = __call__
 
     def power(self, v: Any, p: float) -> Any:
-        """``G^p v`` on the span of ``A``, and zero outside it, for negative ``p`` as well."""
+        """``G^p v`` on the span of ``A``; zero outside it, for negative ``p``, too."""
         return self._through(v, self._whitened(partial(_power, power=p)))
 
     def solve(self, v: Any, damping: float) -> Any:
@@ -133,7 +141,7 @@ class Operator:
         return jax.tree.map(jnp.subtract, v, self.project(v))
 
     def eigenvalues(self) -> jax.Array:
-        """Those of ``G`` that are not zero by construction, ``(r,)``, descending."""
+        """The ``r`` eigenvalues of ``G`` on the span of ``A``, descending; all others are zero."""
         return self.eigenbasis()[0]
 
     def eigenvectors(self) -> Any:
@@ -146,7 +154,7 @@ class Operator:
         return lam, v @ _power(self.gram, -0.5)
 
     def codes(self, columns: Columns) -> jax.Array:
-        """``(k, r)`` codes of columns."""
+        """The codes ``(k, r)`` of columns."""
         return self.layout.dot(self.layout.leaves(self.rows), columns)[0].T
 
     def columns(self, z: jax.Array) -> Columns:
@@ -174,10 +182,11 @@ class Operator:
 def merge(
     a: Operator, b: Operator, rank: int | None = None, weights: tuple[float, float] = (1.0, 1.0)
 ) -> Operator:
-    r"""The best operator of a rank for ``w_a G_a + w_b G_b``: two sketches of one stream as one.
+    r"""The best operator of a given rank for ``w_a G_a + w_b G_b``: it joins two sketches.
 
-    The rows ``[√(w_a Λ_a) Q_a^T; √(w_b Λ_b) Q_b^T]`` are decomposed as one concatenated matrix
-    through their Gram matrix, and its leading singular vectors kept. Exact when the rank suffices.
+    The rows ``[√(w_a Λ_a) Q_a^T; √(w_b Λ_b) Q_b^T]`` are decomposed as one matrix through their
+    Gram matrix, and the leading singular vectors are kept. The result is exact if the rank suffices
+    for both.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -188,9 +197,10 @@ def merge(
 
     Args:
       a: an operator with positive semidefinite ``H``.
-      b: another over the same vectors.
-      rank: of the result; by default the larger of the two.
-      weights: how much each counts, e.g. the numbers of vectors seen where moments are averages.
+      b: another operator over the same vectors.
+      rank: rank of the result, at least 1; by default the larger of the two ranks.
+      weights: weights ``w_a`` and ``w_b``, at least 0, default 1 and 1. Where moments are averages,
+        pass the numbers of vectors seen.
 
     Returns:
       An operator with orthonormal rows and diagonal moments.
@@ -233,9 +243,10 @@ def merge(
 def signed_pca(rank: int, *streams: tuple[float, Any]) -> Operator:
     r"""The leading eigenvectors of ``sum_i w_i E[u_i u_i^T]``: quadratic purposes in closed form.
 
-    With orthonormal rows, ``sum_i w_i E‖u_i - A^T A u_i‖²`` over several streams, of weights of
-    either sign, is least in the span of the eigenvectors with the algebraically largest
-    eigenvalues. With fewer vectors than entries their Gram matrix gives them: nothing ``d × d``.
+    Among orthonormal rows ``A``, ``sum_i w_i E‖u_i - A^T A u_i‖²`` over several streams is least
+    for the eigenvectors with the algebraically largest eigenvalues; weights may have either sign.
+    If there are fewer vectors than entries, the vectors' Gram matrix gives the eigenvectors, and
+    nothing of size ``d × d`` is formed.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -245,8 +256,8 @@ def signed_pca(rank: int, *streams: tuple[float, Any]) -> Operator:
       [[0.2 1. ]]
 
     Args:
-      rank: eigenvectors to keep, ``r``.
-      streams: pairs of a weight and vectors along a leading axis of every leaf.
+      rank: number ``r`` of eigenvectors to keep, at least 1.
+      *streams: pairs of a weight and a tree of vectors along a leading axis of every leaf.
 
     Returns:
       An operator with orthonormal rows and the eigenvalues as moments, in descending order.

@@ -1,8 +1,8 @@
 """From a model and a batch to vectors: what `learner` and the trackers take in.
 
-Every function returns a tree whose leaves have a leading axis of ``k`` vectors, and can be called
-under ``jax.jit``. Models are plain functions of their parameters; of flax's modules `activations`
-reads what they compute inside.
+Every function returns a tree whose leaves have a leading axis of ``k`` vectors, and works under
+``jax.jit``. A model is a plain function of its parameters; `activations` alone takes flax modules,
+because it reads what they compute inside.
 """
 
 import importlib
@@ -28,10 +28,10 @@ def gradients(
        [0.  0. ]]
 
     Args:
-      loss_fn: ``(params, part)`` to a scalar.
-      params: a tree of arrays; the state of an ``nnx`` model is one.
-      batch: leaves with a leading axis of ``n`` examples.
-      parts: ``k``, a divisor of ``n``.
+      loss_fn: function ``(params, part) -> scalar``.
+      params: a tree of arrays, such as the state of an ``nnx`` model.
+      batch: a tree whose leaves have a leading axis of ``n`` examples.
+      parts: number ``k`` of parts, a divisor of ``n``, default 1.
 
     Returns:
       The parameters' tree with leaves ``(k, *shape)``.
@@ -53,18 +53,25 @@ def per_example_gradients(
 ) -> Any:
     r"""The gradient for every example: ``v_i = \nabla L(params, x_i)``.
 
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> loss = lambda w, x: (x @ w - 1.0) ** 2
+      >>> print(lro.online.streams.per_example_gradients(loss, jnp.zeros(2), jnp.eye(2)))
+      [[-2. -0.]
+       [-0. -2.]]
+
     Args:
-      loss_fn: ``(params, example)`` to a scalar, for one example without the batch's axis.
+      loss_fn: function ``(params, example) -> scalar`` of one example without the batch's axis.
       params: a tree of arrays.
-      batch: leaves with a leading axis of ``k`` examples.
-      chunk: how many examples to differentiate at once, which bounds the memory of activations;
-        ``None`` for all.
+      batch: a tree whose leaves have a leading axis of ``k`` examples.
+      chunk: number of examples that are differentiated at once, which bounds the memory of
+        activations; default ``None``, all.
 
     Returns:
       The parameters' tree with leaves ``(k, *shape)``.
 
     Raises:
-      ValueError: for a batch without or with different leading axes.
+      ValueError: for a batch whose leaves have no leading axis, or different ones.
 
     Cost: that of the gradient of the batch, and ``k d`` numbers.
     """
@@ -78,8 +85,15 @@ def per_example_gradients(
 def hessian_vector_products(loss_fn: Callable[[Any], jax.Array], params: Any, vectors: Any) -> Any:
     r"""``\nabla^2 L(params) v_i`` for every vector, forward over reverse.
 
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> loss = lambda w: w[0] ** 2 + w[0] * w[1]
+      >>> print(lro.online.streams.hessian_vector_products(loss, jnp.zeros(2), jnp.eye(2)))
+      [[2. 1.]
+       [1. 0.]]
+
     Args:
-      loss_fn: ``params`` to a scalar; close over the batch.
+      loss_fn: function ``params -> scalar``; it closes over the batch.
       params: a tree of arrays.
       vectors: the parameters' tree with leaves ``(k, *shape)``.
 
@@ -106,9 +120,9 @@ def fisher_vector_products(
 ) -> Any:
     r"""``J^T F J v_i`` for every vector: products with the Fisher or Gauss-Newton matrix.
 
-    ``J`` is the Jacobian of the model's outputs and ``F`` the Hessian of the loss in these. Where
-    outputs are the natural parameters of an exponential family, logits of a softmax or means of a
-    Gaussian, ``F`` is their Fisher matrix whatever the labels.
+    ``J`` is the Jacobian of the model's outputs, and ``F`` is the Hessian of the loss by the
+    outputs. If the outputs are the natural parameters of an exponential family (logits of a
+    softmax, means of a Gaussian), ``F`` is their Fisher matrix, whatever the labels are.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -120,8 +134,9 @@ def fisher_vector_products(
        [2. 1.]]
 
     Args:
-      model: ``params`` to outputs, any tree; close over the inputs.
-      negative_log_likelihood: outputs to a scalar, e.g. the mean cross-entropy with the labels.
+      model: function ``params -> outputs``, any tree; it closes over the inputs.
+      negative_log_likelihood: function ``outputs -> scalar``, such as the mean cross-entropy with
+        the labels.
       params: a tree of arrays.
       vectors: the parameters' tree with leaves ``(k, *shape)``.
 
@@ -148,10 +163,17 @@ def fisher_vector_products(
 def sensitivities(function: Callable[[Any], Any], at: Any, tangents: Any) -> Any:
     r"""How outputs move along directions, in forward mode: ``v_i = J t_i``.
 
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> f = lambda x: jnp.array([x[0] * x[1], x[0]])
+      >>> print(lro.online.streams.sensitivities(f, jnp.array([2., 3.]), jnp.eye(2)))
+      [[3. 1.]
+       [2. 0.]]
+
     Args:
-      function: of parameters or inputs, to any tree of outputs.
-      at: where, a tree of arrays.
-      tangents: directions, the same tree with leaves ``(k, *shape)``.
+      function: function of parameters or inputs to any tree of outputs.
+      at: the point, a tree of arrays.
+      tangents: the directions, the same tree with leaves ``(k, *shape)``.
 
     Returns:
       The outputs' tree with leaves ``(k, *shape)``.
@@ -183,15 +205,16 @@ def activations(
       {'layers_0': (5, 3), 'layers_2': (5, 2)}
 
     Args:
-      model: a module of ``flax.linen``, or of ``flax.nnx``.
+      model: a module of ``flax.linen`` or of ``flax.nnx``.
       inputs: the model's first argument, a batch of ``k`` examples.
-      variables: of a ``linen`` module, as ``apply`` takes them; ``None`` for ``nnx``.
-      where: whether to keep the outputs of the module at a path such as ``"encoder/dense_0"``; the
-        model's own path is ``""``.
-      **options: further arguments of ``apply``, or of an ``nnx`` model's call.
+      variables: variables of a ``linen`` module, as ``apply`` takes them; ``None``, the default,
+        for ``nnx``.
+      where: function of a module's path, such as ``"encoder/dense_0"``, that says whether to keep
+        its outputs; the model's own path is ``""``. By default all are kept.
+      **options: more arguments of ``apply``, or of an ``nnx`` model's call.
 
     Returns:
-      Outputs ``(k, ...)`` by path; a module that is called several times, or puts out a tree, has
+      Outputs ``(k, ...)`` by path. A module that is called several times, or returns a tree, has
       several: ``"path:0"``, ``"path:1"``.
 
     Raises:
@@ -214,7 +237,7 @@ def activations(
     for path, leaf in jax.tree_util.tree_flatten_with_path(outputs)[0]:
         names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
         if "__call__" not in names:
-            continue  # what the model itself sows, or another method's
+            continue  # sown by the model itself, or the output of another method
         name = "/".join(names[: names.index("__call__")])
         if where(name):
             found.setdefault(name, []).append(leaf)

@@ -1,4 +1,4 @@
-"""What every tracker offers, and the base of those that are a rule over rows of their own."""
+"""What every tracker offers, and the base of the trackers that keep rows of their own."""
 
 import abc
 import dataclasses
@@ -23,12 +23,24 @@ from lowrank_optax.online.operator import Operator
 class TrackerState:
     """State of a tracker.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tracker = lro.online.trackers.PAST(2)
+      >>> state = jax.eval_shape(tracker.init, jax.random.key(0), {"w": jnp.zeros((3, 5))})
+      >>> print(state.memory.rows[0].shape, state.layout.shapes)
+      (2, 15) ((3, 5),)
+
     Attributes:
-      memory: the algorithm's own.
-      seen: vectors taken in so far.
-      skipped: vectors left out: not finite, too large for their squares, or failed in the algebra.
-      key: a random key, never changed; draws fold ``seen`` into it.
-      layout: the example's structure and shapes (static).
+      memory: the algorithm's own memory.
+      seen: number of vectors taken in so far.
+      skipped: number of vectors left out: they were not finite, or too large for their squares, or
+        the algebra failed with them.
+      key: a random key that never changes; every draw folds ``seen`` into it.
+      layout: the example's structure and shapes; static.
+
+    Cost: that of the memory, see the tracker.
+
+    Source: elementary.
     """
 
     memory: Any
@@ -42,15 +54,21 @@ class TrackerState:
 class Tracker(abc.ABC):
     """A rule that follows the ``rank`` leading eigenpairs of ``E v v^T`` along a stream of ``v``.
 
-    Rows are kept in float32 at least. Under ``jax.jit``, ``lax.scan`` and ``jax.vmap`` as outside.
+    Rows are kept in float32 at least. All methods give the same under ``jax.jit``, ``lax.scan`` and
+    ``jax.vmap`` as outside. A tracker is a frozen dataclass. One of your own extends `FromBasis`'s
+    basis (a `lowrank_optax.basis.Frame`), or defines `operator` and the abstract methods below.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
-      >>> tracker = lro.online.trackers.Brand(1)
+      >>> tracker = lro.online.trackers.CCIPCA(1)
       >>> state = tracker.init(jax.random.key(0), jnp.zeros(2))
-      >>> state = tracker.update(state, jnp.array([[3., 4.], [6., 8.], [jnp.nan, 0.]]))
-      >>> print(tracker.operator(state).eigenvalues(), state.seen, state.skipped)
-      [62.5] 2 1
+      >>> vectors = jnp.array([[3., 4.], [6., 8.], [jnp.nan, 0.]])
+      >>> state = jax.jit(tracker.update)(state, vectors)
+      >>> print(state.seen, state.skipped)
+      2 1
+
+    Args:
+      rank: number ``r`` of eigenpairs, at least 1 and at most the number of entries of a vector.
     """
 
     rank: int
@@ -62,8 +80,9 @@ class Tracker(abc.ABC):
         """The state before the first vector.
 
         Args:
-          key: for random starts and sketches.
-          example: a vector or tree of floating-point arrays, or their shapes; only read for these.
+          key: random key for the first rows and for sketches.
+          example: a vector or tree of floating-point arrays, or of their shapes; the values are not
+            read.
 
         Raises:
           ValueError: for a rank above the number of entries, and leaves that are not real floats.
@@ -84,8 +103,15 @@ class Tracker(abc.ABC):
     def update(self, state: TrackerState, v: Any) -> TrackerState:
         """Takes in a vector shaped like the example, or ``k`` along a leading axis of every leaf.
 
-        Vectors that are not finite are left out and counted. No vectors at all, ``k = 0``, leave
-        the state as it is.
+        Vectors that are not finite are left out and counted. With no vectors at all, ``k = 0``, the
+        state stays as it is.
+
+        Args:
+          state: the state before.
+          v: a vector shaped like the example, or ``k`` of them along a leading axis.
+
+        Returns:
+          The state after the vectors.
 
         Raises:
           ValueError: for another structure or other shapes than the example's.
@@ -98,23 +124,27 @@ class Tracker(abc.ABC):
 
     @abc.abstractmethod
     def operator(self, state: TrackerState) -> Operator:
-        """What was found: orthonormal rows, leading first, and ``H = diag(lam)``.
+        """What was found: orthonormal rows, the leading one first, and ``H = diag(lam)``.
 
-        ``lam`` are second moments ``E|q^T v|²`` per vector, or a running estimate of them.
+        ``lam``, ``(r,)``, are second moments ``E|q^T v|²`` per vector, or a running estimate of
+        them, in squared units of the vectors.
         """
 
-    def start(
+    def resume(
         self, operator: Operator, count: int | jax.Array, key: jax.Array | None = None
     ) -> TrackerState:
         """The state of a tracker that goes on from an operator, as if after ``count`` vectors.
 
-        With `merge` this joins trackers of two parts of a stream and goes on with both.
+        Together with `merge` this joins the trackers of two parts of a stream.
 
         Args:
-          operator: with non-negative eigenvalues in second moments per vector; of these the
-            leading ones are kept.
-          count: how many vectors the operator stands for, above 0.
-          key: as for `init`; by default ``jax.random.key(0)``.
+          operator: the operator to go on from. Its eigenvalues are second moments per vector, at
+            least 0; the leading ones are kept.
+          count: number of vectors that the operator stands for, at least 1.
+          key: random key as for `init`, default ``jax.random.key(0)``.
+
+        Returns:
+          The state, whose `operator` is the given one cut to the tracker's rank.
 
         Raises:
           ValueError: for a rank above the number of entries, or a count that is not one.
@@ -122,7 +152,7 @@ class Tracker(abc.ABC):
         check_count(type(self).__name__, "count", count)
         layout = operator.layout
         state = self.init(jax.random.key(0) if key is None else key, layout.example)
-        rows, _ = state.layout.columns(operator.eigenvectors(), "start")
+        rows, _ = state.layout.columns(operator.eigenvectors(), "resume")
         lam = jnp.maximum(operator.eigenvalues(), 0).astype(state.layout.dtype)
         count = jnp.asarray(count, jnp.int32)
         memory = self._resumed(state, rows, lam, count)
@@ -162,9 +192,9 @@ class Tracker(abc.ABC):
     def _take(
         self, state: TrackerState, columns: Columns, fine: jax.Array, *others: Columns
     ) -> tuple[Any, jax.Array]:
-        """The memory after finite columns, of which only those in ``fine``, ``(k,)``, count.
+        """The memory after ``k`` finite columns, and which of them, ``(k,)``, were taken in.
 
-        Also returns which were taken in.
+        Only the columns in ``fine``, ``(k,)``, count.
         """
 
 
@@ -173,8 +203,8 @@ class RowMemory(NamedTuple):
 
     Attributes:
       rows: an array ``(r, leaf.size)`` for every leaf, and whatever else grows with ``d``.
-      small: what does not.
-      weight: how many vectors the moments stand for: ``sum_t beta^t``.
+      small: arrays that do not grow with ``d``.
+      weight: number of vectors that the moments stand for, ``sum_t beta^t``.
     """
 
     rows: Any
@@ -186,26 +216,26 @@ class RowMemory(NamedTuple):
 class OnRows(Tracker):
     """A rule for one vector over rows of its own; several vectors are taken in one by one.
 
-    A vector after which the small numbers are not finite is skipped. The operator is that of the
-    rows and the moments ``H`` along them, ``A^T H A``, in its own eigenvectors.
+    A vector after which the small numbers are not finite is skipped. The operator is ``A^T H A`` of
+    the rows ``A`` and the moments ``H`` along them, written in its own eigenvectors.
     """
 
     @property
     def decay(self) -> float:
-        """Of moments, for every vector."""
+        """The decay of the moments per vector."""
         return 1.0
 
     @abc.abstractmethod
     def begin(
         self, layout: Layout, rows: Columns, lam: jax.Array, weight: jax.Array
     ) -> tuple[Any, Any]:
-        """Rows and small memory from orthonormal rows with moments ``lam``, 0 where unknown."""
+        """Rows and small memory from orthonormal rows with moments ``lam``, 0 if unknown."""
 
     @abc.abstractmethod
     def step(
         self, layout: Layout, rows: Any, small: Any, v: Vector, weight: jax.Array, *others: Vector
     ) -> tuple[Any, Any]:
-        """Rows and small memory after a vector; ``weight`` counts it in."""
+        """Rows and small memory after a vector, which ``weight`` includes."""
 
     @abc.abstractmethod
     def read(
@@ -257,7 +287,11 @@ class OnRows(Tracker):
 
 @dataclasses.dataclass(frozen=True)
 class Forgetting(OnRows):
-    """`OnRows` whose moments decay by ``beta``; ``None`` never forgets."""
+    """`OnRows` whose moments decay.
+
+    Args:
+      beta: decay of the moments per vector, in [0, 1); ``None``, the default, never forgets.
+    """
 
     beta: float | None = None
 

@@ -1,6 +1,8 @@
-"""Trackers that are bases of the engine, on one group: `lowrank_optax.basis` says how they work."""
+"""Trackers made of bases of the engine: one adapter, and a function for each known method.
 
-import abc
+`lowrank_optax.basis` documents what the bases do.
+"""
+
 import dataclasses
 from typing import Any
 
@@ -8,42 +10,63 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import basis
-from lowrank_optax._core import linalg
-from lowrank_optax._core.checks import check, check_count
+from lowrank_optax._core.checks import check
 from lowrank_optax._core.layout import Layout, cast_like
-from lowrank_optax._core.types import Columns, SymmetricCorrection
-from lowrank_optax.basis._average import Average
-from lowrank_optax.basis._frame import Seen, Turn
+from lowrank_optax._core.types import BasisUpdate, Columns, SymmetricCorrection
 from lowrank_optax.online.operator import Operator
 from lowrank_optax.online.trackers._tracker import Tracker, TrackerState
 
 
 @dataclasses.dataclass(frozen=True)
-class OnBasis(Tracker):
-    """A tracker that is a `basis.Frame`; ``k`` vectors are one correction of ``k`` columns.
+class FromBasis(Tracker):
+    """The tracker of a basis that keeps a subspace, `lowrank_optax.basis.Frame`, of one group.
 
-    A basis over an average, with a ``beta``, gets the mean of the ``k``. With ``buffer`` below
-    ``k`` they come in chunks of that size.
+    ``k`` vectors that come at once are one correction of ``k`` columns: a basis that averages (it
+    has a ``beta``) gets their mean, one that sums (``beta=None``) their sum. If ``buffer`` of the
+    basis is below ``k``, they are absorbed in chunks of ``buffer``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tracker = lro.online.trackers.FromBasis(1, lro.basis.Nystrom(4, beta=None))
+      >>> state = jax.eval_shape(tracker.init, jax.random.key(0), jnp.zeros(100))
+      >>> print(state.memory.rows[0].shape)         # four directions and a buffer of eight columns
+      (12, 100)
+
+    Args:
+      rank: number ``r`` of eigenpairs that `operator` shows, at least 1.
+      basis: what keeps the eigenpairs: `Eigen`, `OPAST`, `Hebbian` or another `Frame`. Its rank is
+        at least ``rank``; if it is higher, the leading eigenpairs are shown.
+
+    Raises:
+      ValueError: for a rank below 1 or above that of the basis, or something that is not a `Frame`.
+
+    Cost: that of the basis.
+
+    Source: that of the basis.
     """
 
-    beta: float | None = None
-    buffer: int | None = dataclasses.field(default=None, kw_only=True)
+    basis: basis.Frame
 
     def __post_init__(self):
-        Tracker.__post_init__(self)
-        _ = self.basis  # which checks the other values
-
-    @property
-    @abc.abstractmethod
-    def basis(self) -> Any:
-        """The basis."""
+        super().__post_init__()
+        kept: Any = self.basis
+        check(
+            isinstance(kept, basis.Frame),
+            f"FromBasis: basis is {kept!r}; pass a basis that keeps a subspace, such as "
+            "lowrank_optax.basis.Eigen(20).",
+        )
+        check(
+            kept.rank >= self.rank,
+            f"FromBasis: the basis keeps {kept.rank} directions, but rank is {self.rank}; pass a "
+            f"basis that keeps at least {self.rank}.",
+        )
 
     def operator(self, state: TrackerState) -> Operator:
         layout, kept = state.layout, self.basis
         pick = jnp.eye(self.rank, kept.rank, dtype=layout.dtype)
         rows = kept.unproject(layout, state.memory, pick[None])
         lam = kept.measured(state.memory)[0, : self.rank]
-        lam = lam / jnp.maximum(state.seen, 1) if self.beta is None else lam
+        lam = lam / jnp.maximum(state.seen, 1) if kept.beta is None else lam
         rows = cast_like(rows, layout.stored(state.memory.rows))
         return Operator(layout.tree(rows), jnp.diag(lam), layout.gram(rows)[0], layout)
 
@@ -51,326 +74,292 @@ class OnBasis(Tracker):
         return self.basis.init(layout, key)
 
     def _resumed(self, state: TrackerState, rows: Columns, lam: jax.Array, count: jax.Array) -> Any:
-        n = min(lam.shape[0], self.basis.rank)
-        share = count
-        if self.beta is not None:  # what an average of so many holds before its start's correction
-            share = (1 - jnp.asarray(self.beta, lam.dtype) ** count) / (1 - self.beta)
+        kept = self.basis
+        n, share = min(lam.shape[0], kept.rank), count
+        if kept.beta is not None:  # an average starts at zero: after so many it holds this share
+            share = (1 - jnp.asarray(kept.beta, lam.dtype) ** count) / (1 - kept.beta)
         memory = self._absorb(state, [c[:n] for c in rows], share * lam[:n]).state
         counts = jnp.broadcast_to(count, memory.updates.shape)
-        return memory._replace(updates=counts, columns=counts)
+        own = kept.memory_after(jax.tree.map(lambda x: x[0], memory.memory), lam, count)
+        return memory._replace(
+            updates=counts, columns=counts, memory=jax.tree.map(lambda x: x[None], own)
+        )
 
     def _take(
         self, state: TrackerState, columns: Columns, fine: jax.Array, *others: Columns
     ) -> tuple[Any, jax.Array]:
         weights = fine.astype(state.layout.dtype)
-        if self.beta is not None:
+        if self.basis.beta is not None:
             weights = weights / jnp.maximum(jnp.sum(weights), 1)
         done = self._absorb(state, columns, weights)
         return done.state, fine & ~done.failed[0]
 
-    def _absorb(self, state: TrackerState, columns: Columns, weights: jax.Array) -> Any:
+    def _absorb(self, state: TrackerState, columns: Columns, weights: jax.Array) -> BasisUpdate:
         given = SymmetricCorrection(columns, weights[None])
         key = jax.random.fold_in(state.key, state.seen)
         accept = jnp.any(weights != 0)[None]
         return self.basis.absorb(state.layout, state.memory, given, accept, key)
 
 
-@dataclasses.dataclass(frozen=True)
-class Oja(OnBasis):
-    r"""Oja's rule, ``A <- orth(A + eta (A v) v^T)``: `basis.Hebbian` with its `GradientRule`.
+def oja(
+    rank: int, beta: float | None = None, learning_rate: float = 8.0, *, buffer: int | None = None
+) -> FromBasis:
+    r"""Oja's rule, ``A <- orth(A + eta (A v) v^T)``: `basis.Hebbian` with `basis.GradientRule`.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> lro.online.trackers.oja(10, learning_rate=4.0).basis.rule
+      GradientRule(learning_rate=4.0)
 
     Args:
-      rank: dimension of the subspace, ``r``.
-      beta: decay of the moments that scale the step; ``None`` sums, and steps fall like ``1/t``.
-      learning_rate: ``eta``, without unit, relative to those moments. It has to exceed about half
-        the ratio of the largest to the smallest eigenvalue that is to be told from the rest.
-      buffer: vectors between two rotations of the rows, see `basis.Frame`.
+      rank: dimension ``r`` of the subspace, at least 1.
+      beta: decay per update of the moments that scale the step, in [0, 1); ``None``, the default,
+        sums them, and steps fall like ``1/t``.
+      learning_rate: step ``eta`` relative to those moments, without unit, above 0, default 8. It
+        has to exceed about half the ratio of the largest eigenvalue to the smallest one that is to
+        be told from the rest.
+      buffer: number of vectors between two rotations of the rows, default ``max(8, rank // 3)``.
+
+    Returns:
+      A tracker, `FromBasis`.
 
     Raises:
       ValueError: for a rank below 1, and numbers out of range.
 
-    Cost: memory ``m d``, ``m = r + max(8, r // 3)``; ``4 m d`` flops a vector and amortised
-    rotations, see `basis.Hebbian`.
+    Cost: memory ``m d``, ``m = r + buffer``; ``4 m d`` flops a vector, and the rotations of
+    `basis.Frame`.
 
     Source: Oja, "Simplified neuron model as a principal component analyzer", Journal of
     Mathematical Biology 1982.
     """
-
-    learning_rate: float = 8.0
-
-    @property
-    def basis(self) -> basis.Hebbian:
-        return basis.Hebbian(
-            self.rank, self.beta, basis.GradientRule(self.learning_rate), buffer=self.buffer
-        )
+    rule = basis.GradientRule(learning_rate)
+    return FromBasis(rank, basis.Hebbian(rank, beta, rule, buffer=buffer))
 
 
-@dataclasses.dataclass(frozen=True)
-class Krasulina(OnBasis):
+def krasulina(
+    rank: int, beta: float | None = None, learning_rate: float = 8.0, *, buffer: int | None = None
+) -> FromBasis:
     r"""Krasulina's rule for subspaces, ``A <- orth(A + eta (A v) (v - A^T A v)^T)``.
 
-    It moves along the gradient's tangent only: `basis.Hebbian` with its `StiefelRule`, whose rows
-    span the same as those of any other orthonormalisation.
+    It moves along the gradient's tangent alone: `basis.Hebbian` with `basis.StiefelRule`, whose
+    rows span the same subspace as those of any other orthonormalisation.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> lro.online.trackers.krasulina(10).basis.rule
+      StiefelRule(learning_rate=8.0)
 
     Args:
-      rank: dimension of the subspace, ``r``.
-      beta: as in `Oja`.
-      learning_rate: as in `Oja`.
-      buffer: vectors between two rotations of the rows, see `basis.Frame`.
+      rank: dimension ``r`` of the subspace, at least 1.
+      beta: decay of the moments, as in `oja`.
+      learning_rate: step, as in `oja`.
+      buffer: number of vectors between two rotations of the rows, as in `oja`.
+
+    Returns:
+      A tracker, `FromBasis`.
 
     Raises:
-      ValueError: as `Oja`.
+      ValueError: as `oja`.
 
-    Cost: that of `Oja`.
+    Cost: that of `oja`.
 
     Source: Krasulina, "The method of stochastic approximation for the determination of the least
     eigenvalue of a symmetrical matrix", 1969; Tang, "Exponentially convergent stochastic k-PCA
     without variance reduction", NeurIPS 2019.
     """
-
-    learning_rate: float = 8.0
-
-    @property
-    def basis(self) -> basis.Hebbian:
-        return basis.Hebbian(
-            self.rank, self.beta, basis.StiefelRule(self.learning_rate), buffer=self.buffer
-        )
+    rule = basis.StiefelRule(learning_rate)
+    return FromBasis(rank, basis.Hebbian(rank, beta, rule, buffer=buffer))
 
 
-@dataclasses.dataclass(frozen=True)
-class AdaptiveRule(basis.Rule):
-    """Oja's rule with a step ``1 / b_i`` for every row; see `AdaOja`. Remembers the ``b_i²``.
-
-    As in `basis.GradientRule`, the rows of ``A + diag(1/b) a x^T`` span the same as those of
-    ``A + g rho^T`` with ``g = (I + diag(1/b) a a^T)^{-1} diag(1/b) a``.
-    """
-
-    def init(self, rank: int, dtype: Any) -> jax.Array:
-        return jnp.zeros(rank, dtype)
-
-    def step(self, memory, v, rows, x, lam, count):
-        a = rows @ x
-        # Squares of gradients move with the rows like any second moment.
-        squares = (v * v) @ memory + jnp.sum((a @ x.T) ** 2, axis=1)
-        step = linalg.safe_divide(a, jnp.sqrt(squares)[:, None])
-        g = step @ linalg.inv(jnp.eye(x.shape[1], dtype=x.dtype) + a.T @ step)
-        return linalg.lean(rows, g, x - rows.T @ a, jnp.arctan), squares
-
-
-@dataclasses.dataclass(frozen=True)
-class AdaOja(OnBasis):
-    r"""Oja's rule with AdaGrad's step, one number for every row; nothing is left to tune.
+def ada_oja(rank: int, beta: float | None = None, *, buffer: int | None = None) -> FromBasis:
+    r"""Oja's rule with AdaGrad's step for every row: `basis.Hebbian` with `basis.AdaptiveRule`.
 
     .. math:: G = (A v) v^T, \quad b_i^2 \leftarrow b_i^2 + ‖G_i‖^2, \quad
               A \leftarrow \mathrm{orth}(A + \mathrm{diag}(b)^{-1} G)
 
-    Rows are kept in the order of their moments, and their ``b`` move with them.
+    Example:
+      >>> import lowrank_optax as lro
+      >>> lro.online.trackers.ada_oja(10).basis.rule
+      AdaptiveRule()
 
     Args:
-      rank: dimension of the subspace, ``r``.
-      beta: decay of the moments, for the eigenvalues alone; steps fall in any case.
-      buffer: vectors between two rotations of the rows, see `basis.Frame`.
+      rank: dimension ``r`` of the subspace, at least 1.
+      beta: decay per update of the moments, in [0, 1), for the eigenvalues alone: steps fall in any
+        case. ``None``, the default, sums.
+      buffer: number of vectors between two rotations of the rows, as in `oja`.
+
+    Returns:
+      A tracker, `FromBasis`.
 
     Raises:
       ValueError: for a rank below 1, and numbers out of range.
 
-    Cost: that of `Oja`.
+    Cost: that of `oja`.
 
     Source: Henriksen and Ward, "AdaOja: adaptive learning rates for streaming PCA", 2019.
     """
-
-    @property
-    def basis(self) -> basis.Hebbian:
-        return basis.Hebbian(self.rank, self.beta, AdaptiveRule(), buffer=self.buffer)
-
-    def _resumed(self, state: TrackerState, rows: Columns, lam: jax.Array, count: jax.Array) -> Any:
-        memory = super()._resumed(state, rows, lam, count)
-        # What count vectors without energy outside had about summed up to.
-        squares = (
-            count * jnp.sum(lam) * jnp.pad(lam[: self.rank], (0, max(0, self.rank - len(lam))))
-        )
-        return memory._replace(memory=squares[None])
+    return FromBasis(rank, basis.Hebbian(rank, beta, basis.AdaptiveRule(), buffer=buffer))
 
 
-@dataclasses.dataclass(frozen=True)
-class OPAST(OnBasis):
+def opast(rank: int, beta: float | None = None, *, buffer: int | None = None) -> FromBasis:
     """Orthonormal projection approximation subspace tracking: `basis.OPAST`.
 
+    Example:
+      >>> import lowrank_optax as lro
+      >>> lro.online.trackers.opast(10, 0.9).basis == lro.basis.OPAST(10, 0.9)
+      True
+
     Args:
-      rank: dimension of the subspace, ``r``.
-      beta: decay of the moments; ``None`` never forgets.
-      buffer: vectors between two rotations of the rows, see `basis.Frame`.
+      rank: dimension ``r`` of the subspace, at least 1.
+      beta: decay of the moments per update, in [0, 1); ``None``, the default, never forgets.
+      buffer: number of vectors between two rotations of the rows, as in `oja`.
+
+    Returns:
+      A tracker, `FromBasis`.
 
     Raises:
       ValueError: for a rank below 1, and numbers out of range.
 
-    Cost: that of `Oja`.
+    Cost: that of `oja`.
 
     Source: Abed-Meraim, Chkeif and Hua, "Fast orthonormal PAST algorithm", IEEE Signal Processing
     Letters 2000.
     """
-
-    @property
-    def basis(self) -> basis.OPAST:
-        return basis.OPAST(self.rank, self.beta, buffer=self.buffer)
+    return FromBasis(rank, basis.OPAST(rank, beta, buffer=buffer))
 
 
-@dataclasses.dataclass(frozen=True)
-class GROUSE(OnBasis):
+def grouse(
+    rank: int, beta: float | None = None, learning_rate: float = 8.0, *, buffer: int | None = None
+) -> FromBasis:
     """Grassmannian rank-one steps: `basis.GROUSE`. For missing entries see `PETRELS`.
 
+    Example:
+      >>> import lowrank_optax as lro
+      >>> lro.online.trackers.grouse(10).basis == lro.basis.GROUSE(10, beta=None)
+      True
+
     Args:
-      rank: dimension of the subspace, ``r``.
-      beta: decay of the moments that scale the step; ``None`` sums, and steps fall like ``1/t``.
-      learning_rate: as in `Oja`.
-      buffer: vectors between two rotations of the rows, see `basis.Frame`.
+      rank: dimension ``r`` of the subspace, at least 1.
+      beta: decay of the moments, as in `oja`.
+      learning_rate: step, as in `oja`.
+      buffer: number of vectors between two rotations of the rows, as in `oja`.
+
+    Returns:
+      A tracker, `FromBasis`.
 
     Raises:
-      ValueError: for a rank below 1, and numbers out of range.
+      ValueError: as `oja`.
 
-    Cost: that of `Oja`.
+    Cost: that of `oja`.
 
     Source: Balzano, Nowak and Recht, "Online identification and tracking of subspaces from highly
     incomplete information", Allerton 2010.
     """
-
-    learning_rate: float = 8.0
-
-    @property
-    def basis(self) -> basis.GROUSE:
-        return basis.GROUSE(self.rank, self.beta, self.learning_rate, buffer=self.buffer)
+    return FromBasis(rank, basis.GROUSE(rank, beta, learning_rate, buffer=buffer))
 
 
-@dataclasses.dataclass(frozen=True)
-class HistoryBasis(Average):
-    """Power iterations on the average itself, in the coordinates ``[Q, fresh]``: `HistoryPCA`."""
+def history_pca(
+    rank: int, beta: float | None = None, iterations: int = 3, *, buffer: int | None = None
+) -> FromBasis:
+    """Power iterations on the new vectors and what is kept of the old ones: `basis.HistoryPCA`.
 
-    iterations: int = dataclasses.field(default=3, kw_only=True)
-
-    def __post_init__(self):
-        Average.__post_init__(self)
-        check_count("HistoryPCA", "iterations", self.iterations)
-
-    def turn(self, memory: Any, lam: jax.Array, seen: Seen, signed: bool) -> Turn:
-        decay, x = self.blend(seen, signed)
-        b = jnp.diag(decay * jnp.pad(lam, (0, x.shape[1]))) + x @ x.T
-        z = s = seen.seated(self.rank)
-        for _ in range(self.iterations):
-            s = z @ b
-            z = linalg.orthonormalize_rows(s)
-        size = jnp.linalg.norm(s, axis=1)
-        order = jnp.argsort(-size)
-        lam, live = self.stored(size[order], size[order] > 0)
-        return Turn(jnp.where(live[:, None], z[order], 0), lam, memory)
-
-
-@dataclasses.dataclass(frozen=True)
-class HistoryPCA(OnBasis):
-    r"""History PCA: power iterations on the new vectors and what is remembered of all the others.
-
-    .. math:: S = B Q, \quad B = Q_0 \Lambda_0 Q_0^T + \sum_j v_j v_j^T, \quad
-              Q \leftarrow \mathrm{orth}(S), \quad \lambda_j = ‖s_j‖
-
-    from the ``Q_0`` and ``Lambda_0`` of before. Everything happens in coordinates of ``[Q_0, v]``,
-    so that iterations cost nothing in ``d``. One gives the subspace of `OPAST`, and without end
-    they give `Brand`'s update.
+    Example:
+      >>> import lowrank_optax as lro
+      >>> lro.online.trackers.history_pca(10).basis.iterations
+      3
 
     Args:
-      rank: dimension of the subspace, ``r``.
-      beta: decay of the history; ``None`` never forgets.
-      iterations: of the power method for every update.
-      buffer: vectors between two rotations of the rows, see `basis.Frame`.
+      rank: dimension ``r`` of the subspace, at least 1.
+      beta: decay of the history per update, in [0, 1); ``None``, the default, never forgets.
+      iterations: number of power iterations per update, at least 1, default 3.
+      buffer: number of vectors between two rotations of the rows, as in `oja`.
+
+    Returns:
+      A tracker, `FromBasis`.
 
     Raises:
-      ValueError: for a rank below 1, and numbers out of range.
+      ValueError: for a rank or number of iterations below 1, and numbers out of range.
 
-    Cost: that of `Oja`, and ``2 (r + k)² r`` flops an iteration.
+    Cost: that of `oja`, and ``2 (r + k)² r`` flops an iteration.
 
     Source: Yang, Hsieh and Wang, "History PCA: a new algorithm for streaming PCA", 2018.
     """
-
-    iterations: int = 3
-
-    @property
-    def basis(self) -> HistoryBasis:
-        return HistoryBasis(self.rank, self.beta, buffer=self.buffer, iterations=self.iterations)
+    return FromBasis(rank, basis.HistoryPCA(rank, beta, buffer=buffer, iterations=iterations))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Spacious(OnBasis):
-    """A tracker that keeps more eigenpairs than it shows."""
-
-    slots: int | None = dataclasses.field(default=None, kw_only=True)
-
-    def __post_init__(self):
-        owner = type(self).__name__
-        check_count(owner, "rank", self.rank)
-        if self.slots is not None:
-            check_count(owner, "slots", self.slots)
-            check(
-                self.slots >= self.rank,
-                f"{owner}: slots is {self.slots}, below the rank; pass at least {self.rank}.",
-            )
-        OnBasis.__post_init__(self)
-
-    @property
-    def kept(self) -> int:
-        """How many eigenpairs are kept."""
-        return 2 * self.rank if self.slots is None else self.slots
-
-
-@dataclasses.dataclass(frozen=True)
-class Brand(_Spacious):
+def brand(
+    rank: int, beta: float | None = None, *, slots: int | None = None, buffer: int | None = None
+) -> FromBasis:
     """Brand's truncated eigendecomposition, exact up to what it truncates: `basis.Eigen`.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tracker = lro.online.trackers.brand(10)
+      >>> state = jax.eval_shape(tracker.init, jax.random.key(0), jnp.zeros(100))
+      >>> print(tracker.basis.rank, state.memory.rows[0].shape)     # 20 slots and 8 columns
+      20 (28, 100)
+
     Args:
-      rank: eigenpairs shown, ``r``.
-      beta: decay of the average; ``None`` never forgets.
-      slots: eigenpairs kept, ``m``; by default ``2 r``. The more, the less is lost.
-      buffer: vectors between two rotations of the rows, see `basis.Frame`.
+      rank: number ``r`` of eigenpairs that are shown, at least 1.
+      beta: decay of the average per update, in [0, 1); ``None``, the default, never forgets.
+      slots: number of eigenpairs that are kept, at least ``rank``; default ``2 rank``. With more
+        slots less is lost.
+      buffer: number of vectors between two rotations of the rows, default ``max(8, slots // 3)``.
+
+    Returns:
+      A tracker, `FromBasis`.
 
     Raises:
       ValueError: for a rank below 1, fewer slots than that, and numbers out of range.
 
-    Cost: that of `basis.Eigen` of rank ``m``.
+    Cost: that of `basis.Eigen` with ``slots`` eigenpairs.
 
     Source: Brand, "Fast low-rank modifications of the thin singular value decomposition", 2006.
     """
-
-    @property
-    def basis(self) -> basis.Eigen:
-        return basis.Eigen(
-            self.kept, self.beta, buffer=self.buffer, count_columns=False, eig_tol=0.0
-        )
+    kept = 2 * rank if slots is None else slots
+    eigen = basis.Eigen(kept, beta, buffer=buffer, count_columns=False, eig_tol=0.0)
+    return FromBasis(rank, eigen)
 
 
-@dataclasses.dataclass(frozen=True)
-class FrequentDirections(_Spacious):
+def frequent_directions(
+    rank: int,
+    beta: float | None = None,
+    *,
+    robust: bool = False,
+    slots: int | None = None,
+    buffer: int | None = None,
+) -> FromBasis:
     """Frequent Directions, with a bound on every stream: `basis.FrequentDirections`.
 
-    Eigenvalues are lower bounds of the second moments, ``robust`` ones between these and upper.
-    It erases directions weaker than the tail over ``m``: use it for its guarantee.
+    Eigenvalues are lower bounds of the second moments; with ``robust`` they lie between the lower
+    and the upper bounds. Directions weaker than the tail divided by ``slots`` are lost, so this
+    tracker is for its guarantee.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> tracker = lro.online.trackers.frequent_directions(10, robust=True)
+      >>> print(tracker.rank, tracker.basis.rank, tracker.basis.share)
+      10 20 0.5
 
     Args:
-      rank: eigenpairs shown, ``r``.
-      beta: decay of the average; ``None`` sums, as the bound has it.
-      robust: give half of what was cut back to every eigenvalue.
-      slots: eigenpairs kept, ``m``, on which the bound is; by default ``2 r``.
-      buffer: vectors between two rotations of the rows, see `basis.Frame`.
+      rank: number ``r`` of eigenpairs that are shown, at least 1.
+      beta: decay of the average per update, in [0, 1); ``None``, the default, sums, as the bound
+        has it.
+      robust: whether half of what was cut is given back to every eigenvalue, default no.
+      slots: number of eigenpairs that are kept, for which the bound holds; at least ``rank``,
+        default ``2 rank``.
+      buffer: number of vectors between two rotations of the rows, default ``max(8, slots // 3)``.
+
+    Returns:
+      A tracker, `FromBasis`.
 
     Raises:
       ValueError: for a rank below 1, fewer slots than that, and numbers out of range.
 
-    Cost: that of `basis.FrequentDirections` of rank ``m``.
+    Cost: that of `basis.FrequentDirections` with ``slots`` eigenpairs.
 
     Source: Ghashami, Liberty, Phillips and Woodruff, "Frequent Directions", SIAM Journal on
     Computing 2016; Luo et al., "Robust Frequent Directions", JMLR 2019.
     """
-
-    robust: bool = dataclasses.field(default=False, kw_only=True)
-
-    @property
-    def basis(self) -> basis.FrequentDirections:
-        return basis.FrequentDirections(
-            self.kept, self.beta, robust=self.robust, buffer=self.buffer
-        )
+    kept = 2 * rank if slots is None else slots
+    return FromBasis(rank, basis.FrequentDirections(kept, beta, robust=robust, buffer=buffer))

@@ -1,4 +1,4 @@
-"""Trackers that find one eigenvector after the other: each sees what those before it leave."""
+"""Trackers that find one eigenvector after the other, each in what the others before it leave."""
 
 import abc
 import dataclasses
@@ -20,8 +20,11 @@ class Ascent(Forgetting):
 
     .. math:: \eta = \frac{c}{\max_i \sum_t a_i^2 + c ‖v‖^2}, \qquad a = A v
 
-    Without forgetting it falls like ``c / (lam_max t)``; at the start it is the ``1/‖v‖²`` of
-    normalised least mean squares.
+    Without forgetting the step falls like ``c / (lam_max t)``. The first step is ``1/‖v‖²``, that
+    of normalised least mean squares.
+
+    Args:
+      learning_rate: step ``c``, without unit, above 0, default 8.
     """
 
     learning_rate: float = 8.0
@@ -35,7 +38,10 @@ class Ascent(Forgetting):
     def ascend(
         self, layout: Layout, w: Vector, rest: Vector, a: jax.Array, eta: jax.Array
     ) -> Vector:
-        """A row after ``v``, of which ``rest`` remained to it, with ``a = w · v``."""
+        """The row ``w`` after ``v``.
+
+        ``rest`` is what the rows before it left of ``v``; ``a = w · v``; ``eta`` is the step.
+        """
 
     def begin(self, layout, rows, lam, weight):
         return rows, lam * weight
@@ -59,13 +65,23 @@ class Ascent(Forgetting):
 class Sanger(Ascent):
     r"""The generalised Hebbian algorithm.
 
-    .. math:: w_i \leftarrow w_i + \eta\, a_i (v - \sum_{j \le i} a_j w_j), \qquad a = A v
+    .. math:: w_i \leftarrow w_i + \eta\, a_i (v - \sum_{j \le i} a_j w_j), \qquad a = A v, \qquad
+              \eta = \frac{c}{\max_i \sum_t a_i^2 + c ‖v‖^2}
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tracker = lro.online.trackers.Sanger(2)
+      >>> state = jax.eval_shape(tracker.init, jax.random.key(0), jnp.zeros(100))
+      >>> print(state.memory.rows[0].shape, state.memory.small.shape)      # rows and moments
+      (2, 100) (2,)
 
     Args:
-      rank: how many eigenvectors, ``r``.
-      beta: decay of the moments that scale the step, see `Ascent`; ``None`` sums.
-      learning_rate: ``c``, without unit. It has to exceed about half the ratio of the largest
-        eigenvalue to the smallest difference between two that are to be told apart.
+      rank: number ``r`` of eigenvectors, at least 1.
+      beta: decay per vector of the moments that scale the step, in [0, 1); ``None``, the default,
+        sums them.
+      learning_rate: step ``c``, without unit, above 0, default 8. It has to exceed about half the
+        ratio of the largest eigenvalue to the smallest difference between two that are to be told
+        apart.
 
     Raises:
       ValueError: for a rank below 1, and numbers out of range.
@@ -82,15 +98,22 @@ class Sanger(Ascent):
 
 @dataclasses.dataclass(frozen=True)
 class EigenGame(Ascent):
-    r"""The mu-EigenGame: players on spheres, each penalised for aligning with those before it.
+    r"""The mu-EigenGame: players on spheres, penalised for aligning with the players before them.
 
     .. math:: \nabla_i = a_i (v - \sum_{j < i} a_j w_j), \qquad
               w_i \leftarrow \mathrm{unit}(w_i + \eta (\nabla_i - (\nabla_i \cdot w_i) w_i))
 
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tracker = lro.online.trackers.EigenGame(2)
+      >>> state = jax.eval_shape(tracker.init, jax.random.key(0), jnp.zeros(100))
+      >>> print(state.memory.rows[0].shape, state.memory.small.shape)      # rows and moments
+      (2, 100) (2,)
+
     Args:
-      rank: how many players, ``r``.
-      beta: as in `Sanger`.
-      learning_rate: as in `Sanger`.
+      rank: number ``r`` of players, at least 1.
+      beta: decay of the moments, as in `Sanger`.
+      learning_rate: step, as in `Sanger`.
 
     Raises:
       ValueError: as `Sanger`.
@@ -118,13 +141,23 @@ class CCIPCA(Forgetting):
 
     .. math:: u_{i+1} = u_i - (u_i \cdot w_i) w_i / ‖w_i‖^2
 
-    A row starts as the first rest that reaches it.
+    The first ``u_i`` that is not zero becomes the row ``w_i``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tracker = lro.online.trackers.CCIPCA(1)
+      >>> state = tracker.init(jax.random.key(0), jnp.zeros(2))
+      >>> state = jax.jit(tracker.update)(state, jnp.array([3., 4.]))
+      >>> print(state.memory.rows[0])               # the first vector is the first row
+      [[3. 4.]]
 
     Args:
-      rank: how many eigenvectors, ``r``.
-      beta: forgetting: ``t`` is replaced by ``sum_s beta^s``; ``None`` does not.
-      amnesia: ``l``, which prefers the new to the old by a power of time, for the first
-        were sorted along rows that had not settled; 0 is a plain average.
+      rank: number ``r`` of eigenvectors, at least 1.
+      beta: decay per vector, in [0, 1), with which ``t`` is replaced by ``sum_s beta^s``; ``None``,
+        the default, never forgets.
+      amnesia: exponent ``l`` of time by which new vectors count more than old ones, because the
+        first vectors were sorted along rows that had not settled. At least 0, default 2; 0 is a
+        plain average.
 
     Raises:
       ValueError: for a rank below 1, and numbers out of range.
@@ -146,7 +179,7 @@ class CCIPCA(Forgetting):
 
     def step(self, layout, rows, small, v, weight):
         size = layout.inner(v, v)[0]
-        # A rest of rounding errors has no direction.
+        # What is left may be rounding errors, which have no direction.
         enough = 1e3 * jnp.finfo(layout.dtype).eps * size
         gain = jnp.minimum(1.0, (1 + self.amnesia) / weight)
 

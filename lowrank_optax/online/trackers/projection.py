@@ -1,4 +1,4 @@
-"""Trackers of a whole subspace by least squares or power iterations, on plain rows."""
+"""Trackers of a whole subspace by least squares or by power iterations, with rows of their own."""
 
 import dataclasses
 from typing import Any
@@ -22,12 +22,19 @@ class PAST(Forgetting):
     .. math:: a = W v, \quad C \leftarrow \beta C + a a^T, \quad
               W \leftarrow W + C^{-1} a\, (v - W^T a)^T
 
-    ``C`` itself is kept instead of a recursion for its inverse, which loses its symmetry. ``W``
-    becomes orthonormal only in the limit; `OPAST` keeps it so.
+    ``C`` itself is kept, because the usual recursion for its inverse loses its symmetry. ``W``
+    becomes orthonormal only in the limit; that of `opast` is orthonormal at all times.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tracker = lro.online.trackers.PAST(2, beta=0.9)
+      >>> state = jax.eval_shape(tracker.init, jax.random.key(0), jnp.zeros(100))
+      >>> print(state.memory.rows[0].shape, state.memory.small.shape)      # W and C
+      (2, 100) (2, 2)
 
     Args:
-      rank: dimension of the subspace, ``r``.
-      beta: forgetting; ``None`` does not.
+      rank: dimension ``r`` of the subspace, at least 1.
+      beta: decay per vector, in [0, 1); ``None``, the default, never forgets.
 
     Raises:
       ValueError: for a rank below 1, and numbers out of range.
@@ -43,10 +50,10 @@ class PAST(Forgetting):
 
     def step(self, layout, rows, small, v, weight):
         a = layout.dot(rows, v)[0]
-        # It starts from what a vector of this size without direction has in a random subspace.
-        start = layout.inner(v, v)[0] / layout.dims[0]
+        # The first C is what a vector of this length without direction has in a random subspace.
+        first = layout.inner(v, v)[0] / layout.dims[0]
         eye = jnp.eye(self.rank, dtype=a.dtype)
-        c = jnp.where(jnp.trace(small) == 0, start * eye, self.decay * small) + jnp.outer(a, a)
+        c = jnp.where(jnp.trace(small) == 0, first * eye, self.decay * small) + jnp.outer(a, a)
         g = _solve(c, a)
         inside = layout.combine(a[None], rows)
         rest = [x - y.astype(x.dtype) for x, y in zip(v, inside, strict=True)]
@@ -61,32 +68,34 @@ class PAST(Forgetting):
 class PETRELS(Forgetting):
     r"""Parallel estimation by recursive least squares from vectors with missing entries.
 
-    Codes fit the entries that are there, ``P``; then every coordinate ``j`` that is there takes a
-    step of its own recursive least squares, with its own ``R_j``.
+    The code ``a`` fits the entries that are there, which ``P`` picks. Then every coordinate ``j``
+    that is there takes a step of its own recursive least squares, with its own ``R_j``:
 
     .. math:: a = \arg\min_a ‖P (v - W^T a)‖, \quad R_j \leftarrow \beta R_j + a a^T, \quad
               w_j \leftarrow w_j + R_j^{-1} a\, (v_j - w_j \cdot a)
 
-    A coordinate forgets when it is seen (the source's forgets at all times), and never more than
-    it knew at the start. A stream whose rank is below ``rank`` leaves rows undetermined.
+    A coordinate forgets only when it is seen (in the paper it forgets at all times), and never more
+    than it knew at first. If the stream spans fewer than ``rank`` dimensions, some rows stay
+    undetermined.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> tracker = lro.online.trackers.PETRELS(1)
       >>> state = tracker.init(jax.random.key(0), jnp.zeros(3))
-      >>> state = tracker.update(state, jnp.array([1., jnp.nan, 2.]), jnp.array([1, 0, 1]))
+      >>> v, mask = jnp.array([1., jnp.nan, 2.]), jnp.array([1, 0, 1])
+      >>> state = jax.jit(tracker.update)(state, v, mask)
       >>> print(state.seen)
       1
 
     Args:
-      rank: dimension of the subspace, ``r``.
-      beta: forgetting; ``None`` does not.
+      rank: dimension ``r`` of the subspace, at least 1.
+      beta: decay per vector, in [0, 1); ``None``, the default, never forgets.
 
     Raises:
       ValueError: for a rank below 1, and numbers out of range.
 
-    Cost: memory ``r² d + r d``, a small matrix for every entry of a vector; ``8 r² d`` flops a
-    vector.
+    Cost: memory ``r² d + r d``, because every entry of a vector has a small matrix; ``8 r² d``
+    flops a vector.
 
     Source: Chi, Eldar and Calderbank, "PETRELS: parallel subspace estimation and tracking by
     recursive least squares from partial observations", IEEE Transactions on Signal Processing 2013.
@@ -96,9 +105,13 @@ class PETRELS(Forgetting):
         """Takes in a vector, or ``k``, whose missing entries can hold anything.
 
         Args:
-          state: of the tracker.
-          v: shaped like the example, or with a leading axis.
-          mask: shaped like ``v``, false or 0 where an entry is missing; ``None`` for no such.
+          state: the tracker's state.
+          v: vector shaped like the example, or ``k`` of them along a leading axis.
+          mask: array or tree shaped like ``v``, false or 0 where an entry is missing; ``None``, the
+            default, if none is.
+
+        Returns:
+          The state after the vectors.
 
         Raises:
           ValueError: for other shapes than the example's, or a mask of another shape than ``v``.
@@ -132,8 +145,8 @@ class PETRELS(Forgetting):
         leaves = zip(rows, inverse, v, there, strict=True)
         done = [self._coordinates(*leaf, a, x, unit) for leaf in leaves]
         rows = [d[0] for d in done]
-        # In the vectors' units: codes shrink as rows grow, and rows may grow by any factor. Of the
-        # new rows, so that ones that have overflowed are seen.
+        # Moments are in the vectors' units, because codes shrink as rows grow, by any factor. The
+        # new rows give the lengths, so that an overflow in them shows.
         along = a * _lengths(layout, rows)
         moments = self.decay * moments + jnp.outer(along, along)
         return (rows, [d[1] for d in done]), (moments, unit)
@@ -159,13 +172,21 @@ class NoisyPower(OnRows):
 
     .. math:: S = \frac1b \sum_{t=1}^{b} (Q^T v_t) v_t^T, \qquad Q^T \leftarrow \mathrm{orth}(S)
 
-    Eigenvalues are the singular values of ``S``. Vectors of a block that is not full have no
-    effect yet; before the first is, the subspace is random and eigenvalues are zero.
+    Eigenvalues are the singular values of ``S``. The vectors of a block take effect when the block
+    is full. Before the first full block the subspace is random and the eigenvalues are zero.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tracker = lro.online.trackers.NoisyPower(2, block=100)
+      >>> state = jax.eval_shape(tracker.init, jax.random.key(0), jnp.zeros(50))
+      >>> q, s = state.memory.rows
+      >>> print(q[0].shape, s[0].shape)
+      (2, 50) (2, 50)
 
     Args:
-      rank: dimension of the subspace, ``r``.
-      block: vectors a block, ``b``; about an eighth of a stream is a good choice. Blocks are
-        counted in vectors, whatever comes at once.
+      rank: dimension ``r`` of the subspace, at least 1.
+      block: number ``b`` of vectors in a block, at least 1, default 256; about an eighth of a
+        stream is a good choice. It counts vectors, whether they come one by one or many at once.
 
     Raises:
       ValueError: for a rank or block below 1.
@@ -218,5 +239,5 @@ def _solve(c: jax.Array, a: jax.Array) -> jax.Array:
 
 
 def _lengths(layout: Layout, rows: Columns) -> jax.Array:
-    """Of every row, ``(r,)``."""
+    """The lengths ``(r,)`` of the rows."""
     return jnp.sqrt(jax.vmap(layout.inner)(rows, rows)[:, 0])
