@@ -46,7 +46,7 @@ def test_transport_by_factors_is_transport_by_their_product(x64, law, sides):
         *(noise(n, n, n) if on else jnp.eye(n) for n, on in zip((a, b), sides, strict=True))
     )
     state = noise(2, *[a * b] * law.axes)
-    state = inner.adaptive.Moments(state, state**2 + 1) if law.centred else state
+    state = inner.adaptive.GradientMoments(state, state**2 + 1) if law.centred else state
     got, want = (linalg.transport(law, c, state) for c in (factors, whole))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), got, want)
 

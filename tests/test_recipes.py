@@ -253,7 +253,10 @@ def test_gauss_newton_inside_a_basis_is_the_same_step(x64):
     fn = lambda x: jnp.sum(r(x) ** 2) / 2
     outer = lro.gauss_newton(batch=2, damping=1e-10)
     part = lro.lre(
-        1.0, curvature.GaussNewton(), basis.GGT(2, eig_tol=0.0), inner.GaussNewton(1e-10, 0.0)
+        1.0,
+        curvature.GaussNewton(),
+        basis.GGT(2, eig_tol=0.0),
+        inner.DampedLeastSquares(1e-10, 0.0),
     )
     start = jnp.array([-1.2, 1.0])
     a, x = minimise(outer, start, 3, fn, residuals_fn=r)
@@ -292,7 +295,9 @@ def test_cubic_newton_leaves_a_saddle_that_newton_finds(x64):
             "EmpiricalFisher",
         ),
         (
-            lambda: lro.lre(1.0, curvature.BFGS(), basis.Eigen(3, None), inner.GaussNewton()),
+            lambda: lro.lre(
+                1.0, curvature.BFGS(), basis.Eigen(3, None), inner.DampedLeastSquares()
+            ),
             "EmpiricalFisher or GaussNewton",
         ),
         (lambda: lro.lre(1.0, curvature.Covariance(), basis.Random(3), inner.LInv()), "Eigen"),
