@@ -240,9 +240,9 @@ def gradients(seed):
 
 
 TXS = {
-    "galore": lro.galore(1e-2, 3, update_every=2),
+    "galore": lro.galore(1e-2, rank=3, update_every=2),
     "soap": lro.soap(1e-2, update_every=2),
-    "soap_low_rank": lro.soap(1e-2, 3, update_every=2),
+    "soap_low_rank": lro.soap(1e-2, rank=3, update_every=2),
 }
 
 
@@ -287,7 +287,7 @@ def test_nothing_of_the_size_of_the_whole_curvature(name):
 
 def test_vmap_is_many_optimizers():
     grads = noise(0, 4, 2, 5, 6, dtype=jnp.float32)
-    tx = lro.soap(0.1, 2, update_every=2)
+    tx = lro.soap(0.1, rank=2, update_every=2)
     both = jax.vmap(lambda g: steps(tx, g)[0], in_axes=1, out_axes=1)(grads)
     for i in range(2):
         np.testing.assert_allclose(both[:, i], steps(tx, grads[:, i])[0], atol=1e-5)
@@ -315,8 +315,8 @@ def test_state_is_smaller_than_adams():
     for rank in (8, 16, 32):
         two = sum(rank * (a + b) + 2 * rank**2 for a, b in ((96, 96), (96, 384)))
         one = sum(rank * a + 2 * rank * b for a, b in ((96, 96), (96, 384)))
-        assert 4 * two <= size(lro.soap(1e-3, rank)) <= 4 * two + small < adam
-        assert 4 * one <= size(lro.galore(1e-3, rank)) <= 4 * one + small < adam
+        assert 4 * two <= size(lro.soap(1e-3, rank=rank)) <= 4 * two + small < adam
+        assert 4 * one <= size(lro.galore(1e-3, rank=rank)) <= 4 * one + small < adam
 
 
 def test_bad_arguments_say_what_to_pass():
