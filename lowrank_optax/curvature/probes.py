@@ -47,7 +47,7 @@ class NormalProbe(Probe):
 
     Cost: ``d`` random numbers.
 
-    Source: Hutchinson, "A stochastic estimator of the trace", 1990, with normal entries.
+    Source: Hutchinson, "A stochastic estimator of the trace", 1990, for the estimator.
     """
 
     def draw(self, layout: Layout, key: jax.Array, g: Vector, step: Vector | None) -> Vector:

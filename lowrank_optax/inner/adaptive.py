@@ -121,10 +121,10 @@ class Adam:
         count = linalg.tally(state.count)
         mean = average(state.moments.mean, u, self.b1, count)
         v = second = average(state.moments.second, u * u, self.b2, count)
-        largest = state.largest
-        if largest is not None:
+        largest, decay = state.largest, self.amsgrad_decay
+        if largest is not None and decay is not None:
             known = 1 - jnp.asarray(self.b2, v.dtype) ** count
-            largest = jnp.maximum(self.amsgrad_decay * largest, known * second)
+            largest = jnp.maximum(decay * largest, known * second)
             v = largest / known
         u = linalg.safe_divide(mean, jnp.sqrt(v) + self.eps)
         return u, AdamState(count, GradientMoments(mean, second), largest)
@@ -230,13 +230,13 @@ class FullMatrixAdam:
         if self.identity:
             old = identity_at_first(old, state.count, context)
         m = covariance = ema(old, jnp.outer(u, u), self.b2)
-        excess = state.excess
-        if excess is not None:
+        excess, decay = state.excess, self.amsgrad_decay
+        if excess is not None and decay is not None:
             # The excess moves as a second moment beside the whole matrix, so that the maximum moves
             # as the diagonal of the matrix that it is on; a maximum stored by itself would not
             # follow what turns from the entries beside the diagonal into it.
             largest = jnp.diagonal(state.covariance) + excess
-            excess = jnp.maximum(self.amsgrad_decay * largest - jnp.diagonal(covariance), 0)
+            excess = jnp.maximum(decay * largest - jnp.diagonal(covariance), 0)
             m = covariance + jnp.diag(excess)
         m = debias(m, self.b2, count)
         if self.identity:

@@ -169,9 +169,9 @@ class HutchinsonAdam:
         v = z * hz
         v = v * v if self.gamma is None else v
         diagonal = _averaged(state.diagonal, v, context, self.b2, square=self.gamma is None)
-        largest = state.largest
-        if largest is not None:
-            raised = lambda old, now: jnp.maximum(self.amsgrad_decay * old, now)
+        largest, decay = state.largest, self.amsgrad_decay
+        if largest is not None and decay is not None:
+            raised = lambda old, now: jnp.maximum(decay * old, now)
             largest = jax.tree.map(
                 lambda old, now: jnp.where(context.moved, raised(old, now), old), largest, diagonal
             )
