@@ -199,7 +199,8 @@ class HutchinsonHessian(_Averaged):
       >>> tx = lro.scale_by_lre(curvature, lro.basis.FullMatrix(None), lro.inner.LInv())
       >>> h, x = jnp.array([1.0, -2.0]), jnp.array([1.0, 1.0]); state = tx.init(x)
       >>> step = jax.jit(lambda x, s: tx.update(h * x, s, x, value_fn=lambda x: h @ x**2 / 2))
-      >>> print(step(x, state)[1].basis.matrix[0])    # I + (H g g^T + g g^T H)/2, g = (1, -2)
+      >>> matrix = step(x, state)[1].basis.matrix[0]
+      >>> print(matrix.round(2))                  # I + (H g g^T + g g^T H)/2, g = (1, -2)
       [[ 2.  1.]
        [ 1. -7.]]
 
