@@ -387,7 +387,8 @@ def gauss_newton(
       >>> loss = lambda x: jnp.sum(residuals(x) ** 2) / 2
       >>> tx = lro.gauss_newton(batch=4, damping=1e-6)
       >>> x = jnp.zeros(9); state = tx.init(x)
-      >>> updates, state = tx.update(jax.grad(loss)(x), state, x, residuals_fn=residuals)
+      >>> update = jax.jit(lambda g, state, x: tx.update(g, state, x, residuals_fn=residuals))
+      >>> updates, state = update(jax.grad(loss)(x), state, x)
       >>> bool(loss(x + updates) < 1e-6)                  # linear: one step
       True
 
