@@ -59,7 +59,7 @@ def rank_of(d: int) -> int:
 
 SWEEPS = {
     "lre": lambda x, d: lro.lre(x, basis=B.GGT(rank_of(d))),
-    "whitening, Adam": lambda x, d: lro.whitened_adam(x, rank_of(d)),
+    "whitening, Adam": lambda x, d: lro.whitened_adam(x, rank=rank_of(d)),
     "Eigen": lambda x, d: lro.lre(x, basis=B.Eigen(rank_of(d))),
     "Hessian": lambda x, d: lro.lre(
         x, C.HutchinsonHessian(), B.Eigen(rank_of(d)), lro.inner.Adam()
@@ -242,9 +242,9 @@ COMPILED = {
     "whitened_adam": lambda: lro.whitened_adam(1e-2),
     "Eigen": lambda: lro.lre(1.0, basis=B.Eigen(20)),
     "TopK": lambda: lro.lre(1.0, basis=B.TopK(20)),
-    "sophia_h": lambda: lro.sophia_h(1e-2, 20),
-    "lowrank_newton": lambda: lro.lowrank_newton(1e-2, 20),
-    "galore": lambda: lro.galore(1e-2, 4),
+    "sophia_h": lambda: lro.sophia_h(1e-2, rank=20),
+    "lowrank_newton": lambda: lro.lowrank_newton(1e-2, rank=20),
+    "galore": lambda: lro.galore(1e-2, rank=4),
     "soap": lambda: lro.soap(1e-2),
     "soap_muon": lambda: lro.soap_muon(1e-2),
     "levenberg_marquardt": lambda: lro.levenberg_marquardt(),

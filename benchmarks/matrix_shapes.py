@@ -49,7 +49,7 @@ def flat(rate: optax.Schedule) -> optax.GradientTransformation:
 
 
 def one_sided(rank: int) -> Callable[[optax.Schedule], optax.GradientTransformation]:
-    return lambda rate: lro.galore(rate, rank, update_every=50, scale=1.0)
+    return lambda rate: lro.galore(rate, rank=rank, update_every=50, scale=1.0)
 
 
 def one_sided_soap(rate: optax.Schedule) -> optax.GradientTransformation:

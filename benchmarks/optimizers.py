@@ -135,16 +135,16 @@ METHODS: dict[str, Method] = {
 CURVATURES: dict[str, Method] = {
     "L-BFGS (optax)": Method(lbfgs, scaled=False),
     "Sophia (optax)": Method(sophia),
-    "BFGS": Method(lambda rate: lro.lowrank_newton(rate, 20), 1.0, True, scaled=False),
+    "BFGS": Method(lambda rate: lro.lowrank_newton(rate, rank=20), 1.0, True, scaled=False),
     "SR1": Method(
-        lambda rate: lro.lowrank_newton(rate, 20, curvature=lro.curvature.SR1()),
+        lambda rate: lro.lowrank_newton(rate, rank=20, curvature=lro.curvature.SR1()),
         1.0,
         True,
         scaled=False,
     ),
-    "AdaHessian in a subspace": Method(lambda rate: lro.adahessian(rate, 20), 1e-1, True),
+    "AdaHessian in a subspace": Method(lambda rate: lro.adahessian(rate, rank=20), 1e-1, True),
     "Sophia-H in a subspace": Method(
-        lambda rate: lro.sophia_h(rate, 20, complement=optax.scale_by_adam()), ours=True
+        lambda rate: lro.sophia_h(rate, rank=20, complement=optax.scale_by_adam()), ours=True
     ),
     "Hessian whitening + AdamW": Method(
         lambda rate: optax.chain(
@@ -160,7 +160,7 @@ CURVATURES: dict[str, Method] = {
         ours=True,
     ),
     "natural gradient": Method(
-        lambda rate: lro.natural_gradient(rate, 20, damping=1.0, complement=1.0), 1.0, True
+        lambda rate: lro.natural_gradient(rate, rank=20, damping=1.0, complement=1.0), 1.0, True
     ),
 }
 """Hessian and Fisher curvatures, run where they are asked for by ``--methods``."""

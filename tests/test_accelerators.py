@@ -31,7 +31,7 @@ OPTIMIZERS = {
     ),
     "per_leaf": lambda: lro.lre(1e-2, basis=B.GGT(RANK), groups=lro.per_leaf),
     "every": lambda: lro.lre(1e-2, basis=B.GGT(RANK), update_every=5, complement=0.1),
-    "galore": lambda: lro.galore(1e-2, 4),
+    "galore": lambda: lro.galore(1e-2, rank=4),
     "soap_muon": lambda: lro.soap_muon(1e-2),
 }
 FACTORISATIONS = {"cuda": {"cusolver_syevd_ffi"}, "tpu": {"Eigh"}}

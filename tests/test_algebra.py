@@ -360,11 +360,11 @@ class Ledger:
 
     def init(self, rank, dtype):
         zeros = powers(jnp.zeros(rank, dtype)) | {"scalar": jnp.zeros((), dtype)}
-        return zeros | {"pair": lro.inner.adaptive.Moments(*zeros["pair"])}
+        return zeros | {"pair": lro.inner.adaptive.GradientMoments(*zeros["pair"])}
 
     def update(self, u, state, context):
         new = powers(u)
-        new["pair"] = lro.inner.adaptive.Moments(*new["pair"])
+        new["pair"] = lro.inner.adaptive.GradientMoments(*new["pair"])
         return u, jax.tree.map(jnp.add, state, new)
 
 

@@ -1,5 +1,7 @@
 """Curvatures against what defines them: secant equations, dense sums, exact Hessians, counts."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -855,3 +857,13 @@ def test_groups_are_independent(part, every, x64):
     whole, alone = run(make(groups=lro.per_leaf), params, "ab"), run(make(), params["b"], "b")
     np.testing.assert_allclose(whole["b"], alone, rtol=1e-9, atol=1e-12)
     assert np.any(alone != params["b"]) and np.all(np.isfinite(whole["a"]))
+
+
+# --- the house ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", [curvature, inner], ids=["curvature", "inner"])
+def test_no_part_inherits_from_a_concrete_part(package):
+    parts = [x for x in vars(package).values() if inspect.isclass(x)]
+    bases = {b for part in parts for b in part.__mro__[1:] if "lowrank_optax" in b.__module__}
+    assert bases and all(inspect.isabstract(b) for b in bases), bases

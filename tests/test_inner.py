@@ -1,5 +1,7 @@
 """Inner parts against the formulas and identities that define them, in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,9 +104,109 @@ def test_centred_adam_on_a_constant_gradient_takes_steps_of_one():
         np.testing.assert_allclose(jnp.linalg.norm(u), 1, rtol=1e-6)
 
 
+# The decaying maximum of the second moment.
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9, 0.0])
+def test_amsgrad_is_its_rule_with_a_decay(decay):
+    """The maximum is of the moment before its correction, and is corrected as the moment is."""
+    random, part = rng(4), inner.Adam(b1=0.9, b2=0.8, eps=1e-3, amsgrad_decay=decay)
+    state, m, v, top = start(part, 5), np.zeros(5), np.zeros(5), np.zeros(5)
+    held = 0
+    for t in range(1, 13):
+        g = random.normal(size=5) * 0.7**t  # shrinking, so that the maximum matters
+        u, state = step(part, state, g)
+        m, v = 0.9 * m + 0.1 * g, 0.8 * v + 0.2 * g**2
+        top = np.maximum(decay * top, v)
+        root = np.sqrt(top / (1 - 0.8**t))
+        np.testing.assert_allclose(u, m / (1 - 0.9**t) / (root + 1e-3), rtol=1e-12)
+        held += np.sum(top > v)
+    assert (held > 0) == (decay > 0)
+
+
+def test_amsgrad_without_decay_has_the_maximum_of_the_moments_of_optax():
+    random, part, plain = rng(5), inner.Adam(amsgrad_decay=1.0), optax.scale_by_adam(b2=0.99)
+    state, theirs, top = start(part, 4), plain.init(jnp.zeros(4)), 0.0
+    for t in range(8):
+        g = random.normal(size=4) * 0.5**t
+        _, state = step(part, state, g)
+        _, theirs = plain.update(jnp.asarray(g), theirs)
+        top = np.maximum(top, theirs.nu)
+        np.testing.assert_allclose(state.largest, top, rtol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+@pytest.mark.parametrize("identity", [True, False])
+def test_amsgrad_on_the_diagonal_of_a_matrix(decay, identity):
+    """In bases that turn, densely: the maximum is the diagonal of the matrix that it is part of."""
+    random = rng(6)
+    part = inner.FullMatrixAdam(b2=0.8, eps=1e-2, identity=identity, amsgrad_decay=decay)
+    state, m, cov, raised = start(part, 3), np.zeros(3), np.eye(3) * identity, np.zeros((3, 3))
+    for t in range(1, 9):
+        c = np.linalg.qr(random.normal(size=(3, 3)))[0] if t % 3 == 0 else np.eye(3)
+        state = move(part, state, c)
+        m, cov, raised = c @ m, c @ cov @ c.T, c @ raised @ c.T
+        g = random.normal(size=3) * 0.6**t
+        u, state = step(part, state, g)
+        m, cov = 0.9 * m + 0.1 * g, 0.8 * cov + 0.2 * np.outer(g, g)
+        top = np.maximum(decay * np.diag(raised), np.diag(cov))
+        raised = cov + np.diag(top - np.diag(cov))
+        lam, q = np.linalg.eigh(raised / (1 - 0.8**t) + identity * 1e-2 * np.eye(3))
+        live = lam > 1e-12 * lam[-1]  # what was not seen yet stays out
+        lam = lam + (1e-8 + 1e-8 * lam[-1] if identity else 1e-2)
+        root = np.where(live, np.abs(lam) ** -0.5, 0)
+        np.testing.assert_allclose(u, (q * root) @ q.T @ m / (1 - 0.9**t), rtol=1e-8, atol=1e-12)
+    assert np.any(top > 2 * np.diag(cov))
+
+
+@pytest.mark.parametrize("gamma", [None, 0.01])
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_amsgrad_of_estimates_falls_with_their_number(decay, gamma):
+    g, z, hz, _ = stream(5, 9)
+    part = inner.HutchinsonAdam(b2=0.8, eps=1e-8, gamma=gamma, amsgrad_decay=decay)
+    state, m, d, top, n = start(part, 5), np.zeros(5), np.zeros(5), np.zeros(5), 0
+    for t in range(1, 10):
+        measured = t % 3 != 0
+        p, hp = z[t - 1] * 0.6**t, hz[t - 1]
+        u, state = step(part, state, g[t - 1], probe=p, product=hp, moved=measured)
+        m = 0.9 * m + 0.1 * g[t - 1]
+        if measured:
+            n, v = n + 1, p * hp if gamma else (p * hp) ** 2
+            d = 0.8 * d + 0.2 * v
+            top = np.maximum(decay * top, d)
+        mean, size = m / (1 - 0.9**t), top / (1 - 0.8**n)
+        want = mean / np.maximum(gamma * size, 1e-8) if gamma else mean / (np.sqrt(size) + 1e-8)
+        np.testing.assert_allclose(u, want, rtol=1e-10)
+    assert np.any(top > d)
+
+
+def test_the_maximum_turns_with_the_second_moment():
+    """As ``diag(C diag(v) C^T)``, and with the average outside for the estimates' directions."""
+    random = rng(7)
+    old, new = (np.linalg.qr(random.normal(size=(5, 5)))[0][:3] for _ in range(2))
+    c, top, s = new @ old.T, random.uniform(1, 2, size=3), 3.0
+    adam, hutchinson = inner.Adam(amsgrad_decay=0.9), inner.HutchinsonAdam(amsgrad_decay=0.9)
+    state = start(adam, 3)._replace(largest=jnp.asarray(top))
+    turned = np.diag(c @ np.diag(top) @ c.T)
+    np.testing.assert_allclose(move(adam, state, c).largest, turned)
+    outside = Surrounded(jnp.asarray(top), jnp.asarray(s))
+    state = start(hutchinson, 3)._replace(largest=outside)
+    turned = turned + s * (1 - np.diag(c @ c.T))
+    np.testing.assert_allclose(move(hutchinson, state, c).largest.inside, turned)
+
+
+@pytest.mark.parametrize("part", [inner.Adam(), inner.FullMatrixAdam(), inner.HutchinsonAdam()])
+def test_without_a_maximum_none_is_stored(part):
+    with_maximum = dataclasses.replace(part, amsgrad_decay=0.9)
+    size = lambda part: sum(x.size for x in jax.tree.leaves(start(part, 7)))
+    assert start(part, 7)[-1] is None and size(part) < size(with_maximum) <= size(part) + 8
+
+
 NO_EPS = {
     "adam": inner.Adam(eps=0.0),
-    "amsgrad": inner.Adam(eps=0.0, amsgrad=True),
+    "amsgrad": inner.Adam(eps=0.0, amsgrad_decay=1.0),
+    "full_amsgrad": inner.FullMatrixAdam(eps=0.0, amsgrad_decay=0.9),
+    "adahessian_amsgrad": inner.HutchinsonAdam(eps=0.0, amsgrad_decay=0.9),
     "centred": inner.Adam(eps=0.0, centred=True),
     "cubic": inner.CubicAdam(eps=0.0),
     "full": inner.FullMatrixAdam(eps=0.0),
@@ -366,7 +468,7 @@ def test_third_order_minimises_its_model():
 @pytest.mark.parametrize("k", [2, 9])
 @pytest.mark.parametrize(
     "part",
-    [inner.NaturalGradient(0.3, 0.1), inner.GaussNewton(0.3, 0.1)],
+    [inner.NaturalGradient(0.3, 0.1), inner.DampedLeastSquares(0.3, 0.1)],
     ids=lambda part: type(part).__name__,
 )
 def test_damped_solves_are_the_dense_ones(part, k):
@@ -383,10 +485,10 @@ def test_damped_solves_are_the_dense_ones(part, k):
     np.testing.assert_allclose(u, 2 * np.linalg.solve(matrix, g), rtol=1e-9)
 
 
-def test_undamped_gauss_newton_is_the_shortest_solution():
+def test_undamped_least_squares_is_the_shortest_solution():
     random = rng()
     a, r = random.normal(size=(6, 3)), random.normal(size=3)
-    part = inner.GaussNewton(0.0, 0.0)
+    part = inner.DampedLeastSquares(0.0, 0.0)
     u, _ = step(part, start(part, 6), a @ r, columns=a, weights=np.ones(3))
     np.testing.assert_allclose(u, np.linalg.pinv(a.T) @ r, rtol=1e-9)
 
@@ -395,7 +497,10 @@ def test_undamped_gauss_newton_is_the_shortest_solution():
 
 
 PARTS = {
+    "adam_amsgrad": (inner.Adam(amsgrad_decay=0.9), False),
+    "fulladam_amsgrad": (inner.FullMatrixAdam(amsgrad_decay=0.9), False),
     "hutchinson": (inner.HutchinsonAdam(), False),
+    "hutchinson_amsgrad": (inner.HutchinsonAdam(amsgrad_decay=0.9), False),
     "sophia": (inner.HutchinsonAdam(gamma=0.1, eps=1e-3), False),
     "cubic_adam": (inner.CubicAdam(), False),
     "full_hutchinson": (inner.FullMatrixHutchinsonAdam(), True),
@@ -403,7 +508,7 @@ PARTS = {
     "cubic_newton": (inner.CubicNewton(adaptive=True), True),
     "third_order": (inner.ThirdOrder(), True),
     "natural": (inner.NaturalGradient(), True),
-    "gauss_newton": (inner.GaussNewton(1e-2), True),
+    "damped_least_squares": (inner.DampedLeastSquares(1e-2), True),
 }
 
 
@@ -471,11 +576,14 @@ def test_values_are_checked():
         lambda: inner.HutchinsonAdam(gamma=0.0),
         lambda: inner.FullMatrixBFGSAdam(eps=-1.0),
         lambda: inner.CubicAdam(b3=-0.1),
+        lambda: inner.Adam(amsgrad_decay=1.1),
+        lambda: inner.FullMatrixAdam(amsgrad_decay=-0.1),
+        lambda: inner.HutchinsonAdam(amsgrad_decay=True),
         lambda: inner.CubicNewton(0.0),
         lambda: inner.CubicNewton(iterations=0),
         lambda: inner.ThirdOrder(-1.0),
         lambda: inner.NaturalGradient(-1.0),
-        lambda: inner.GaussNewton(rdamping=-1.0),
+        lambda: inner.DampedLeastSquares(rdamping=-1.0),
     ):
         with pytest.raises(ValueError, match="pass a"):
             make()
@@ -487,7 +595,7 @@ def test_values_are_checked():
         inner.HutchinsonAdam(),
         inner.FullMatrixHutchinsonAdam(),
         inner.NaturalGradient(),
-        inner.GaussNewton(),
+        inner.DampedLeastSquares(),
     ],
     ids=lambda part: type(part).__name__,
 )

@@ -114,7 +114,7 @@ def build(basis):
         1e-2,
         COVARIANCE,
         BASES[basis],
-        (lro.inner.Adam(amsgrad=True), *DEFAULT[1:]),
+        (lro.inner.Adam(amsgrad_decay=1.0), *DEFAULT[1:]),
         groups=lro.per_leaf,
         update_every=2,
         complement=optax.trace(0.9),

@@ -68,10 +68,10 @@ def optimizers():
     }
     made["options"] = engine("covariance", BASES["eigen"], "default", **options)
     return made | {
-        "galore": lambda rate=1e-2: lro.galore(rate, 2, update_every=3),
+        "galore": lambda rate=1e-2: lro.galore(rate, rank=2, update_every=3),
         "soap": lambda rate=1e-2: lro.soap(rate),
         "soap_muon": lambda rate=1e-2: lro.soap_muon(rate),
-        "whitened_adam": lambda rate=1e-2: lro.whitened_adam(rate, 4),
+        "whitened_adam": lambda rate=1e-2: lro.whitened_adam(rate, rank=4),
         "levenberg_marquardt": lambda rate=1e-2: lro.levenberg_marquardt(),
     }
 

@@ -47,7 +47,7 @@ def test_transport_by_factors_is_transport_by_their_product(x64, law, sides):
         *(noise(n, n, n) if on else jnp.eye(n) for n, on in zip((a, b), sides, strict=True))
     )
     state = noise(2, *[a * b] * law.axes)
-    state = inner.adaptive.Moments(state, state**2 + 1) if law.centred else state
+    state = inner.adaptive.GradientMoments(state, state**2 + 1) if law.centred else state
     got, want = (linalg.transport(law, c, state) for c in (factors, whole))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), got, want)
 
@@ -351,9 +351,9 @@ def gradients(seed):
 
 
 TXS = {
-    "galore": lro.galore(1e-2, 3, update_every=2),
+    "galore": lro.galore(1e-2, rank=3, update_every=2),
     "soap": lro.soap(1e-2, update_every=2),
-    "soap_low_rank": lro.soap(1e-2, 3, update_every=2),
+    "soap_low_rank": lro.soap(1e-2, rank=3, update_every=2),
 }
 
 
@@ -398,7 +398,7 @@ def test_nothing_of_the_size_of_the_whole_curvature(name):
 
 def test_vmap_is_many_optimizers():
     grads = noise(0, 4, 2, 5, 6, dtype=jnp.float32)
-    tx = lro.soap(0.1, 2, update_every=2)
+    tx = lro.soap(0.1, rank=2, update_every=2)
     both = jax.vmap(lambda g: steps(tx, g)[0], in_axes=1, out_axes=1)(grads)
     for i in range(2):
         np.testing.assert_allclose(both[:, i], steps(tx, grads[:, i])[0], atol=1e-5)
@@ -426,8 +426,8 @@ def test_state_is_smaller_than_adams():
     for rank in (8, 16, 32):
         two = sum(rank * (a + b) + 2 * rank**2 for a, b in ((96, 96), (96, 384)))
         one = sum(rank * a + 2 * rank * b for a, b in ((96, 96), (96, 384)))
-        assert 4 * two <= size(lro.soap(1e-3, rank)) <= 4 * two + small < adam
-        assert 4 * one <= size(lro.galore(1e-3, rank)) <= 4 * one + small < adam
+        assert 4 * two <= size(lro.soap(1e-3, rank=rank)) <= 4 * two + small < adam
+        assert 4 * one <= size(lro.galore(1e-3, rank=rank)) <= 4 * one + small < adam
 
 
 def test_bad_arguments_say_what_to_pass():

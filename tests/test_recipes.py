@@ -1,10 +1,13 @@
 """Named recipes: each does what its name says, and nonsense is refused with advice."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import RECIPES as CASES
 
 import lowrank_optax as lro
 from lowrank_optax import basis, curvature, inner
@@ -135,7 +138,7 @@ def test_full_matrix_adam_is_the_root_of_what_was_seen(x64, unit):
 def test_natural_gradient_is_the_damped_inverse_of_the_whole_matrix(x64):
     """``(F_hat + mu I)^{-1} g`` in a space larger than the basis: mu was mu / (1 - beta^n)."""
     random, d, rank, beta, mu = np.random.default_rng(8), 6, 4, 0.99, 0.3
-    tx = lro.natural_gradient(1.0, rank, beta=beta, damping=mu)
+    tx = lro.natural_gradient(1.0, rank=rank, beta=beta, damping=mu)
     state, update = tx.init(jnp.zeros(d)), jax.jit(tx.update)
     f, seen = np.zeros((d, d)), np.linalg.qr(random.normal(size=(d, rank)))[0]
     for t in range(1, 5):
@@ -149,7 +152,7 @@ def test_natural_gradient_is_the_damped_inverse_of_the_whole_matrix(x64):
 
 def test_natural_gradient_damps_the_first_eigenvalues(x64):
     g, mu = np.array([3.0, 0.0, 4.0]), 5.0
-    tx = lro.natural_gradient(1.0, 2, damping=mu, warmup_steps=0)
+    tx = lro.natural_gradient(1.0, rank=2, damping=mu, warmup_steps=0)
     u, _ = tx.update(jnp.asarray(g), tx.init(jnp.zeros(3)), per_example_grads=jnp.asarray(g[None]))
     np.testing.assert_allclose(u, -g / (25 + mu), rtol=1e-9)
 
@@ -253,7 +256,10 @@ def test_gauss_newton_inside_a_basis_is_the_same_step(x64):
     fn = lambda x: jnp.sum(r(x) ** 2) / 2
     outer = lro.gauss_newton(batch=2, damping=1e-10)
     part = lro.lre(
-        1.0, curvature.GaussNewton(), basis.GGT(2, eig_tol=0.0), inner.GaussNewton(1e-10, 0.0)
+        1.0,
+        curvature.GaussNewton(),
+        basis.GGT(2, eig_tol=0.0),
+        inner.DampedLeastSquares(1e-10, 0.0),
     )
     start = jnp.array([-1.2, 1.0])
     a, x = minimise(outer, start, 3, fn, residuals_fn=r)
@@ -292,7 +298,9 @@ def test_cubic_newton_leaves_a_saddle_that_newton_finds(x64):
             "EmpiricalFisher",
         ),
         (
-            lambda: lro.lre(1.0, curvature.BFGS(), basis.Eigen(3, None), inner.GaussNewton()),
+            lambda: lro.lre(
+                1.0, curvature.BFGS(), basis.Eigen(3, None), inner.DampedLeastSquares()
+            ),
             "EmpiricalFisher or GaussNewton",
         ),
         (lambda: lro.lre(1.0, curvature.Covariance(), basis.Random(3), inner.LInv()), "Eigen"),
@@ -353,6 +361,27 @@ def test_numbers_can_be_injected():
     updates, _ = jax.jit(tx.update)(g, tx.init(x), x)
     expected, _ = jax.jit(plain.update)(g, plain.init(x), x)
     np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in CASES if name != "levenberg_marquardt"))
+def test_what_follows_the_learning_rate_is_named(name):
+    """Or the second argument is a rank here and a batch there; `lre` has its three parts."""
+    kinds = {k: p.kind for k, p in inspect.signature(getattr(lro, name)).parameters.items()}
+    positional = [k for k, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    own = {"lre": ["learning_rate", "curvature", "basis", "inner"], "whiten": ["rank"]}
+    assert positional == own.get(name, ["learning_rate"])
+    assert name == "whiten" or {"weight_decay", "mask"} <= kinds.keys()
+
+
+def test_weight_decay_is_added_to_the_step_and_masked(x64):
+    """In a recipe that passes it on to `lre`: ``x - rate (step + decay x)``, leaf by leaf."""
+    params = {"w": jnp.ones((2, 2), float), "b": jnp.arange(2.0)}
+    grads = jax.tree.map(lambda x: x + 1, params)
+    make = lambda **options: lro.ggt(0.5, rank=3, **options)
+    plain, decayed = make(), make(weight_decay=0.1, mask={"w": True, "b": False})
+    (one, _), (two, _) = (tx.update(grads, tx.init(params), params) for tx in (plain, decayed))
+    np.testing.assert_allclose(two["w"], one["w"] - 0.5 * 0.1 * params["w"], rtol=1e-9)
+    np.testing.assert_array_equal(two["b"], one["b"])
 
 
 def test_parts_that_are_left_out_are_those_of_the_original():

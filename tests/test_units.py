@@ -36,13 +36,13 @@ TWO_COLUMNS = {"symmetrize": False}  # one column (z + Hz)/2 adds a probe to a g
 INVARIANT = {
     "soap_muon": (lambda c: lro.soap_muon(1e-2, eps=1e-8 * c), 0),
     "soap": (lambda c: lro.soap(1e-2, eps=1e-8 * c), 0),
-    "soap_of_low_rank": (lambda c: lro.soap(1e-2, 2, eps=1e-8 * c), 0),
-    "galore": (lambda c: lro.galore(1e-2, 2, update_every=3, scale=1.0, eps=1e-8 * c), 0),
-    "full_matrix_adam": (lambda c: lro.full_matrix_adam(0.1, 20, eps=1e-16 * c**2), 0),
-    "whitened_adam": (lambda c: lro.whitened_adam(0.1, 5, eps=1e-8 * c**0.5), 0),
+    "soap_of_low_rank": (lambda c: lro.soap(1e-2, rank=2, eps=1e-8 * c), 0),
+    "galore": (lambda c: lro.galore(1e-2, rank=2, update_every=3, scale=1.0, eps=1e-8 * c), 0),
+    "full_matrix_adam": (lambda c: lro.full_matrix_adam(0.1, rank=20, eps=1e-16 * c**2), 0),
+    "whitened_adam": (lambda c: lro.whitened_adam(0.1, rank=5, eps=1e-8 * c**0.5), 0),
     "levenberg_marquardt": (lambda c: lro.levenberg_marquardt(), 0),
-    "lowrank_newton": (lambda c: lro.lowrank_newton(0.5, 4), 0),
-    "sr1": (lambda c: lro.lowrank_newton(0.5, 4, curvature=curvature.SR1()), 0),
+    "lowrank_newton": (lambda c: lro.lowrank_newton(0.5, rank=4), 0),
+    "sr1": (lambda c: lro.lowrank_newton(0.5, rank=4, curvature=curvature.SR1()), 0),
 } | {
     f"lre_in_{type(kept).__name__}": (
         lambda c, kept=kept: lro.lre(0.1, basis=kept, inner=(lro.inner.Adam(eps=1e-8 * c), *PARTS)),
@@ -51,17 +51,17 @@ INVARIANT = {
     for kept in BASES
 }
 WITH_A_UNIT = {
-    "ggt": (lambda c: lro.ggt(0.1, 20, eps=1e-2 * c), 0),
+    "ggt": (lambda c: lro.ggt(0.1, rank=20, eps=1e-2 * c), 0),
     "whiten": (lambda c: optax.chain(lro.whiten(5), optax.scale(-0.1)), -0.5),
     "whiten_by_the_root": (
         lambda c: optax.chain(lro.whiten(5, power=-0.5), optax.scale(-0.1)),
         0,
     ),
-    "natural_gradient": (lambda c: lro.natural_gradient(0.1, 6, damping=c**2), 1),
-    "gauss_newton": (lambda c: lro.gauss_newton(0.5, 20, damping=1e-3 * c), 0),
-    "adahessian": (lambda c: lro.adahessian(0.1, 4, eps=1e-8 * c, **TWO_COLUMNS), 0),
+    "natural_gradient": (lambda c: lro.natural_gradient(0.1, rank=6, damping=c**2), 1),
+    "gauss_newton": (lambda c: lro.gauss_newton(0.5, batch=20, damping=1e-3 * c), 0),
+    "adahessian": (lambda c: lro.adahessian(0.1, rank=4, eps=1e-8 * c, **TWO_COLUMNS), 0),
     "sophia_h": (
-        lambda c: lro.sophia_h(0.01, 4, eps=1e-12 * c, update_every=3, **TWO_COLUMNS),
+        lambda c: lro.sophia_h(0.01, rank=4, eps=1e-12 * c, update_every=3, **TWO_COLUMNS),
         0,
     ),
 }

@@ -1,8 +1,9 @@
 """Curvatures: what is measured at every step and handed to the basis as a low-rank correction.
 
-`covariance` holds those that take one column from every step, `hessian` products of the Hessian
-with probes, `quasi_newton` the corrections that make the kept matrix agree with such a product, and
-`examples` those with a column for every example, and `sides` what is measured on matrices.
+`covariance` holds curvatures that take one column from every step, and `examples` those with a
+column for every example. `hessian` holds averages of Hessian products, and `quasi_newton` the
+corrections that make the kept matrix agree with the last product; `probes` are the vectors of such
+products, and `products` the ways to compute them. `sides` holds what is measured on matrices.
 """
 
 from lowrank_optax.curvature._curvature import Curvature, Evidence, Observation
@@ -14,18 +15,19 @@ from lowrank_optax.curvature.covariance import (
     Updates,
 )
 from lowrank_optax.curvature.examples import EmpiricalFisher, GaussNewton, UnrolledGaussNewton
-from lowrank_optax.curvature.hessian import (
+from lowrank_optax.curvature.hessian import HutchinsonHessian, SquaredHessian
+from lowrank_optax.curvature.probes import (
+    GradientProbe,
+    MixedProbe,
+    NormalProbe,
+    RademacherProbe,
+    StepProbe,
+)
+from lowrank_optax.curvature.products import (
     CentralDifference,
     ExactProduct,
     ForwardDifference,
     GradientDifference,
-    GradientProbe,
-    HutchinsonHessian,
-    MixedProbe,
-    NormalProbe,
-    RademacherProbe,
-    SquaredHessian,
-    StepProbe,
 )
 from lowrank_optax.curvature.quasi_newton import BFGS, SR1, ShorR
 from lowrank_optax.curvature.sides import SideColumns, SideCovariance, SideCurvature

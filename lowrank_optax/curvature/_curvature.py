@@ -1,4 +1,4 @@
-"""What every curvature offers the engine, and what it may look at."""
+"""What every curvature offers the engine, and what it may read."""
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,13 @@ from lowrank_optax._core.types import Columns, Correction, Outside, Vector
 
 
 class Observation(NamedTuple):
-    """What a curvature may look at on every step.
+    """What a curvature may read on every step.
 
     Attributes:
-      g: the gradient.
-      accept: ``(n,)`` the groups whose gradient is finite and not zero.
-      params: the parameters, or ``None`` where none were passed.
-      extra: the extra arguments of ``update``.
+      g: gradient, a vector: a list with a flat array for every leaf.
+      accept: ``(n,)`` booleans, true for the groups whose gradient is finite and not zero.
+      params: tree of the parameters, or ``None`` where none were passed.
+      extra: extra arguments of ``update`` by name.
     """
 
     g: Vector
@@ -30,21 +30,21 @@ class Observation(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What a curvature may look at on a step that updates the basis.
+    """What a curvature may read on a step that updates the basis.
 
     Attributes:
-      g: the gradient.
-      due: ``(n,)`` the groups whose basis is to be updated.
-      params: the parameters, or ``None`` where none were passed.
-      extra: the extra arguments of ``update``.
-      key: a random key of this step.
-      apply: ``(vector, gamma) -> B v``, with the basis as it is, its eigenvalues unregularised, and
-        ``gamma``, ``(n,)``, as the curvature outside it. Two passes over the rows.
-      project: ``vector -> Q Q^T v``, likewise two passes.
-      probed: whether the correction's ``probe`` will be read, by an inner part or by
-        `Curvature.learn` (static).
-      axis_name: axes of `jax.pmap` or `jax.shard_map` over which functions of the parameters
-        differ, or ``None``; see `across` and `gathered`.
+      g: gradient, a vector: a list with a flat array for every leaf.
+      due: ``(n,)`` booleans, true for the groups whose basis is to be updated.
+      params: tree of the parameters, or ``None`` where none were passed.
+      extra: extra arguments of ``update`` by name.
+      key: random key of this step.
+      apply: function ``(vector, gamma) -> B v`` of the basis before its update, with unregularised
+        eigenvalues and the curvature ``gamma``, ``(n,)``, outside it. Two passes over the rows.
+      project: function ``vector -> Q Q^T v``. Two passes over the rows.
+      probed: whether an inner part or `Curvature.learn` will read the ``probe`` of the correction
+        (static).
+      axis_name: names of the axes of `jax.pmap` or `jax.shard_map` over which functions of the
+        parameters differ, or ``None``; see `across` and `gathered`.
     """
 
     g: Vector
@@ -59,17 +59,24 @@ class Evidence(NamedTuple):
 
 
 class Curvature(abc.ABC):
-    """Observes every step; gives a correction on the steps that update the basis.
+    """What is measured: observes every step, and gives a correction when the basis is updated.
 
-    ``provides`` and ``needs`` hold names from `NEEDS`, ``functions`` the extra arguments of
-    ``update`` that it reads and that are functions; ``None`` stands for all that come.
+    A curvature has a state, which it gets from `init` and returns from its methods. Vectors are
+    lists with a flat array for every leaf, arrays of one number per group have the shape ``(n,)``.
+
+    Attributes:
+      provides: names from `NEEDS` of what it gives to other parts.
+      needs: names from `NEEDS` of what it wants from other parts.
+      functions: names of the extra arguments of ``update`` that it reads and that are functions;
+        ``None`` stands for all that come.
+      learns: whether `learn` is called after the basis was updated, so that `outside` can come from
+        what it is shown.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset()
     functions: ClassVar[frozenset[str] | None] = None
     learns: ClassVar[bool] = False
-    """Whether `outside` comes from `learn`."""
 
     def init(self, layout: Layout, window: int) -> Any:
         """A fresh state; at most ``window`` observations are collected between two updates."""
@@ -84,25 +91,26 @@ class Curvature(abc.ABC):
     ) -> Any:
         """The state after a step whose update of the basis ``failed``, ``(n,)``.
 
-        ``before`` is the state before `observe`. What a step collected is to be forgotten, and what
-        was collected before it kept, unless the last update had failed ``again``, ``(n,)``: then
-        all is to be forgotten.
+        Groups that failed go back to what the state ``before`` `observe` had collected, so that
+        one bad step costs nothing else. Where an update fails ``again``, ``(n,)``, right after
+        another, what was collected before may be the cause, and all of it is to be dropped.
         """
         return state
 
     def gradient(self, layout: Layout, state: Any, g: Vector) -> Vector:
-        """The gradient that the step is to follow: ``g`` itself, but for unrolled residuals."""
+        """The gradient that the step is to follow: ``g`` itself unless a curvature replaces it."""
         return g
 
     def learn(self, layout: Layout, state: Any, due: jax.Array, seen: Outside) -> Any:
-        """The state after the groups that are ``due`` absorbed their correction.
+        """The state after the groups that are ``due``, ``(n,)``, absorbed their correction.
 
-        ``seen``, ``(n,)`` each, is what the correction's ``probe`` shows outside the new basis.
+        ``seen``, ``(n,)`` each, are the inner products of the correction's ``probe`` and its
+        product outside the new basis.
         """
         return state
 
     def outside(self, state: Any) -> jax.Array:
-        """The curvature assumed outside the basis, ``(n,)``; for those that provide ``outside``."""
+        """The curvature outside the basis, ``(n,)``, of a part that provides ``outside``."""
         raise AttributeError(f"{type(self).__name__} assumes no curvature outside the basis.")
 
     @abc.abstractmethod
@@ -111,14 +119,14 @@ class Curvature(abc.ABC):
 
 
 def across(evidence: Evidence, vector: Vector) -> Vector:
-    """The mean of a vector that every device has of its own part of the batch."""
+    """The mean over the devices of vectors that each made from its own part of the batch."""
     if not evidence.axis_name:
         return vector
     return [lax.pmean(x, evidence.axis_name) for x in vector]
 
 
 def gathered(evidence: Evidence, columns: Columns) -> Columns:
-    """The columns of all devices, of which every one has those of its own part of the batch."""
+    """The columns of all devices, each of which made some from its own part of the batch."""
     if not evidence.axis_name:
         return columns
     return [lax.all_gather(c, evidence.axis_name, tiled=True) for c in columns]
@@ -135,12 +143,12 @@ def need_params(owner: str, params: Any) -> Any:
 
 
 def flat(layout: Layout, tree: Any) -> Vector:
-    """A tree as a vector in the dtype of the small algebra: differences must not be rounded."""
+    """A tree as a vector in the dtype of the small algebra, so that differences stay exact."""
     return [jnp.reshape(x, -1).astype(layout.dtype) for x in layout.leaves(tree)]
 
 
 def scale(layout: Layout, factors: jax.Array, vector: Vector) -> Vector:
-    """A vector times the factor ``(n,)`` of each group; 0 wherever that is 0."""
+    """A vector times the factor ``(n,)`` of each group; 0 where the factor is 0."""
     return [
         jnp.where(c == 0, 0, c * x) for c, x in zip(layout.to_leaves(factors), vector, strict=True)
     ]
@@ -154,20 +162,20 @@ def select(layout: Layout, which: jax.Array, one: Vector, other: Vector) -> Vect
     ]
 
 
-def remember(layout: Layout, when: jax.Array, row: Any, vector: Vector) -> Any:
-    """A stored row ``(1, leaf.size)`` a leaf, replaced in the groups ``when``, ``(n,)``."""
+def replace_row(layout: Layout, when: jax.Array, row: Any, vector: Vector) -> Any:
+    """A stored row, ``(1, leaf.size)`` for every leaf, with the groups ``when``, ``(n,)``, new."""
     old = layout.stored(row)
     new = [jnp.reshape(x, (1, -1)).astype(y.dtype) for x, y in zip(vector, old, strict=True)]
     return layout.store(select(layout, when, new, old))
 
 
-def recall(layout: Layout, row: Any) -> Vector:
+def read_row(layout: Layout, row: Any) -> Vector:
     """A stored row as a vector."""
     return [x[0].astype(layout.dtype) for x in layout.stored(row)]
 
 
-def params_row(layout: Layout) -> Any:
-    """An empty row for parameters, in their own dtypes whatever those of the rows."""
+def empty_params_row(layout: Layout) -> Any:
+    """A row of zeros for parameters, in their own dtypes, which rows need not have."""
     return layout.store(
         [
             jnp.zeros((1, size), dtype)
@@ -177,7 +185,12 @@ def params_row(layout: Layout) -> Any:
 
 
 def rows_of(layout: Layout, leaves: Sequence[jax.Array]) -> Columns:
-    """Leaves with a leading axis of columns, as columns."""
+    """Leaves ``(k, *leaf.shape)`` as columns ``(k, leaf.size)``."""
     return [
         jnp.reshape(x, (x.shape[0], -1)).astype(t) for x, t in zip(leaves, layout.rows, strict=True)
     ]
+
+
+def check_is(owner: str, name: str, value: Any, kind: type, advice: str) -> None:
+    """Raises ``ValueError`` unless ``value`` is of a kind; ``advice`` says what to pass."""
+    check(isinstance(value, kind), f"{owner}: {name} is {value!r}; pass {advice}.")

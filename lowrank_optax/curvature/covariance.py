@@ -1,4 +1,4 @@
-"""Curvatures that take one column from every step: gradients and what is made of them."""
+"""Curvatures that take one column from every step: a gradient or what is made of it."""
 
 import abc
 import dataclasses
@@ -16,11 +16,11 @@ from lowrank_optax.curvature._curvature import (
     Curvature,
     Evidence,
     Observation,
+    empty_params_row,
     flat,
     need_params,
-    params_row,
-    recall,
-    remember,
+    read_row,
+    replace_row,
     select,
 )
 
@@ -29,10 +29,10 @@ class Collected(NamedTuple):
     """Columns since the last update of the basis.
 
     Attributes:
-      columns: ``(window, leaf.size)`` a leaf.
-      weights: ``(n, window)``, 0 where a slot is empty.
-      fill: ``(n,)`` how many came; beyond ``window`` the oldest are overwritten.
-      memory: what else the curvature remembers.
+      columns: columns, ``(window, leaf.size)`` for every leaf.
+      weights: ``(n, window)`` weights, 0 where a slot is empty.
+      fill: ``(n,)`` number of columns that came; beyond ``window`` they overwrite the oldest.
+      memory: state of the curvature besides its columns.
     """
 
     columns: Any
@@ -42,21 +42,20 @@ class Collected(NamedTuple):
 
 
 class Collecting(Curvature):
-    """The correction ``sum_i w_i c_i c_i^T`` over one column for each step since the last update.
+    """The correction ``sum_i w_i c_i c_i^T`` with one column for each step since the last update.
 
-    With an update every ``k`` steps these are the last ``k``, or as many as the basis has ranks
-    where that is less: they are collected in ``min(k, rank)`` further rows. With ``k = 1`` nothing
-    is collected.
+    With an update every ``k`` steps the last ``min(k, rank)`` columns are collected, in as many
+    further rows. With ``k = 1`` nothing is collected.
     """
 
     functions: ClassVar[frozenset[str] | None] = frozenset()
 
-    def start(self, layout: Layout) -> Any:
+    def init_memory(self, layout: Layout) -> Any:
         """The memory before the first step."""
         return ()
 
-    def remember(self, layout: Layout, memory: Any, seen: Observation) -> Any:
-        """The memory after a step, unchanged in the groups that do not accept it."""
+    def update_memory(self, layout: Layout, memory: Any, seen: Observation) -> Any:
+        """The memory after a step; groups that do not accept the step keep theirs."""
         return memory
 
     @abc.abstractmethod
@@ -66,7 +65,7 @@ class Collecting(Curvature):
         """The step's column, ``None`` for the gradient, and its weight ``(n,)``, ``None`` for 1."""
 
     def init(self, layout: Layout, window: int) -> Any:
-        memory = self.start(layout)
+        memory = self.init_memory(layout)
         if window == 1:
             return memory
         return Collected(
@@ -78,12 +77,12 @@ class Collecting(Curvature):
 
     def observe(self, layout: Layout, state: Any, seen: Observation) -> Any:
         if not isinstance(state, Collected):
-            return self.remember(layout, state, seen)
-        memory = self.remember(layout, state.memory, seen)
+            return self.update_memory(layout, state, seen)
+        memory = self.update_memory(layout, state.memory, seen)
         column, weight = self.column(layout, memory, seen)
         columns, window = layout.stored(state.columns), state.weights.shape[1]
         weight = jnp.ones(layout.n, layout.dtype) if weight is None else weight
-        # One column that is not finite would spoil all that it is collected with.
+        # A column that is not finite would spoil the sum with all that were collected beside it.
         sound = seen.accept & jnp.isfinite(weight)
         if column is None:
             column = seen.g
@@ -124,10 +123,20 @@ class Collecting(Curvature):
 class Covariance(Collecting):
     """Uncentred covariance of the gradients: the correction is ``+ g g^T``.
 
-    With an update every ``k`` steps it is the sum over the last ``k`` gradients, or over as many
-    as the basis has ranks where that is less; they are collected in ``min(k, rank)`` further rows.
+    With an update every ``k`` steps it is the sum over the last ``min(k, rank)`` gradients.
 
-    Cost: none of its own; with ``k = 1`` the projection's pass over the rows serves both.
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> curvature, whole = lro.curvature.Covariance(), lro.basis.FullMatrix(None)
+      >>> tx = lro.scale_by_lre(curvature, whole, lro.inner.LInvSqrt())
+      >>> g = jnp.array([1.0, 2.0])
+      >>> _, state = tx.update(g, tx.init(g))
+      >>> print(state.basis.matrix[0])            # I + g g^T
+      [[2. 2.]
+       [2. 5.]]
+
+    Cost: with ``k = 1`` nothing beyond the projection's own pass over the rows; otherwise
+    ``min(k, rank) d`` numbers for the gradients in between.
 
     Source: Agarwal et al., "Efficient Full-Matrix Adaptive Regularization", ICML 2019.
     """
@@ -137,7 +146,12 @@ class Covariance(Collecting):
 
 
 class Excess(NamedTuple):
-    """The lowest loss so far (infinite before the first) and the last one's excess, ``(n,)``."""
+    """Losses that were seen, ``(n,)`` each.
+
+    Attributes:
+      lowest: lowest loss so far, infinite before the first.
+      excess: last loss less the one that is subtracted from it.
+    """
 
     lowest: jax.Array
     excess: jax.Array
@@ -145,14 +159,24 @@ class Excess(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CovarianceTimesLoss(Collecting):
-    """Covariance of gradients times loss: the correction is ``+ (l g)(l g)^T``, weight ``l²``.
+    """Covariance of gradients times loss: the correction is ``+ (l g)(l g)^T``.
 
-    ``l`` is the loss, or with ``adaptive`` its excess over the lowest loss before (over zero on the
-    first step). ``update`` needs ``value``, the loss; one that is not finite gives no correction.
-    Experimental.
+    ``l`` is the loss. With ``adaptive`` it is the loss less the lowest one before it, on the first
+    step less zero. ``update`` needs ``value``, the loss; a loss that is not finite gives no
+    correction. Experimental.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> curvature, whole = lro.curvature.CovarianceTimesLoss(), lro.basis.FullMatrix(None)
+      >>> tx = lro.scale_by_lre(curvature, whole, lro.inner.LInvSqrt())
+      >>> g = jnp.array([1.0, 2.0])
+      >>> _, state = tx.update(g, tx.init(g), value=3.0)
+      >>> print(state.basis.matrix[0])            # I + 9 g g^T
+      [[10. 18.]
+       [18. 37.]]
 
     Args:
-      adaptive: subtract the lowest loss seen so far.
+      adaptive: whether the lowest loss so far is subtracted, ``True`` by default.
 
     Raises:
       ValueError: by ``update``, without ``value``.
@@ -164,10 +188,10 @@ class CovarianceTimesLoss(Collecting):
 
     adaptive: bool = True
 
-    def start(self, layout: Layout) -> Excess:
+    def init_memory(self, layout: Layout) -> Excess:
         return Excess(jnp.full(layout.n, jnp.inf, layout.dtype), jnp.zeros(layout.n, layout.dtype))
 
-    def remember(self, layout: Layout, memory: Excess, seen: Observation) -> Excess:
+    def update_memory(self, layout: Layout, memory: Excess, seen: Observation) -> Excess:
         value = jnp.asarray(
             require("CovarianceTimesLoss", seen.extra, "value", "the loss"), layout.dtype
         )
@@ -183,7 +207,12 @@ class CovarianceTimesLoss(Collecting):
 
 
 class Mean(NamedTuple):
-    """A running average: one row ``(1, leaf.size)`` a leaf, and ``(n,)`` whether it has begun."""
+    """A running average of gradients.
+
+    Attributes:
+      row: average, a row ``(1, leaf.size)`` for every leaf.
+      begun: ``(n,)`` booleans, true once a gradient is in it.
+    """
 
     row: Any
     begun: jax.Array
@@ -191,12 +220,25 @@ class Mean(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GradientEMA(Collecting):
-    """Covariance of the momentum: the correction is ``+ m m^T``, ``m <- beta m + (1-beta) g``.
+    r"""Covariance of the momentum: the correction is ``+ m m^T``.
+
+    .. math:: m \leftarrow \beta m + (1-\beta)\,g
 
     The average starts at the first gradient.
 
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> curvature, whole = lro.curvature.GradientEMA(beta=0.5), lro.basis.FullMatrix(None)
+      >>> tx = lro.scale_by_lre(curvature, whole, lro.inner.LInvSqrt())
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for g in jnp.array([[1.0, 0.0], [1.0, 2.0]]):
+      ...     _, state = tx.update(g, state)
+      >>> print(state.basis.matrix[0])            # I + m m^T of m = (1, 0) and of m = (1, 1)
+      [[3. 1.]
+       [1. 2.]]
+
     Args:
-      beta: its decay.
+      beta: decay of the average, in [0, 1).
 
     Raises:
       ValueError: for a decay outside [0, 1).
@@ -212,29 +254,39 @@ class GradientEMA(Collecting):
     def __post_init__(self):
         check_decay("GradientEMA", "beta", self.beta)
 
-    def start(self, layout: Layout) -> Mean:
+    def init_memory(self, layout: Layout) -> Mean:
         row = [jnp.zeros((1, size), layout.dtype) for size in layout.sizes]
         return Mean(layout.store(row), jnp.zeros(layout.n, bool))
 
-    def remember(self, layout: Layout, memory: Mean, seen: Observation) -> Mean:
+    def update_memory(self, layout: Layout, memory: Mean, seen: Observation) -> Mean:
         gains = layout.to_leaves(
             jnp.where(memory.begun, 1 - jnp.asarray(self.beta, layout.dtype), 1)
         )
         mean = [
             m + c * (g - m)
-            for c, m, g in zip(gains, recall(layout, memory.row), seen.g, strict=True)
+            for c, m, g in zip(gains, read_row(layout, memory.row), seen.g, strict=True)
         ]
-        return Mean(remember(layout, seen.accept, memory.row, mean), memory.begun | seen.accept)
+        return Mean(replace_row(layout, seen.accept, memory.row, mean), memory.begun | seen.accept)
 
     def column(self, layout: Layout, memory: Mean, seen: Observation | Evidence):
-        return recall(layout, memory.row), None
+        return read_row(layout, memory.row), None
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameters(Collecting):
     """Uncentred covariance of the parameters: the correction is ``+ x x^T``.
 
-    Parameters that are all zero span nothing: then the column is the gradient. Experimental.
+    Parameters that are all zero span nothing, and the column is then the gradient. Experimental.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> curvature, whole = lro.curvature.Parameters(), lro.basis.FullMatrix(None)
+      >>> tx = lro.scale_by_lre(curvature, whole, lro.inner.LInvSqrt())
+      >>> g, x = jnp.array([1.0, 0.0]), jnp.array([1.0, 2.0])
+      >>> _, state = tx.update(g, tx.init(x), x)
+      >>> print(state.basis.matrix[0])            # I + x x^T
+      [[2. 2.]
+       [2. 5.]]
 
     Raises:
       ValueError: by ``update``, without ``params``.
@@ -250,7 +302,13 @@ class Parameters(Collecting):
 
 
 class Moves(NamedTuple):
-    """The last parameters and the last step, a row ``(1, leaf.size)`` a leaf; ``(n,)`` begun."""
+    """The last parameters and the last step.
+
+    Attributes:
+      params: last parameters, a row ``(1, leaf.size)`` for every leaf.
+      step: last step, or the gradient while there is none, a row likewise.
+      begun: ``(n,)`` booleans, true once parameters were seen.
+    """
 
     params: Any
     step: Any
@@ -263,6 +321,17 @@ class Updates(Collecting):
 
     While the parameters have not moved, the column is the gradient. Experimental.
 
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> curvature, whole = lro.curvature.Updates(), lro.basis.FullMatrix(None)
+      >>> tx = lro.scale_by_lre(curvature, whole, lro.inner.LInvSqrt())
+      >>> g, x = jnp.array([1.0, 0.0]), jnp.zeros(2); state = tx.init(x)
+      >>> for step in jnp.array([[0.0, 0.0], [0.0, 2.0]]):
+      ...     _, state = tx.update(g, state, x + step)
+      >>> print(state.basis.matrix[0])            # I + g g^T + s s^T
+      [[2. 0.]
+       [0. 5.]]
+
     Raises:
       ValueError: by ``update``, without ``params``.
 
@@ -271,18 +340,18 @@ class Updates(Collecting):
     Source: the original LRE's curvature of that name.
     """
 
-    def start(self, layout: Layout) -> Moves:
-        return Moves(params_row(layout), params_row(layout), jnp.zeros(layout.n, bool))
+    def init_memory(self, layout: Layout) -> Moves:
+        return Moves(empty_params_row(layout), empty_params_row(layout), jnp.zeros(layout.n, bool))
 
-    def remember(self, layout: Layout, memory: Moves, seen: Observation) -> Moves:
+    def update_memory(self, layout: Layout, memory: Moves, seen: Observation) -> Moves:
         x = flat(layout, need_params("Updates", seen.params))
-        step = [a - b for a, b in zip(x, recall(layout, memory.params), strict=True)]
+        step = [a - b for a, b in zip(x, read_row(layout, memory.params), strict=True)]
         some = memory.begun & (layout.inner(step, step) > 0)
         return Moves(
-            remember(layout, seen.accept, memory.params, x),
-            remember(layout, seen.accept, memory.step, select(layout, some, step, seen.g)),
+            replace_row(layout, seen.accept, memory.params, x),
+            replace_row(layout, seen.accept, memory.step, select(layout, some, step, seen.g)),
             memory.begun | seen.accept,
         )
 
     def column(self, layout: Layout, memory: Moves, seen: Observation | Evidence):
-        return recall(layout, memory.step), None
+        return read_row(layout, memory.step), None

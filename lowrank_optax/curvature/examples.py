@@ -29,7 +29,7 @@ from lowrank_optax.curvature.covariance import Collecting
 
 @dataclasses.dataclass(frozen=True)
 class Examples(Curvature):
-    """``sum_i j_i j_i^T`` over the gradients ``j_i`` of the entries of a vector."""
+    """The correction ``sum_i j_i j_i^T`` over the gradients ``j_i`` of the entries of a vector."""
 
     chunk: int | None = None
 
@@ -42,7 +42,7 @@ class Examples(Curvature):
 
     @abc.abstractmethod
     def vector_fn(self, evidence: Evidence) -> Callable[[Any], jax.Array]:
-        """The function of the parameters whose Jacobian it is."""
+        """The function of the parameters whose Jacobian has the rows ``j_i``."""
 
     def correct(self, layout: Layout, state: Any, evidence: Evidence) -> tuple[Correction, Any]:
         given = evidence.extra.get("per_example_grads")
@@ -66,22 +66,25 @@ class Examples(Curvature):
 class EmpiricalFisher(Examples):
     r"""Empirical Fisher matrix: the correction is ``sum_i g_i g_i^T`` over the examples.
 
-    It is a sum, as is the gradient that goes with it, the sum of the ``g_i``. ``update`` takes
+    It is a sum; the gradient that goes with it is the sum of the ``g_i``, too. ``update`` takes
     either ``losses_fn`` (params -> losses ``(k,)``) with ``params``, or ``per_example_grads``, a
-    tree whose leaves have a leading axis of ``k`` examples. The second is cheaper where examples do
-    not interact, as ``losses_fn`` is pulled back whole for each of them.
+    tree with leaves ``(k, *leaf.shape)``. The second is cheaper where examples do not interact,
+    because the whole of ``losses_fn`` is differentiated once for each example.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.scale_by_lre(lro.curvature.EmpiricalFisher(), lro.basis.GGT(4),
-      ...                       lro.inner.LInvSqrt())
-      >>> losses = lambda x: (x - jnp.arange(4.))**2
-      >>> x = jnp.ones(4); state = tx.init(x)
-      >>> grads = jax.grad(lambda x: jnp.sum(losses(x)))(x)
-      >>> updates, state = tx.update(grads, state, x, losses_fn=losses)
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> curvature, whole = lro.curvature.EmpiricalFisher(), lro.basis.FullMatrix(None)
+      >>> tx = lro.scale_by_lre(curvature, whole, lro.inner.LInvSqrt())
+      >>> grads = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+      >>> state = tx.init(jnp.zeros(2))
+      >>> _, state = tx.update(grads.sum(0), state, per_example_grads=grads)
+      >>> print(state.basis.matrix[0])            # I + diag(1, 4)
+      [[2. 0.]
+       [0. 5.]]
 
     Args:
-      chunk: examples that are pulled back at a time, which bounds the memory; ``None`` for all.
+      chunk: number of examples that are differentiated at a time, which bounds the memory; ``None``
+        (the default) for all.
 
     Raises:
       ValueError: for a chunk below 1, and by ``update`` without either argument.
@@ -104,12 +107,12 @@ class GaussNewton(Examples):
     r"""Gauss-Newton matrix: the correction is ``J^T J`` with ``J`` the residuals' Jacobian.
 
     The gradient that goes with it is ``J^T r``, that of ``½ ‖r‖²``. ``update`` takes either
-    ``residuals_fn`` (params -> residuals ``(k,)``) with ``params``, or their gradients as
-    ``per_example_grads``, a tree whose leaves have a leading axis of ``k``.
+    ``residuals_fn`` (params -> residuals ``(k,)``) with ``params``, or the gradients of the
+    residuals as ``per_example_grads``, a tree with leaves ``(k, *leaf.shape)``.
 
-    With ``GGT(rank=k, renew=True)``, whose window holds just the last Jacobian, and ``LInv`` the
-    step is ``J^T (J J^T)^{-1} r``, Gauss-Newton in the dual: an ``eigh`` of size ``k``, whatever
-    ``d``.
+    In ``GGT(rank=k, renew=True)``, whose window holds the last Jacobian alone, the step of ``LInv``
+    is ``J^T (J J^T)^{-1} r``. That is Gauss-Newton in the dual: one ``eigh`` of size ``k``,
+    whatever ``d``.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -117,12 +120,14 @@ class GaussNewton(Examples):
       >>> a, b = jnp.array([[1., 2., 0.], [0., 1., 3.]]), jnp.array([1., 2.])
       >>> residuals = lambda x: a @ x - b
       >>> x = jnp.zeros(3); state = tx.init(x)
-      >>> updates, state = tx.update(a.T @ residuals(x), state, x, residuals_fn=residuals)
+      >>> update = jax.jit(lambda g, s, x: tx.update(g, s, x, residuals_fn=residuals))
+      >>> updates, state = update(a.T @ residuals(x), state, x)
       >>> bool(jnp.max(jnp.abs(residuals(x - updates))) < 1e-5)
       True
 
     Args:
-      chunk: residuals that are pulled back at a time, which bounds the memory; ``None`` for all.
+      chunk: number of residuals that are differentiated at a time, which bounds the memory;
+        ``None`` (the default) for all.
 
     Raises:
       ValueError: for a chunk below 1, and by ``update`` without either argument.
@@ -143,9 +148,9 @@ class History(NamedTuple):
     """The last gradients and losses.
 
     Attributes:
-      columns: the gradients, ``(history, leaf.size)`` a leaf.
-      losses: ``(n, history)``, 0 where a slot is empty.
-      fill: ``(n,)`` how many came.
+      columns: gradients, ``(history, leaf.size)`` for every leaf.
+      losses: ``(n, history)`` losses, 0 where a slot is empty.
+      fill: ``(n,)`` number of gradients that came.
       lowest: ``(n,)`` lowest loss so far, infinite before the first.
     """
 
@@ -157,14 +162,24 @@ class History(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class UnrolledGaussNewton(Collecting):
-    r"""Gauss-Newton whose residuals are the losses of the last steps: ``J^T J`` grows by ``g g^T``.
+    """Gauss-Newton whose residuals are the losses of the last steps: the correction is ``+ g g^T``.
 
-    The step follows ``J^T r`` instead of ``g``: ``J`` holds the last ``history`` gradients, ``r``
-    their losses. ``update`` needs ``value``, the loss. Experimental.
+    The step follows ``J^T r`` instead of ``g``, where ``J`` holds the last ``history`` gradients
+    and ``r`` their losses. ``update`` needs ``value``, the loss. Experimental.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> curvature, whole = lro.curvature.UnrolledGaussNewton(), lro.basis.FullMatrix(None)
+      >>> tx = lro.scale_by_lre(curvature, whole, lro.inner.EMA(0.0))
+      >>> g = jnp.array([1.0, 2.0])
+      >>> updates, _ = tx.update(g, tx.init(g), value=3.0)
+      >>> print(updates.round(2))                 # the one gradient times its loss
+      [3. 6.]
 
     Args:
-      history: steps that are remembered, ``h``.
-      adaptive: subtract from every loss the lowest one before it.
+      history: number ``h`` of steps whose gradients and losses are kept, 10 by default.
+      adaptive: whether the lowest loss before it is subtracted from every loss; ``False`` by
+        default.
 
     Raises:
       ValueError: for a history below 1, and by ``update`` without ``value``.
@@ -180,7 +195,7 @@ class UnrolledGaussNewton(Collecting):
     def __post_init__(self):
         fix_size(self, "history")
 
-    def start(self, layout: Layout) -> History:
+    def init_memory(self, layout: Layout) -> History:
         n, dtype = layout.n, layout.dtype
         return History(
             layout.store(layout.zeros(self.history)),
@@ -189,7 +204,7 @@ class UnrolledGaussNewton(Collecting):
             jnp.full(n, jnp.inf, dtype),
         )
 
-    def remember(self, layout: Layout, memory: History, seen: Observation) -> History:
+    def update_memory(self, layout: Layout, memory: History, seen: Observation) -> History:
         value = jnp.asarray(
             require("UnrolledGaussNewton", seen.extra, "value", "the loss"), layout.dtype
         )
@@ -216,10 +231,11 @@ class UnrolledGaussNewton(Collecting):
 
 
 def jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> Any:
-    """The gradient of every entry of ``fn(params)``, ``(k,)``, in chunks: leaves with a first axis.
+    """The gradient of every entry of ``fn(params)``, ``(k,)``: a list of leaves ``(k, ...)``.
 
-    Leaves and no tree, as the parameters' containers may look at the shapes of what they hold.
-    Outside of a trace the chunks are a loop of Python: see `lowrank_optax._linalg.repeat`.
+    It is a list, no tree, because containers of parameters may check the shapes of what they hold.
+    Chunks are differentiated one after the other. Outside of a trace that is a loop of Python,
+    since a compiled one would be compiled again at every call.
     """
     leaves, treedef = jax.tree.flatten(params)
     values, pull = jax.vjp(lambda x: fn(treedef.unflatten(x)), leaves)
@@ -227,7 +243,7 @@ def jacobian(fn: Callable[[Any], jax.Array], params: Any, chunk: int | None) -> 
     back = jax.vmap(lambda e: pull(e)[0])
     if chunk is None or chunk >= k:
         return back(jnp.eye(k, dtype=values.dtype))
-    # `lax.map` has a batch_size, which fails on leaves without entries.
+    # Not by the batch_size of `lax.map`, which fails on leaves without entries.
     blocks = -(-k // chunk)
     padded = jnp.eye(blocks * chunk, k, dtype=values.dtype)
     padded = jnp.reshape(padded, (blocks, chunk, k))

@@ -1,8 +1,9 @@
 """Quasi-Newton curvatures: corrections that make the kept matrix agree with the last product.
 
-With ``B = Q diag(lam) Q^T + gamma (I - Q Q^T)`` as it is kept, ``s`` a probe (by default the last
-step) and ``y = H s``. They are meant for a basis that adds corrections up, `Eigen` with
-``beta=None``: an average would weigh a change that was made to fit exactly.
+The kept matrix is ``B = Q diag(lam) Q^T + gamma (I - Q Q^T)``, ``s`` is a probe (by default the
+last step) and ``y = H s``. They need a basis that adds corrections up, such as `Eigen` with
+``beta=None``: a correction makes ``B`` fit ``y`` exactly, and an average would take in a share of
+it only.
 """
 
 import abc
@@ -17,25 +18,20 @@ from lowrank_optax._core.checks import check, check_least
 from lowrank_optax._core.layout import Layout
 from lowrank_optax._core.types import Correction, Vector
 from lowrank_optax.curvature._curvature import Evidence, scale
-from lowrank_optax.curvature.hessian import (
-    ExactProduct,
-    Last,
-    Probe,
-    Probing,
-    Product,
-    StepProbe,
-)
+from lowrank_optax.curvature.hessian import LastUpdate, Probing
+from lowrank_optax.curvature.probes import Probe, StepProbe
+from lowrank_optax.curvature.products import ExactProduct, Product
 
 
 class Secant(NamedTuple):
     """State of a quasi-Newton curvature.
 
     Attributes:
-      last: the last update of the basis.
-      gamma: ``(n,)`` the curvature assumed outside the basis; 0 until a pair has told it.
+      last: what is needed of the last update of the basis.
+      gamma: ``(n,)`` curvature assumed outside the basis; 0 until a pair has told it.
     """
 
-    last: Last
+    last: LastUpdate
     gamma: jax.Array
 
 
@@ -60,7 +56,7 @@ class QuasiNewton(Probing):
 
     def init(self, layout: Layout, window: int) -> Secant:
         return Secant(
-            self.start(layout),
+            self.no_update(layout),
             jnp.full(layout.n, 0 if self.gamma is None else self.gamma, layout.dtype),
         )
 
@@ -69,7 +65,7 @@ class QuasiNewton(Probing):
 
     def correct(self, layout: Layout, state: Secant, evidence: Evidence):
         s, y, last = self.pair(layout, state.last, evidence)
-        # NaN passes every comparison below, so that the basis rejects the pair and it is counted.
+        # NaN passes every comparison below. So the basis rejects the pair, and it is counted.
         fine = layout.to_leaves(jnp.isfinite(layout.inner(y, y)))
         y = [jnp.where(ok, x, jnp.nan) for ok, x in zip(fine, y, strict=True)]
         state = Secant(
@@ -92,17 +88,17 @@ class QuasiNewton(Probing):
     def difference(
         self, layout: Layout, s: Vector, y: Vector, evidence: Evidence, gamma: jax.Array
     ) -> tuple[list[Vector], jax.Array]:
-        """Columns and their weights ``(n, k)``, 0 where the pair is to be skipped.
+        """Columns and their weights ``(n, k)``, 0 where the pair is skipped.
 
-        A ``y`` that is not finite arrives as NaN, which must not be skipped.
+        A ``y`` that is not finite arrives as NaN. It must not be skipped, or it is not counted.
         """
 
     def rescale(self, old: jax.Array, new: jax.Array) -> jax.Array:
-        """``gamma`` after a pair that suggests ``new``; ``old`` is 0 if there was none before."""
+        """``gamma`` after a pair that suggests ``new``; ``old`` is 0 where no pair came before."""
         return new
 
     def _rescaled(self, layout: Layout, state: Secant, s: Vector, y: Vector) -> jax.Array:
-        """``y·y / y·s`` where that is a curvature."""
+        """``gamma`` after a pair: ``y·y / y·s`` is suggested where it is a positive curvature."""
         if self.gamma is not None:
             return state.gamma
         ss, sy, yy = layout.inner(s, s), layout.inner(s, y), layout.inner(y, y)
@@ -119,28 +115,28 @@ class BFGS(QuasiNewton):
 
     Where ``y·s < c s·Bs``, ``y`` is first replaced by ``theta y + (1-theta) B s`` with
     ``theta = (1-c) s·Bs / (s·Bs - y·s)``, which keeps ``B`` positive definite. Outside the basis
-    ``B = gamma I``, also for a ``complement=lro.inner.LInv()``, with ``gamma = y·y/y·s`` of the
-    last pair, 1 before there is one. Skipped while ``s = 0`` or where ``y·s`` stays too small.
+    ``B = gamma I``, also for a ``complement=lro.inner.LInv()``. There ``gamma`` is ``y·y/y·s`` of
+    the last pair, and 1 before there is one. A pair is skipped where ``s = 0`` or ``y·s`` is too
+    small in spite of the damping.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.lre(1.0, lro.curvature.BFGS(), lro.basis.Eigen(8, None, eig_tol=0.),
-      ...              lro.inner.LInv(), complement=lro.inner.LInv())
-      >>> loss = lambda x: jnp.sum(jnp.arange(1., 6.) * (x - 1)**2)
-      >>> x = jnp.zeros(5); state = tx.init(x)
-      >>> update = jax.jit(lambda g, state, x: tx.update(g, state, x, value_fn=loss))
-      >>> for _ in range(12):
-      ...     updates, state = update(jax.grad(loss)(x), state, x)
-      ...     x = x + updates
-      >>> bool(loss(x) < 1e-6)
-      True
+      >>> curvature = lro.curvature.BFGS(lro.curvature.GradientProbe())
+      >>> tx = lro.scale_by_lre(curvature, lro.basis.FullMatrix(None), lro.inner.LInv())
+      >>> h, x = jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0]); state = tx.init(x)
+      >>> step = jax.jit(lambda x, s: tx.update(h * x, s, x, value_fn=lambda x: h @ x**2 / 2))
+      >>> b = step(x, state)[1].basis.matrix[0]
+      >>> print((b @ jnp.array([1.0, 2.0])).round(2))    # B s = y for s = g = (1, 2)
+      [1. 4.]
 
     Args:
-      probe: how ``s`` is chosen.
-      product: how ``y`` is computed; `GradientDifference` needs no ``value_fn``.
-      orthogonalize: take out of ``s`` what the basis already spans.
-      damping: ``c``, the share of ``s·Bs`` that ``y·s`` is held to; ``None`` for no damping.
-      gamma: curvature outside the basis; ``None`` takes it from the pairs.
+      probe: `Probe` that chooses ``s``, by default `StepProbe`.
+      product: `Product` that computes ``y``, by default `ExactProduct`; `GradientDifference` needs
+        no ``value_fn``.
+      orthogonalize: whether the part of ``s`` in the basis is taken out; ``False`` by default.
+      damping: share ``c`` of ``s·Bs``, in (0, 1), below which ``y·s`` is not let; ``None`` for no
+        damping.
+      gamma: positive curvature outside the basis; ``None`` (the default) takes it from the pairs.
 
     Raises:
       ValueError: for a damping outside (0, 1), a ``gamma`` that is not positive, parts that do not
@@ -186,20 +182,35 @@ class SR1(QuasiNewton):
 
     .. math:: v = (y - B s)/\sqrt{|(y - B s) \cdot s|}, \quad \text{sign of } (y - B s) \cdot s
 
-    On a quadratic, ``B`` is its Hessian after ``d`` independent probes. Skipped where
-    ``|(y - Bs)·s| <= tol ‖y - Bs‖ ‖s‖``, and where ``y - B s`` is within rounding of zero. Outside
-    the basis ``B = gamma I`` with ``gamma = 2 y·y/y·s`` of the first pair in which ``y·s > 0``, 1
-    before that: from ``y·s/s·s`` to ``y·y/y·s`` itself the first update would make ``B`` indefinite
-    or singular. Later pairs do not change it: they would undo what ``B`` learned of earlier ones.
+    On a quadratic, ``B`` is its Hessian after ``d`` independent probes. A pair is skipped where
+    ``|(y - Bs)·s| <= tol ‖y - Bs‖ ‖s‖``, and where ``y - B s`` is within rounding of zero.
+
+    Outside the basis ``B = gamma I``. There ``gamma`` is ``2 y·y/y·s`` of the first pair with
+    ``y·s > 0``, and 1 before it. A smaller one, from ``y·s/s·s`` up to ``y·y/y·s`` itself, would
+    make ``B`` indefinite or singular in the first update. Later pairs do not change ``gamma``,
+    because that would undo what ``B`` learned from the earlier ones.
 
     Eigenvalues can be negative: ``Eigen(..., update_abs=True)`` makes a step descend.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> curvature = lro.curvature.SR1(lro.curvature.NormalProbe())
+      >>> tx = lro.scale_by_lre(curvature, lro.basis.FullMatrix(None), lro.inner.LInv())
+      >>> h, x = jnp.array([1.0, -2.0]), jnp.array([1.0, 1.0]); state = tx.init(x)
+      >>> step = jax.jit(lambda x, s: tx.update(h * x, s, x, value_fn=lambda x: h @ x**2 / 2))
+      >>> for _ in range(2):
+      ...     _, state = step(x, state)
+      >>> bool(jnp.allclose(state.basis.matrix[0], jnp.diag(h), atol=1e-3))
+      True
+
     Args:
-      probe: how ``s`` is chosen.
-      product: how ``y`` is computed; `GradientDifference` needs no ``value_fn``.
-      orthogonalize: take out of ``s`` what the basis already spans.
-      tol: of the rule for skipping.
-      gamma: curvature outside the basis; ``None`` takes it from the first pair.
+      probe: `Probe` that chooses ``s``, by default `StepProbe`.
+      product: `Product` that computes ``y``, by default `ExactProduct`; `GradientDifference` needs
+        no ``value_fn``.
+      orthogonalize: whether the part of ``s`` in the basis is taken out; ``False`` by default.
+      tol: smallest cosine between ``y - B s`` and ``s`` of a pair that is not skipped.
+      gamma: positive curvature outside the basis; ``None`` (the default) takes it from the first
+        pair.
 
     Raises:
       ValueError: for a negative ``tol``, a ``gamma`` that is not positive, parts that do not fit
@@ -236,16 +247,27 @@ class ShorR(QuasiNewton):
     r"""Shor's r-algorithm: the correction is ``-(1 - alpha²) (B y)(B y)^T / y·By``.
 
     Space is shrunk along the change ``y`` of the gradient. Here ``B`` is the metric itself, the
-    inverse of a curvature: a step multiplies by it, ``lro.inner.LPower(1.0)``, and where it is not
-    the identity its eigenvalues are small. So the basis has to hold every direction that was
-    shrunk: one that it drops goes back to ``gamma``. Experimental.
+    inverse of a curvature: a step multiplies by it (``lro.inner.LPower(1.0)``). Along a direction
+    that was shrunk the eigenvalue is small. The basis has to hold all of these directions, because
+    one that it drops goes back to ``gamma``. Experimental.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> curvature = lro.curvature.ShorR(lro.curvature.GradientProbe(), alpha=0.5)
+      >>> tx = lro.scale_by_lre(curvature, lro.basis.FullMatrix(None), lro.inner.LPower(1.0))
+      >>> h, x = jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0]); state = tx.init(x)
+      >>> step = jax.jit(lambda x, s: tx.update(h * x, s, x, value_fn=lambda x: h @ x**2 / 2))
+      >>> y = jnp.array([1.0, 4.0])               # H g
+      >>> print((step(x, state)[1].basis.matrix[0] @ y / y).round(2))    # alpha² along y
+      [0.25 0.25]
 
     Args:
-      probe: how ``s`` is chosen.
-      product: how ``y`` is computed; `GradientDifference` needs no ``value_fn``.
-      orthogonalize: take out of ``s`` what the basis already spans.
-      alpha: the factor by which space shrinks along ``B^{1/2} y``.
-      gamma: the metric outside the basis.
+      probe: `Probe` that chooses ``s``, by default `StepProbe`.
+      product: `Product` that computes ``y``, by default `ExactProduct`; `GradientDifference` needs
+        no ``value_fn``.
+      orthogonalize: whether the part of ``s`` in the basis is taken out; ``False`` by default.
+      alpha: factor by which space shrinks along ``B^{1/2} y``, in (0, 1).
+      gamma: positive metric outside the basis.
 
     Raises:
       ValueError: for an ``alpha`` outside (0, 1), a ``gamma`` that is not positive, parts that do

@@ -1,8 +1,8 @@
 """Inner optimizers: rules in the coordinates of the basis, freely chained.
 
-`adaptive` holds those with moments, `hessian` those that average products of the curvature,
-`spectral` and `newton` those that read the eigenvalues or the examples' columns, `shaping` those
-that reshape an update, `compose` the ways to put them together.
+`adaptive` holds parts with moments of the gradient, `hessian` parts that average products of the
+curvature, `spectral` and `newton` parts that read the eigenvalues or the columns of examples,
+`shaping` parts that reshape an update, and `compose` the ways to put parts together.
 """
 
 from lowrank_optax.inner.adaptive import EMA, Adam, CubicAdam, FullMatrixAdam, Lion
@@ -12,7 +12,7 @@ from lowrank_optax.inner.hessian import (
     FullMatrixHutchinsonAdam,
     HutchinsonAdam,
 )
-from lowrank_optax.inner.newton import CubicNewton, GaussNewton, NaturalGradient, ThirdOrder
+from lowrank_optax.inner.newton import CubicNewton, DampedLeastSquares, NaturalGradient, ThirdOrder
 from lowrank_optax.inner.shaping import (
     Cautious,
     ClipNorm,
@@ -39,7 +39,7 @@ __all__ = [
     "FullMatrixAdam",
     "FullMatrixBFGSAdam",
     "FullMatrixHutchinsonAdam",
-    "GaussNewton",
+    "DampedLeastSquares",
     "HutchinsonAdam",
     "LInv",
     "LInvSqrt",

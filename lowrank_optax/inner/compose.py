@@ -1,5 +1,6 @@
 """Putting inner parts together, and letting optax's transformations be parts."""
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from lowrank_optax._core.checks import check
 from lowrank_optax._core.types import Context, Inner
 
 
-class Stateless:
+class Stateless(abc.ABC):
     """A part without state."""
 
     def init(self, rank: int, dtype: Any) -> tuple[()]:
@@ -22,16 +23,33 @@ class Stateless:
     def laws(self) -> tuple[()]:
         return ()
 
+    @abc.abstractmethod
+    def update(self, u: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
+        """New coordinates ``(r,)`` and the state as it came."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Parts one after the other; each sees the output of the one before.
+    """Parts one after the other; each gets the output of the one before.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> part = lro.inner.Chain((lro.inner.Normalize(), lro.inner.ClipValue(0.7)))
+      >>> g, basis = jnp.array([3.0, 4.0]), lro.Eigenbasis(jnp.ones(2), jnp.ones(2, bool))
+      >>> context = lro.Context(g, basis, moved=jnp.array(True))
+      >>> u, _ = part.update(g, part.init(2, g.dtype), context)
+      >>> print(u)                                # (.6, .8), then clipped
+      [0.6 0.7]
 
     Args:
-      parts: at least one.
+      parts: sequence of inner parts, at least one; a sequence inside it becomes a `Chain`.
 
     Raises:
       ValueError: for no parts, or for something that is not a part.
+
+    Cost: that of the parts.
+
+    Source: elementary.
     """
 
     parts: tuple[Inner, ...]
@@ -61,21 +79,31 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True)
 class Optax:
-    """An optax transformation as a part, run on the coordinates ``(r,)`` as if on parameters.
-
-    Args:
-      transformation: any `optax.GradientTransformation` that does not read the parameters.
-      laws: the laws of its state, as a tree prefix of it: for `optax.scale_by_adam`
-        ``optax.ScaleByAdamState(SCALAR, VECTOR, SECOND_MOMENT)``. ``None`` where the state holds
-        no arrays.
-
-    Raises:
-      ValueError: when arrays of the state have no law.
+    """An optax transformation as a part, which runs on the coordinates ``(r,)`` of the basis.
 
     Example:
-      >>> import optax, lowrank_optax as lro
-      >>> from lowrank_optax import VECTOR
-      >>> part = lro.inner.Optax(optax.trace(0.9), laws=optax.TraceState(VECTOR))
+      >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+      >>> part = lro.inner.Optax(optax.trace(0.5), laws=optax.TraceState(lro.VECTOR))
+      >>> g, basis = jnp.array([2.0, 4.0]), lro.Eigenbasis(jnp.ones(2), jnp.ones(2, bool))
+      >>> context = lro.Context(g, basis, moved=jnp.array(True))
+      >>> _, state = part.update(g, part.init(2, g.dtype), context)
+      >>> print(part.update(g, state, context)[0])
+      [3. 6.]
+
+    Args:
+      transformation: `optax.GradientTransformation` that does not read the parameters.
+      laws: tree prefix of its state that names the `Law` of every part of it. For
+        `optax.scale_by_adam` it is ``optax.ScaleByAdamState(SCALAR, VECTOR, SECOND_MOMENT)``. By
+        default (``None``) the state must hold no arrays.
+
+    Raises:
+      ValueError: for something that is not an optax transformation; when arrays of the state have
+        no law.
+
+    Cost: that of the transformation for ``r`` parameters, and ``2 r²`` flops for each vector of its
+    state when the basis turns.
+
+    Source: elementary.
     """
 
     transformation: optax.GradientTransformation
@@ -104,7 +132,23 @@ class Optax:
 
 
 def as_inner(inner: Any) -> Any:
-    """A part as it is, a sequence of parts as a `Chain`."""
+    """Makes an inner part of what a user may pass for one.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> lro.inner.as_inner([lro.inner.Sign(), lro.inner.ClipNorm(2.0)])
+      Chain(parts=(Sign(), ClipNorm(max_norm=2.0)))
+
+    Args:
+      inner: inner part, or a sequence of them.
+
+    Returns:
+      The part itself, or a `Chain` of the sequence.
+
+    Raises:
+      ValueError: for anything else, an optax transformation without laws included; for an empty
+        sequence.
+    """
     if isinstance(inner, optax.GradientTransformation):
         raise ValueError(
             f"inner: {inner!r} does not say how its state moves with the basis; pass "

@@ -1,14 +1,14 @@
 """Inner parts that carry averages of the curvature itself, from products with probes.
 
-They read ``z = Q^T z`` and ``Q^T H z`` of the step's `Context`; on a step that measured no product
-the averages stay as they are. A random probe is one that the basis has not absorbed (see
-`Probing`), so that estimates are right in the basis as it is now.
+They read ``Q^T z`` and ``Q^T H z`` in the step's `Context`. On a step that measured no product the
+averages stay as they are. A random probe is one that the basis has not absorbed (see `Probing`), so
+the estimates have no bias in the basis as it is now.
 
-An average has no entry for a direction that enters the basis, and with zero for it the step along
-that direction would be far too long. So the same statistic is averaged over all that lies outside
-the basis, one scalar, and a direction that enters brings it along: the average moves as that of
-``Q M Q^T + s (I - Q Q^T)``. With a probe that is not random nothing is known outside, and ``s``
-is 0.
+An average has no entry for a direction that enters the basis. A zero there would make the step
+along that direction far too long. So one scalar ``s`` holds the average of the same statistic over
+all that lies outside the basis, and a direction that enters starts with it: the average moves as
+that of ``Q M Q^T + s (I - Q Q^T)``. A probe that is not random tells nothing of what is outside,
+and ``s`` is then 0.
 """
 
 import abc
@@ -27,15 +27,21 @@ from lowrank_optax._core.types import (
     VECTOR,
     Context,
 )
-from lowrank_optax.inner.adaptive import check_moments, debias, ema, identity_at_first
+from lowrank_optax.inner.adaptive import (
+    check_amsgrad,
+    check_moments,
+    debias,
+    ema,
+    identity_at_first,
+)
 
 
 class Surrounded(NamedTuple):
     """An average inside the basis, and the scalar that stands for it outside.
 
     Attributes:
-      inside: ``(r,)`` or ``(r, r)``.
-      outside: what directions bring along that enter the basis.
+      inside: the average in the basis, ``(r,)`` or ``(r, r)``.
+      outside: the scalar that a direction starts with when it enters the basis.
     """
 
     inside: jax.Array
@@ -47,61 +53,88 @@ class HutchinsonAdamState(NamedTuple):
 
     Attributes:
       count: steps.
-      estimates: how many of them measured a product.
-      mean: ``(r,)`` average of the gradients.
-      diagonal: average of the diagonal's estimates, or of their squares.
+      estimates: number of steps that measured a product.
+      mean: ``(r,)`` average of the gradients, not corrected for its start.
+      diagonal: average of the diagonal's estimates or of their squares, not corrected.
+      largest: decaying maximum of ``diagonal``; ``None`` without ``amsgrad_decay``.
     """
 
     count: jax.Array
     estimates: jax.Array
     mean: jax.Array
     diagonal: Surrounded
+    largest: Surrounded | None
 
 
 @dataclasses.dataclass(frozen=True)
 class HutchinsonAdam:
     r"""Adam's momentum over a Hutchinson estimate of the Hessian's diagonal in the basis.
 
-    With ``v = (Q^T z)∘(Q^T H z)``, of which the mean over probes is ``diag(Q^T H Q)``,
+    With ``v = (Q^T z)∘(Q^T H z)``, whose mean over probes is ``diag(Q^T H Q)``,
 
-    .. math:: u = \hat m / (\sqrt{\hat D} + \epsilon),\quad D \leftarrow b_2 D + (1-b_2) v^2
+    .. math:: u' = \hat m / (\sqrt{\hat D} + \epsilon),\quad D \leftarrow b_2 D + (1-b_2)\, v^2
 
     or, where ``gamma`` is given,
 
-    .. math:: u = m / \max(\gamma h, \epsilon),\quad h \leftarrow b_2 h + (1-b_2) v
+    .. math:: u' = \hat m / \max(\gamma \hat h, \epsilon),\quad h \leftarrow b_2 h + (1-b_2)\, v
 
-    ``D`` and ``h`` move as ``diag(C diag(h) C^T + s (I - C C^T))``, where ``s`` is the average over
-    what lies outside the basis: of the mean square eigenvalue there for ``D``, of the mean one for
-    ``h``. Coordinates of a random probe in a basis are nearly normal, ``E[v²] = 3 λ²`` along an
-    eigenvector, so ``sqrt(D)`` settles at ``1.7 |λ|``. Two published methods, in the coordinates of
-    the basis:
+    A hat stands for the correction of the start at zero, which ``debias=False`` turns off.
 
-    * AdaHessian (without its spatial averages, which a basis has no use for):
-      ``HutchinsonAdam(b2=0.999)``.
-    * Sophia-H: ``HutchinsonAdam(b1=0.965, eps=1e-12, gamma=0.01, debias=False)``, then
+    When the basis turns, ``h`` becomes ``diag(C diag(h) C^T + s (I - C C^T))``, and ``D`` likewise.
+    The scalar ``s`` is an average over what lies outside the basis: of the mean eigenvalue there
+    for ``h``, of the mean square eigenvalue for ``D``. The coordinates of a random probe in a basis
+    are nearly normal, so ``E[v²] = 3 λ²`` along an eigenvector and ``sqrt(D)`` settles at
+    ``1.7 |λ|``.
+
+    With ``amsgrad_decay`` ``= a``, a decaying maximum takes the place of ``D`` or ``h`` before the
+    correction. It moves with the basis by the same law.
+
+    .. math:: M \leftarrow \max(a\,M,\ D)
+
+    Two published methods, in the coordinates of the basis:
+
+    * AdaHessian is ``HutchinsonAdam(b2=0.999)``, without its spatial averages, since neighbours in
+      a basis are not alike.
+    * Sophia-H is ``HutchinsonAdam(b1=0.965, eps=1e-12, gamma=0.01, debias=False)``, then
       ``ClipValue(1.0)``.
 
-    Until the first product is measured the first form returns zeros, as it does where the
-    denominator is zero. The second form is then infinite, for `ClipValue` to cut, but zero where
-    ``m`` is: without ``eps``, too, slots that nothing has reached stand still.
+    The first form returns zero where the denominator is zero, and everywhere until the first
+    product is measured. The second form may be infinite where ``eps`` and ``h`` are zero, which
+    `ClipValue` cuts; where ``m`` is zero it is zero, so slots that nothing has reached stand still.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> part = lro.inner.HutchinsonAdam(b1=0.0, b2=0.0)
+      >>> g, z = jnp.array([3.0, 4.0]), jnp.array([1.0, -1.0])
+      >>> basis = lro.Eigenbasis(lam=jnp.ones(2), live=jnp.ones(2, bool))
+      >>> hz = jnp.array([1.0, 2.0]) * z                         # H = diag(1, 2)
+      >>> context = lro.Context(g, basis, moved=jnp.array(True), probe=z, product=hz)
+      >>> u, state = part.update(g, part.init(2, g.dtype), context)
+      >>> print(u)                                               # Newton's step, H^{-1} g
+      [3. 2.]
 
     Args:
-      b1: decay of the mean.
-      b2: decay of the estimates, a measured product.
-      eps: added to the root, or the least denominator; in units of the curvature.
-      gamma: ``None`` for the root of averaged squares, a number for Sophia's denominator.
-      debias: correct the averages for their start at zero, the mean after its steps and the
-        estimates after their own number. Sophia's paper does not.
+      b1: decay of the mean, in [0, 1).
+      b2: decay of the estimates, in [0, 1), a measured product.
+      eps: number added to the root, or the least denominator; in units of the curvature.
+      gamma: factor of Sophia's denominator, a number without unit; by default (``None``) the
+        denominator is the root of averaged squares.
+      debias: whether averages are corrected for their start at zero, the mean by the number of
+        steps and the estimates by their own number; ``True`` by default. Sophia's paper does not.
+      amsgrad_decay: decay ``a`` of the maximum of the estimates in [0, 1], a measured product; 1
+        never lets it fall, and by default (``None``) there is no maximum.
 
     Raises:
-      ValueError: for decays outside [0, 1), a negative ``eps`` or a ``gamma`` that is not positive;
-        when built into a product without products with probes.
+      ValueError: for decays out of range, a negative ``eps`` or a ``gamma`` that is not positive;
+        when an optimizer is built in which nothing measures products with probes.
 
-    Cost: ``2 r`` numbers and ``4 r²`` flops; the engine projects ``z`` and ``H z`` in one pass over
-    the rows on the steps that measure them.
+    Cost: ``2 r`` numbers, and ``4 r²`` flops when the basis turns; with ``amsgrad_decay`` ``3 r``
+    and ``6 r²``. The engine projects ``z`` and ``H z`` in one pass over the rows on the steps that
+    measure them.
 
     Source: Yao et al., "ADAHESSIAN", AAAI 2021; Liu et al., "Sophia: A Scalable Stochastic
-    Second-order Optimizer for Language Model Pre-training", 2023.
+    Second-order Optimizer for Language Model Pre-training", 2023; the maximum is the original
+    LRE's.
     """
 
     b1: float = 0.9
@@ -109,21 +142,25 @@ class HutchinsonAdam:
     eps: float = 1e-8
     gamma: float | None = None
     debias: bool = True
+    amsgrad_decay: float | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
 
     def __post_init__(self):
         check_moments(self)
+        check_amsgrad(self)
         if self.gamma is not None:
             check_least("HutchinsonAdam", "gamma", self.gamma, strict=True)
 
     def init(self, rank: int, dtype: Any) -> HutchinsonAdamState:
-        zero = jnp.zeros((), jnp.int32)
-        diagonal = Surrounded(jnp.zeros(rank, dtype), jnp.zeros((), dtype))
-        return HutchinsonAdamState(zero, zero, jnp.zeros(rank, dtype), diagonal)
+        zero = lambda: jnp.zeros((), jnp.int32)
+        empty = lambda: Surrounded(jnp.zeros(rank, dtype), jnp.zeros((), dtype))
+        largest = None if self.amsgrad_decay is None else empty()
+        return HutchinsonAdamState(zero(), zero(), jnp.zeros(rank, dtype), empty(), largest)
 
     @property
     def laws(self) -> HutchinsonAdamState:
-        return HutchinsonAdamState._make((SCALAR, SCALAR, VECTOR, SURROUNDED_DIAGONAL))
+        largest = None if self.amsgrad_decay is None else SURROUNDED_DIAGONAL
+        return HutchinsonAdamState._make((SCALAR, SCALAR, VECTOR, SURROUNDED_DIAGONAL, largest))
 
     def update(self, u: jax.Array, state: HutchinsonAdamState, context: Context):
         count = linalg.tally(state.count)
@@ -132,9 +169,15 @@ class HutchinsonAdam:
         v = z * hz
         v = v * v if self.gamma is None else v
         diagonal = _averaged(state.diagonal, v, context, self.b2, square=self.gamma is None)
+        largest, decay = state.largest, self.amsgrad_decay
+        if largest is not None and decay is not None:
+            raised = lambda old, now: jnp.maximum(decay * old, now)
+            largest = jax.tree.map(
+                lambda old, now: jnp.where(context.moved, raised(old, now), old), largest, diagonal
+            )
         mean = ema(state.mean, u, self.b1)
-        new = HutchinsonAdamState(count, estimates, mean, diagonal)
-        diagonal = diagonal.inside
+        new = HutchinsonAdamState(count, estimates, mean, diagonal, largest)
+        diagonal = (diagonal if largest is None else largest).inside
         if self.debias:
             mean = debias(mean, self.b1, count)
             diagonal = debias(diagonal, self.b2, jnp.maximum(estimates, 1))
@@ -149,9 +192,9 @@ class FullMatrixHessianState(NamedTuple):
 
     Attributes:
       count: steps.
-      estimates: how many of them measured a product.
-      mean: ``(r,)`` average of the gradients.
-      hessian: average of the Hessian's estimates.
+      estimates: number of steps that measured a product.
+      mean: ``(r,)`` average of the gradients, not corrected for its start.
+      hessian: average of the Hessian's estimates, not corrected.
     """
 
     count: jax.Array
@@ -162,7 +205,7 @@ class FullMatrixHessianState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _FullMatrixHessian(abc.ABC):
-    """What the two below share: Adam's momentum, an average matrix from the identity, its law."""
+    """What the two parts below share: the momentum, the average of matrices, and its law."""
 
     b1: float = 0.9
     b2: float = 0.99
@@ -199,7 +242,7 @@ class _FullMatrixHessian(abc.ABC):
 
     @abc.abstractmethod
     def _estimate(self, old: jax.Array, z: jax.Array, hz: jax.Array) -> jax.Array:
-        """What the average takes in, ``(r, r)``."""
+        """The matrix ``(r, r)`` that enters the average."""
 
     @abc.abstractmethod
     def _inverse(self, matrix: jax.Array) -> jax.Array:
@@ -210,23 +253,35 @@ class _FullMatrixHessian(abc.ABC):
 class FullMatrixHutchinsonAdam(_FullMatrixHessian):
     r"""Adam's momentum times the inverse of ``|H|``, ``H`` averaged from Hessian products.
 
-    .. math:: H \leftarrow b_2 H + \tfrac{1-b_2}{2} Q^T (Hz\,z^T + z\,(Hz)^T) Q,\quad
-              u = |\hat H + \epsilon I|^{-1} \hat m
+    .. math:: A \leftarrow b_2 A + \tfrac{1-b_2}{2} Q^T (Hz\,z^T + z\,(Hz)^T) Q,\quad
+              u' = |\hat A + \epsilon I|^{-1} \hat m
 
-    ``H`` starts as the identity of the first basis and moves as ``C H C^T + s (I - C C^T)``, with
-    the mean eigenvalue ``s`` outside the basis. Eigenvalues below
-    ``1e-12`` of the largest are dropped; the others get ``1e-8`` and ``1e-8`` of the largest added.
+    ``A`` starts as the identity of the first basis. When the basis turns, it becomes
+    ``C A C^T + s (I - C C^T)``, where ``s`` is the average eigenvalue outside the basis.
+    Eigenvalues below ``1e-12`` of the largest are dropped; ``1e-8``, and ``1e-8`` of the largest,
+    are added to the others.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> part, g = lro.inner.FullMatrixHutchinsonAdam(b2=0.0), jnp.array([0.0, 4.0])
+      >>> basis = lro.Eigenbasis(lam=jnp.ones(2), live=jnp.ones(2, bool))
+      >>> z = jnp.array([0.0, 1.0])
+      >>> context = lro.Context(g, basis, moved=jnp.array(True), probe=z, product=-2 * z)
+      >>> u, _ = part.update(g, part.init(2, g.dtype), context)
+      >>> print(u.round(3))                       # curvature -2 counts as 2
+      [0. 2.]
 
     Args:
-      b1: decay of the mean.
-      b2: decay of the Hessian, a measured product.
-      eps: added to the eigenvalues, in units of the curvature.
+      b1: decay of the mean, in [0, 1).
+      b2: decay of the Hessian, in [0, 1), a measured product.
+      eps: number added to the eigenvalues, in units of the curvature.
 
     Raises:
-      ValueError: for decays outside [0, 1) or a negative ``eps``; when built into a product without
-        products with probes.
+      ValueError: for decays outside [0, 1) or a negative ``eps``; when an optimizer is built in
+        which nothing measures products with probes.
 
-    Cost: ``r²`` numbers; one ``eigh`` of size ``r`` a step, about ``9 r³`` flops.
+    Cost: ``r² + r`` numbers; ``4 r³`` flops when the basis turns, and one ``eigh`` of size ``r`` a
+    step, about ``9 r³`` flops.
 
     Source: the original LRE; Hutchinson's estimator as in Yao et al., "ADAHESSIAN", AAAI 2021.
     """
@@ -243,22 +298,33 @@ class FullMatrixBFGSAdam(_FullMatrixHessian):
     r"""Adam's momentum times the inverse of a BFGS matrix that is averaged in the basis.
 
     .. math:: B \leftarrow B + (1-b_2) \Bigl(\frac{y y^T}{y \cdot s}
-              - \frac{B s\, s^T B}{s \cdot B s}\Bigr),\quad u = (\hat B + \epsilon I)^{-1} \hat m
+              - \frac{B s\, s^T B}{s \cdot B s}\Bigr),\quad u' = (\hat B + \epsilon I)^{-1} \hat m
 
-    with ``s = Q^T z`` and ``y = Q^T H z``; pairs with ``s·y < 1e-16`` leave the matrix as it is.
-    ``B`` starts as the identity of the first basis and moves as ``C B C^T + s (I - C C^T)``, with
-    the mean eigenvalue ``s`` outside the basis.
+    with ``s = Q^T z`` and ``y = Q^T H z``. Pairs with ``s·y < 1e-16`` leave the matrix as it is.
+    ``B`` starts as the identity of the first basis. When the basis turns, it becomes
+    ``C B C^T + a (I - C C^T)``, where ``a`` is the average eigenvalue outside the basis.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> part, z = lro.inner.FullMatrixBFGSAdam(b2=0.0), jnp.array([1.0, 1.0])
+      >>> y = jnp.array([2.0, 4.0])               # H z for H = diag(2, 4)
+      >>> basis = lro.Eigenbasis(lam=jnp.ones(2), live=jnp.ones(2, bool))
+      >>> context = lro.Context(y, basis, moved=jnp.array(True), probe=z, product=y)
+      >>> u, _ = part.update(y, part.init(2, y.dtype), context)
+      >>> print(u.round(3))                       # B z = y, so that B^{-1} y = z
+      [1. 1.]
 
     Args:
-      b1: decay of the mean.
-      b2: decay of the matrix, a measured product.
-      eps: added to the eigenvalues, in units of the curvature.
+      b1: decay of the mean, in [0, 1).
+      b2: decay of the matrix, in [0, 1), a measured product.
+      eps: number added to the eigenvalues, in units of the curvature.
 
     Raises:
-      ValueError: for decays outside [0, 1) or a negative ``eps``; when built into a product without
-        products with probes.
+      ValueError: for decays outside [0, 1) or a negative ``eps``; when an optimizer is built in
+        which nothing measures products with probes.
 
-    Cost: ``r²`` numbers; one ``eigh`` of size ``r`` a step, about ``9 r³`` flops.
+    Cost: ``r² + r`` numbers; ``4 r³`` flops when the basis turns, and one ``eigh`` of size ``r`` a
+    step, about ``9 r³`` flops.
 
     Source: the original LRE; Fletcher, "Practical Methods of Optimization", 1987, for the update.
     """
@@ -279,9 +345,9 @@ class FullMatrixBFGSAdam(_FullMatrixHessian):
 def _averaged(
     old: Surrounded, estimate: jax.Array, context: Context, decay: float, square: bool = False
 ) -> Surrounded:
-    """The average after an update of the basis.
+    """The average after a step, which changes it where the basis was updated.
 
-    Outside it takes in the mean eigenvalue there or, where estimates are squared, the mean square.
+    Outside it averages the mean eigenvalue there, or the mean square where estimates are squared.
     """
     outside = context.outside
     known = context.moved & (outside is not None and outside.probe > 0)
@@ -295,6 +361,6 @@ def _averaged(
 
 
 def _pair(context: Context) -> tuple[jax.Array, jax.Array]:
-    """The probe and its product in the basis, which the engine has made sure are there."""
+    """The probe and its product in the basis; the engine has refused parts that give none."""
     assert context.probe is not None and context.product is not None
     return context.probe, context.product

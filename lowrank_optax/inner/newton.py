@@ -16,8 +16,8 @@ class CubicNewtonState(NamedTuple):
     """State of `CubicNewton`.
 
     Attributes:
-      sigma: the regularisation of the next step.
-      shift: what the last step added to the eigenvalues, ``sigma ‖u‖``.
+      sigma: weight of the regularisation in the next step.
+      shift: number ``sigma ‖u‖`` that the last step added to the eigenvalues.
       step: ``(r,)`` the last step, 0 before the first.
     """
 
@@ -34,25 +34,37 @@ class CubicNewton:
               + \tfrac{\sigma}{3} \|y\|^3,\qquad
               u = -y = (\mathrm{diag}(\lambda) + \rho I)^{-1} g,\quad \rho = \sigma \|u\|
 
-    with ``rho >= max(0, -lam_min)``: a root of one scalar equation, also where ``lam`` has negative
-    eigenvalues, which plain Newton would climb. If the gradient has no part along the lowest
-    eigenvector (the "hard case"), the rest of the length goes there.
+    with ``rho >= max(0, -lam_min)``, which is the root of one scalar equation. The step descends
+    also along eigenvectors with ``lam_i < 0``, where Newton's own step climbs. In the "hard case"
+    the gradient has no part along the lowest eigenvector; the step is then filled up to its length
+    along that eigenvector.
 
-    With ``adaptive``, ``sigma <- max(sigma/2, M)``: the gradient that the last model predicted is
-    ``rho u``, so that ``M = |u · (g - rho u)| / ‖u‖³`` is the change of curvature that it missed.
-    This takes it that the last update was applied whole, that is with a learning rate of 1.
+    With ``adaptive``, ``sigma <- max(sigma/2, M)`` follows the error of the model. The gradient
+    that the last model predicted is ``rho u``, so ``M = |u · (g - rho u)| / ‖u‖³`` measures the
+    change of curvature that it missed. This assumes that the last update was applied whole: use a
+    learning rate of 1.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> part, g = lro.inner.CubicNewton(sigma=1.0), jnp.array([2.0, 0.0])
+      >>> basis = lro.Eigenbasis(lam=jnp.array([1.0, 0.5]), live=jnp.ones(2, bool))
+      >>> context = lro.Context(g, basis, moved=jnp.array(True))
+      >>> u, _ = part.update(g, part.init(2, g.dtype), context)
+      >>> print(u.round(2))                       # u (1 + |u|) = 2
+      [1. 0.]
 
     Args:
-      sigma: of the regularisation, in units of curvature by length (half the Lipschitz constant of
-        the Hessian makes the model an upper bound); with ``adaptive`` the first one.
-      adaptive: follow the errors of the model.
-      iterations: of Newton's method for ``rho``, which converges quadratically.
+      sigma: weight of the regularisation, in units of curvature by length; with ``adaptive`` the
+        first one. Half the Lipschitz constant of the Hessian makes the model an upper bound.
+      adaptive: whether ``sigma`` follows the errors of the model, ``False`` by default.
+      iterations: number of iterations of Newton's method for ``rho``, which converges
+        quadratically.
 
     Raises:
-      ValueError: for a ``sigma`` that is not positive or fewer than one iteration; when built into
-        a product whose basis has no eigenvalues.
+      ValueError: for a ``sigma`` that is not positive or fewer than one iteration; when an
+        optimizer is built whose basis has no eigenvalues.
 
-    Cost: ``r`` numbers and ``10 r`` flops an iteration.
+    Cost: ``r`` numbers; ``10 r`` flops an iteration, and ``2 r²`` when the basis turns.
 
     Source: Nesterov and Polyak, "Cubic regularization of Newton method", 2006; the adaptation is
     that of Mishchenko, "Regularized Newton Method with Global O(1/k²) Convergence", 2023.
@@ -92,8 +104,8 @@ class ThirdOrderState(NamedTuple):
     """State of `ThirdOrder`.
 
     Attributes:
-      step: ``(r,)`` the way gone since the basis last moved.
-      hessian: ``(r, r)`` the curvature in the basis, as it was then.
+      step: ``(r,)`` sum of the steps since the basis was last updated.
+      hessian: ``(r, r)`` curvature in the basis, as it was then.
       tensor: ``(r, r, r)`` the third derivatives in the basis.
     """
 
@@ -109,29 +121,38 @@ class ThirdOrder:
     .. math:: \min_y\ g \cdot y + \tfrac12 y^T \mathrm{diag}(\lambda)\, y + \tfrac16 T[y,y,y]
               + \tfrac{\sigma}{4} \|y\|^4,\qquad u = -y
 
-    When the basis moves, ``B = diag(lam)`` has changed by ``T[s]`` over the way ``s`` that was
-    gone: ``T`` becomes the closest symmetric tensor for which that holds, with ``s`` of unit length
-    and ``E = (B - C B_old C^T)/‖s‖ - T[s]``
+    When the basis is updated, the curvature ``B = diag(lam)`` has changed by ``T[s]``, where ``s``
+    is the step since the last update. So ``T`` becomes the closest symmetric tensor with that
+    property. With ``n = s / ‖s‖`` and ``E = (B - C B_old C^T)/‖s‖ - T[n]``,
 
-    .. math:: T \leftarrow T + 3\,\mathrm{sym}(E \otimes s)
-              - 3\,\mathrm{sym}(Es \otimes s \otimes s) + (s^T E s)\, s \otimes s \otimes s
+    .. math:: T \leftarrow T + 3\,\mathrm{sym}(E \otimes n)
+              - 3\,\mathrm{sym}(En \otimes n \otimes n) + (n^T E n)\, n \otimes n \otimes n
 
-    An option for deterministic problems of few directions: it needs eigenvalues that are those of
-    the Hessian here and now (``GaussNewton`` on ``GGT(batch, renew=True)``, a
-    ``FullMatrix(beta=None)`` of exact products, not an average over batches), and a learning rate
-    of 1, for the way gone is taken to be the sum of the updates. From minibatch estimates it is
-    worse than `CubicNewton`, which has most of the gain at ``r²`` times less.
+    It is an option for deterministic problems of few directions. The eigenvalues have to be those
+    of the Hessian at the current parameters: of ``GaussNewton`` in ``GGT(batch, renew=True)``, or
+    of exact products in ``FullMatrix(beta=None)``, not an average over batches. The learning rate
+    has to be 1, because ``s`` is taken to be the sum of the updates. With estimates from
+    minibatches it is worse than `CubicNewton`, which has most of the gain at ``r²`` times less.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> part, g = lro.inner.ThirdOrder(sigma=1.0), jnp.array([10.0])
+      >>> basis = lro.Eigenbasis(lam=jnp.ones(1), live=jnp.ones(1, bool))
+      >>> context = lro.Context(g, basis, moved=jnp.array(True))
+      >>> u, _ = part.update(g, part.init(1, g.dtype), context)
+      >>> print(u.round(2))                       # while T = 0, u + u³ = 10
+      [2.]
 
     Args:
-      sigma: of the regularisation, in units of curvature by squared length.
-      iterations: of the damped Newton method for the model.
+      sigma: weight of the regularisation, in units of curvature by squared length.
+      iterations: number of iterations of the damped Newton method for the model.
 
     Raises:
-      ValueError: for a ``sigma`` that is not positive or fewer than one iteration; when built into
-        a product whose basis has no eigenvalues.
+      ValueError: for a ``sigma`` that is not positive or fewer than one iteration; when an
+        optimizer is built whose basis has no eigenvalues.
 
-    Cost: ``r³`` numbers, ``6 r⁴`` flops to move them; an ``eigh`` of size ``r`` and ``20 r³`` flops
-    an iteration. Sensible for ``r`` up to about 12.
+    Cost: ``r³ + r² + r`` numbers, and ``6 r⁴`` flops when the basis turns; an iteration takes one
+    ``eigh`` of size ``r`` and ``20 r³`` flops. Sensible for ``r`` up to about 12.
 
     Source: Welzel and Hauser, "Approximating higher-order derivative tensors using secant updates",
     2022; the model is that of Nesterov, "Implementable tensor methods in unconstrained convex
@@ -169,23 +190,36 @@ class ThirdOrder:
 
 @dataclasses.dataclass(frozen=True)
 class NaturalGradient:
-    r"""``u <- (F + mu I)^{-1} u`` with the empirical Fisher matrix of this step's examples.
+    r"""The natural gradient in the basis, by the empirical Fisher matrix of this step's examples.
 
-    .. math:: F = \frac{\sum_i w_i\, a_i a_i^T}{\sum_i w_i},\quad a_i = Q^T g_i,\quad
+    .. math:: u' = (F + \mu I)^{-1} u,\quad
+              F = \frac{\sum_i w_i\, a_i a_i^T}{\sum_i w_i},\quad a_i = Q^T g_i,\quad
               \mu = \mathrm{damping} + \mathrm{rdamping} \cdot \mathrm{tr} F
 
-    ``g_i`` is the gradient of example ``i``, and the gradient that goes with it is their mean.
-    Between two updates of the basis the last ``F`` is used; it moves as ``C F C^T``.
+    ``g_i`` is the gradient of example ``i``; the gradient of the step should be their mean. Between
+    two updates of the basis the last ``F`` is used. When the basis turns, it becomes ``C F C^T``.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> part, g = lro.inner.NaturalGradient(damping=1.0), jnp.array([5.0, 2.0])
+      >>> basis = lro.Eigenbasis(lam=jnp.ones(2), live=jnp.ones(2, bool))
+      >>> seen = {"columns": jnp.array([[2.0, 2.0], [0.0, 0.0]]), "weights": jnp.ones(2)}
+      >>> context = lro.Context(g, basis, moved=jnp.array(True), **seen)
+      >>> u, fisher = part.update(g, part.init(2, g.dtype), context)
+      >>> print(fisher.diagonal(), u.round(2))    # 5 / (4 + 1) and 2 / (0 + 1)
+      [4. 0.] [1. 2.]
 
     Args:
-      damping: in units of the squared gradient.
-      rdamping: relative to the trace.
+      damping: number added to the eigenvalues of ``F``, in units of the squared gradient.
+      rdamping: share of the trace of ``F`` that is added to them, a number without unit.
 
     Raises:
-      ValueError: for negative damping; when built into a product whose curvature has no examples.
+      ValueError: for negative damping; when an optimizer is built whose curvature gives no columns
+        of examples.
 
-    Cost: ``r²`` numbers; ``2 r² k`` flops for ``k`` examples and one ``eigh`` of size ``r`` a step,
-    about ``9 r³``: the basis has already made the problem as small as ``min(k, r)``.
+    Cost: ``r²`` numbers, and ``4 r³`` flops when the basis turns; ``2 r² k`` flops for ``k``
+    examples and one ``eigh`` of size ``r`` a step, about ``9 r³``. The basis has already made the
+    problem as small as ``min(k, r)``.
 
     Source: Amari, "Natural gradient works efficiently in learning", 1998; Schraudolph, "Fast
     curvature matrix-vector products for second-order gradient descent", 2002, for the empirical
@@ -213,26 +247,41 @@ class NaturalGradient:
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussNewton:
-    r"""``u <- (J^T J + mu I)^{-1} u`` with the Jacobian of this step's residuals in the basis.
+class DampedLeastSquares:
+    r"""The damped least-squares step in the basis, by the Jacobian of this step's residuals.
 
-    .. math:: J^T J = \sum_i w_i\, a_i a_i^T,\quad a_i = Q^T \nabla r_i,\quad
+    .. math:: u' = (J^T J + \mu I)^{-1} u,\quad
+              J^T J = \sum_i w_i\, a_i a_i^T,\quad a_i = Q^T \nabla r_i,\quad
               \mu = \mathrm{damping} + \mathrm{rdamping} \cdot \mathrm{tr}\, J^T J
 
-    where the gradient is ``J^T r``. In a `GGT` basis that holds all ``k`` residuals' gradients this
-    is the dual form ``J^T (J J^T + mu I)^{-1} r``. Between two updates of the basis the last
-    matrix is used; it moves as ``C J^T J C^T``. Eigenvalues that rounding cannot tell from zero are
+    The gradient of the step should be ``J^T r``; the step is then that of Gauss-Newton. In a `GGT`
+    basis that holds the gradients of all ``k`` residuals it is the dual form
+    ``J^T (J J^T + mu I)^{-1} r``. Between two updates of the basis the last matrix is used. When
+    the basis turns, it becomes ``C J^T J C^T``. Eigenvalues that rounding cannot tell from zero are
     dropped, so that without damping the step is the shortest one that solves the problem.
 
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> part = lro.inner.DampedLeastSquares(rdamping=0.0)
+      >>> jacobian, r = jnp.array([[4.0, 0.0], [3.0, 0.0]]), jnp.array([4.0, 3.0])
+      >>> basis = lro.Eigenbasis(lam=jnp.ones(2), live=jnp.ones(2, bool))
+      >>> g, seen = jacobian.T @ r, {"columns": jacobian.T, "weights": jnp.ones(2)}
+      >>> context = lro.Context(g, basis, moved=jnp.array(True), **seen)
+      >>> u, _ = part.update(g, part.init(2, g.dtype), context)
+      >>> print(u.round(2))                       # the shortest u with J u = r
+      [1. 0.]
+
     Args:
-      damping: in units of the squared gradients of the residuals.
-      rdamping: relative to the trace.
+      damping: number added to the eigenvalues of ``J^T J``, in units of the squared gradients of
+        the residuals.
+      rdamping: share of the trace of ``J^T J`` that is added to them, a number without unit.
 
     Raises:
-      ValueError: for negative damping; when built into a product whose curvature has no examples.
+      ValueError: for negative damping; when an optimizer is built whose curvature gives no columns
+        of residuals.
 
-    Cost: ``r²`` numbers; ``2 r² k`` flops for ``k`` residuals and one ``eigh`` of size ``r`` a
-    step, about ``9 r³``.
+    Cost: ``r²`` numbers, and ``4 r³`` flops when the basis turns; ``2 r² k`` flops for ``k``
+    residuals and one ``eigh`` of size ``r`` a step, about ``9 r³``.
 
     Source: Levenberg, 1944; Marquardt, 1963; Ren and Goldfarb, "Efficient subsampled Gauss-Newton
     and natural gradient methods for training neural networks", 2019, for the dual form.
@@ -270,7 +319,7 @@ def _outer_sum(context: Context) -> tuple[jax.Array, jax.Array]:
 
 
 def _damped_solve(matrix: jax.Array, u: jax.Array, damping, rdamping) -> jax.Array:
-    """``(A + mu I)^{-1} u``, with a pseudo-inverse where ``mu`` drowns in rounding."""
+    """``(A + mu I)^{-1} u``; a pseudo-inverse where ``mu`` is below rounding."""
     mu = damping + rdamping * jnp.trace(matrix)
     shifted = matrix + mu * jnp.eye(u.shape[0], dtype=u.dtype)
     return linalg.matrix_power(shifted, -1.0, eig_tol=0.0, damping=0.0, rdamping=0.0) @ u
@@ -279,7 +328,8 @@ def _damped_solve(matrix: jax.Array, u: jax.Array, damping, rdamping) -> jax.Arr
 def _cubic_step(g: jax.Array, basis: Eigenbasis, sigma, iterations: int):
     """``u = (diag(lam) + rho I)^{-1} g`` with ``rho = sigma ‖u‖``, and ``rho``.
 
-    With ``rho = pole + t`` and ``pole = max(0, -lam_min)``, so that nothing cancels near the pole.
+    The unknown is ``t`` in ``rho = pole + t``, ``pole = max(0, -lam_min)``: near the pole ``rho``
+    itself would cancel against ``lam_min``.
     """
     lam, live = basis
     g = jnp.where(live, g, 0)
@@ -287,14 +337,14 @@ def _cubic_step(g: jax.Array, basis: Eigenbasis, sigma, iterations: int):
     above = jnp.where(live, lam + pole, 0)
 
     def alone(above, size):
-        """The root ``t`` if the gradient lay along a single eigenvector."""
+        """The root ``t`` of a gradient of this size along one eigenvector."""
         bound = sigma * size
         return linalg.safe_divide(
             2 * (bound - above * pole), above + pole + jnp.sqrt((above - pole) ** 2 + 4 * bound)
         )
 
-    # Every coordinate's own root is a bound from below, from where Newton's method for
-    # 1/‖u‖ = sigma/rho, a concave function, comes up to the root and never passes it.
+    # The root of a single coordinate lies below that of all. From there Newton's method for
+    # 1/‖u‖ = sigma/rho rises to the root and never passes it, as the function is concave.
     low = jnp.max(alone(above, jnp.abs(g)), initial=0)
     high = alone(
         jnp.min(jnp.where(live, above, jnp.inf), initial=jnp.max(above, initial=0)),
@@ -311,28 +361,28 @@ def _cubic_step(g: jax.Array, basis: Eigenbasis, sigma, iterations: int):
 
     t = lax.fori_loop(0, iterations, body, low)
     u, rho = linalg.safe_divide(g, above + t), pole + t
-    # The hard case: at the pole the step is still too short, and the lowest eigenvector fills it.
+    # The hard case: at the pole the step is still too short. The lowest eigenvector fills it.
     missing = jnp.sqrt(jnp.maximum((rho / sigma) ** 2 - u @ u, 0))
     bottom = jax.nn.one_hot(jnp.argmin(jnp.where(live, above, jnp.inf)), g.shape[0], dtype=g.dtype)
     return u + jnp.where((pole > 0) & (t == 0), missing, 0) * bottom, rho
 
 
-def _secant(tensor: jax.Array, way: jax.Array, change: jax.Array) -> jax.Array:
-    """The symmetric tensor closest to ``tensor`` with ``T[way] = change``; itself for no way."""
-    length = jnp.linalg.norm(way)
-    s = linalg.unit(way)
+def _secant(tensor: jax.Array, step: jax.Array, change: jax.Array) -> jax.Array:
+    """The symmetric tensor closest to ``tensor`` with ``T[step] = change``; itself for no step."""
+    length = jnp.linalg.norm(step)
+    s = linalg.unit(step)
     e = linalg.safe_divide(change, length) - jnp.einsum("ijk,k->ij", tensor, s)
     es = e @ s
     new = (
-        _spread(e, s)
-        - _spread(jnp.outer(es, s) + jnp.outer(s, es), s) / 2
+        _sum_over_positions(e, s)
+        - _sum_over_positions(jnp.outer(es, s) + jnp.outer(s, es), s) / 2
         + (s @ es) * jnp.einsum("i,j,k->ijk", s, s, s)
     )
     return jnp.where(length > 0, tensor + new, tensor)
 
 
-def _spread(matrix: jax.Array, s: jax.Array) -> jax.Array:
-    """``3 sym(A ⊗ s)`` for a symmetric ``A``."""
+def _sum_over_positions(matrix: jax.Array, s: jax.Array) -> jax.Array:
+    """``3 sym(A ⊗ s)`` of a symmetric ``A``: the sum over the three axes that ``s`` can have."""
     return (
         jnp.einsum("ij,k->ijk", matrix, s)
         + jnp.einsum("ik,j->ijk", matrix, s)
@@ -341,7 +391,7 @@ def _spread(matrix: jax.Array, s: jax.Array) -> jax.Array:
 
 
 def _third_order_step(g, hessian, tensor, sigma, iterations: int) -> jax.Array:
-    """A minimum of the third-order model by Newton's method on ``|H|``, best of some lengths."""
+    """A minimum of the third-order model, by Newton's method with ``|H|`` and a line search."""
     n = g.shape[0]
 
     def model(y):

@@ -1,30 +1,90 @@
-"""A recipe: an engine and what stands behind it, as one optimizer that takes a step or does not."""
+"""What recipes share: one optimizer made of an engine and what stands behind it; their options."""
 
 import functools
 import numbers
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ParamSpec, TypedDict, TypeVar, cast
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_optax._core.checks import check_least
 from lowrank_optax._core.entry import own_arguments
 from lowrank_optax._core.states import advance_where_taken, at_least_float32
+from lowrank_optax.inner import LPower
 
 OWNER = "recipe"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Period = int | Callable[[jax.Array], jax.Array]
+"""Steps between two updates, or a schedule of the number of steps taken."""
+
+
+class VectorOptions(TypedDict, total=False):
+    """Keywords of `scale_by_lre` for recipes that have an ``update_every`` of their own.
+
+    Attributes:
+      warmup_steps: number of first steps that build the basis and return zeros.
+      symmetrize: whether a correction ``y z^T`` enters as one column ``(y + z)/2``.
+      complement: what becomes of the gradient outside the basis.
+      groups: function of a leaf's path to a label; leaves with one label share a basis.
+      dtype: dtype of the stored rows.
+      axis_name: names of the axes over which the devices have parts of a batch.
+      seed: integer from which random draws come.
+    """
+
+    warmup_steps: int
+    symmetrize: bool
+    complement: float | jax.Array | LPower | optax.GradientTransformation | None
+    groups: Callable[[Any], Hashable] | None
+    dtype: Any
+    axis_name: str | Sequence[str] | None
+    seed: int
+
+
+class PeriodicVectorOptions(VectorOptions, total=False):
+    """Keywords of `scale_by_lre` for all other recipes.
+
+    Attributes:
+      update_every: number of steps between two updates of the basis, or a schedule of it.
+    """
+
+    update_every: Period
+
+
+class MatrixOptions(TypedDict, total=False):
+    """Keywords of `scale_by_matrix_lre` that are not in the signature of every matrix recipe.
+
+    Attributes:
+      warmup_steps: number of first steps that build the bases and return zeros for the matrices.
+      view: function of a leaf's path and shape to ``(rows, columns)`` or ``None``.
+      rest: optimizer of the leaves that are not matrices.
+      complement: what becomes of the gradient outside the bases.
+      dtype: dtype of the stored rows.
+      seed: integer from which random draws come.
+    """
+
+    warmup_steps: int
+    view: Callable[[Any, tuple[int, ...]], tuple[int, int] | None] | None
+    rest: optax.GradientTransformation | None
+    complement: float | jax.Array | optax.GradientTransformation | None
+    dtype: Any
+    seed: int
 
 
 def recipe(
     engine: Any, *behind: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """``engine``, then optax transformations, which a bad step leaves as they were.
+    """``engine``, then optax transformations whose states a bad step leaves as they were.
 
     A leaf that the engine drops, because something was not finite, gets a zero update: no weight
-    decay, no step of a momentum, and the states behind the engine stay as they were for it. What
-    stands behind the engine sees its updates in float32 at least, whatever the parameters' dtype,
-    since optax's ``eps`` of 1e-8 is zero in float16. The updates that come out have the dtype to
-    which gradient and parameter promote, as optax's own.
+    decay and no step of a momentum, and the states behind the engine do not change for it. The
+    transformations get updates in float32 at least, whatever the parameters' dtype, because optax's
+    ``eps`` of 1e-8 is zero in float16. The updates that come out have the dtype to which gradient
+    and parameter promote, as those of optax have.
 
     The state is that of ``optax.chain(engine, *behind)``.
     """
@@ -50,26 +110,35 @@ def recipe(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def collects(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A maker whose ``**options`` may also come as one argument of that name.
+def collects(make: Callable[P, T]) -> Callable[P, T]:
+    """A recipe whose ``**options`` may also come as one argument ``options``.
 
-    `optax.inject_hyperparams` hands collected keywords back in this way.
+    `optax.inject_hyperparams` passes collected keywords on in this way.
     """
 
     @functools.wraps(make)
     def run(*args: Any, options: dict[str, Any] | None = None, **kwargs: Any):
-        return make(*args, **(options or {}), **kwargs)
+        return cast(Any, make)(*args, **(options or {}), **kwargs)
 
-    return run
+    return cast(Any, run)
+
+
+def with_defaults(options: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """The options that a caller passed, and defaults for those that are not among them."""
+    return {**defaults, **options}
 
 
 def or_default(size: int | None, otherwise: int) -> int:
-    """A size, which is ``None`` by default: `optax.inject_hyperparams` traces default numbers."""
+    """The size, or ``otherwise`` for ``None``.
+
+    ``None`` is the default of a size because `optax.inject_hyperparams` traces default numbers, and
+    shapes depend on sizes.
+    """
     return otherwise if size is None else size
 
 
 def decay_weights(strength: Any, mask: Any) -> optax.GradientTransformation:
-    """Weight decay as in optax, which asks for params only if there is any to apply."""
+    """Weight decay as in optax, which needs the parameters only if there is any decay."""
     if not callable(strength):
         check_least("weight decay", "weight_decay", strength)
     rate: Any = strength

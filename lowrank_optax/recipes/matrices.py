@@ -1,7 +1,7 @@
 """Recipes that see every leaf as a matrix."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +14,43 @@ from lowrank_optax._core.checks import check_least
 from lowrank_optax._core.types import SCALAR, SECOND_MOMENT, VECTOR
 from lowrank_optax.engine.matrices import matrix_engine
 from lowrank_optax.engine.orthogonal import orthogonalize
-from lowrank_optax.recipes._recipe import collects, decay_weights, or_default, recipe
+from lowrank_optax.recipes._recipe import (
+    MatrixOptions,
+    Period,
+    collects,
+    decay_weights,
+    or_default,
+    recipe,
+    with_defaults,
+)
 
 
 @collects
 def galore(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int | None = None,
     *,
+    rank: int | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    update_every: int | Callable[[jax.Array], jax.Array] = 200,
+    update_every: Period = 200,
     scale: float = 0.25,
+    largest: int | None = None,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
-    **options: Any,
+    **options: Unpack[MatrixOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""GaLore: Adam in the leading singular directions of every matrix's gradient.
 
-    ``SubspaceIteration(rank, beta=0)`` on the shorter side × ``Adam``, now and then anew:
+    ``SubspaceIteration(rank, beta=0)`` on the shorter side × ``Adam``:
 
     .. math:: X \leftarrow X - \eta\,\alpha\,P\,\mathrm{Adam}(P^T G),\quad
               P = [p_1, \dots, p_r],\ G G^T p_i = \sigma_i^2 p_i
 
-    The paper takes ``P`` from a full singular value decomposition and leaves Adam's moments as they
-    are when ``P`` changes; here a randomised one with the last ``P`` for a start, and the moments
-    move with it. All leaves that are no matrices go through Adam.
+    Two things differ from the paper. There ``P`` comes from a full singular value decomposition;
+    here it comes from subspace iteration that starts from the last ``P``. There Adam's moments stay
+    as they are when ``P`` changes; here they move with it. Leaves that are not matrices go through
+    Adam.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -54,16 +64,23 @@ def galore(
       True
 
     Args:
-      learning_rate: a number or a schedule.
-      rank: of the projection.
-      b1: decay of the mean.
-      b2: decay of the second moment.
-      eps: added to the root.
-      update_every: steps between two projections.
-      scale: ``alpha``, relative to the step of all other leaves.
-      weight_decay: strength of the decoupled weight decay, multiplied by the learning rate.
-      mask: a tree of booleans, or a function that gives one, of the leaves that decay.
-      **options: the keywords of `scale_by_matrix_lre`.
+      learning_rate: number or schedule.
+      rank: number of directions of the projection, by default 128.
+      b1: decay of the mean, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: number added to the root, in units of the gradient.
+      update_every: number of steps between two projections, or a schedule of it.
+      scale: factor ``alpha`` of the step of matrices, relative to that of all other leaves.
+      largest: longest side that is projected; a matrix whose shorter side is longer goes through
+        Adam. ``None`` (the default) for no limit.
+      weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
+        default.
+      mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
+        that decay; all of them by default (``None``).
+      **options: keywords of `scale_by_matrix_lre`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       ValueError: for a rank, decay, ``eps`` or number of steps out of range.
@@ -83,6 +100,7 @@ def galore(
         weight_decay,
         mask,
         update_every=update_every,
+        largest=largest,
         **options,
     )
 
@@ -90,8 +108,8 @@ def galore(
 @collects
 def soap(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int | None = None,
     *,
+    rank: int | None = None,
     b1: float = 0.95,
     b2: float = 0.95,
     eps: float = 1e-8,
@@ -99,7 +117,7 @@ def soap(
     largest: int | None = None,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
-    **options: Any,
+    **options: Unpack[MatrixOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP: Adam in the eigenbases of Shampoo's two matrices.
 
@@ -108,18 +126,18 @@ def soap(
     .. math:: X \leftarrow X - \eta\,Q_L\,\mathrm{Adam}(Q_L^T G\,Q_R)\,Q_R^T,\quad
               L \leftarrow b_2 L + (1-b_2) G G^T,\ R \leftarrow b_2 R + (1-b_2) G^T G
 
-    The paper turns the bases by one QR step of power iteration, here they are eigenvectors. Both
-    are complete: a direction that no gradient has reached is there for the one that will. What is
-    not above four roundings of the gradient's norm counts as zero, or Adam would blow it up. There
-    the second moment stays as it is when the bases turn, here it moves as
-    ``(C_L∘C_L) V (C_R∘C_R)^T``; the mean moves in both. In both the first step only fills the
-    bases; there a step is taken in those of the steps before, here the newest gradient is in them.
+    Three things differ from the paper. There one QR step of power iteration turns the bases; here
+    they are eigenvectors. There the second moment stays as it is when the bases turn; here it moves
+    as ``(C_L∘C_L) V (C_R∘C_R)^T``. There a step is taken in the bases of the steps before; here the
+    newest gradient is already in them. As in the paper the bases are complete, the mean moves with
+    them, and the first step only fills them. Coordinates below four roundings of the gradient's
+    norm count as zero, because Adam would scale that rounding up. Leaves that are not matrices go
+    through Adam.
 
-    With a ``rank`` the sides are ``SubspaceIteration(rank, b2)``: as many directions of each side
-    are kept, and of the gradients only those of the steps that update the bases are averaged. What
-    is left of a gradient outside is divided by the running root mean square of its entries, one
-    number a matrix, and scaled as Adam's mean would be if all of it were noise, by
-    ``sqrt((1 - b1) / (1 + b1))``. All leaves that are no matrices go through Adam.
+    With a ``rank`` the sides are ``SubspaceIteration(rank, b2)``. They keep that many directions
+    each, and average only the gradients of the steps that update them. The rest of a gradient is
+    divided by the running root mean square of its entries, one number for each matrix, and
+    multiplied by ``sqrt((1 - b1) / (1 + b1))``, the size that Adam's mean has in pure noise.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -133,17 +151,22 @@ def soap(
       True
 
     Args:
-      learning_rate: a number or a schedule.
-      rank: directions of each side, ``None`` for all.
-      b1: decay of the mean.
-      b2: decay of the second moment and of ``L`` and ``R``.
-      eps: added to the root.
-      update_every: steps from one turn of the bases to the next.
-      largest: sides longer than this, by default 10,000, have no basis; matrices of which no side
-        has one go through Adam.
-      weight_decay: strength of the decoupled weight decay, multiplied by the learning rate.
-      mask: a tree of booleans, or a function that gives one, of the leaves that decay.
-      **options: the keywords of `scale_by_matrix_lre`.
+      learning_rate: number or schedule.
+      rank: number of directions that each side keeps; ``None`` (the default) for all.
+      b1: decay of the mean, in [0, 1).
+      b2: decay of the second moment and of ``L`` and ``R``, in [0, 1).
+      eps: number added to the root, in units of the gradient.
+      update_every: number of steps from one turn of the bases to the next.
+      largest: longest side that has a basis, by default 10,000; matrices of which no side has one
+        go through Adam.
+      weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
+        default.
+      mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
+        that decay; all of them by default (``None``).
+      **options: keywords of `scale_by_matrix_lre`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       ValueError: for a rank, decay, ``eps`` or number of steps out of range.
@@ -153,22 +176,22 @@ def soap(
 
     Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024.
     """
-    # optax.inject_hyperparams traces default numbers, and shapes depend on ``largest``.
     if rank is None:
-        # Eigenvalues are not read, so there is nothing to lose by keeping all that can be told.
+        # Adam does not read eigenvalues, so small ones do no harm and no direction is dropped.
         side = bases.FullMatrix(b2, every=update_every, eig_tol=0.0)
-        options = {"update_every": 1, **options}
+        keywords = with_defaults(options, update_every=1)
     else:
         side = bases.SubspaceIteration(rank, b2)
         quiet = optax.chain(_scale_by_leaf_rms(b2, eps), optax.scale(((1 - b1) / (1 + b1)) ** 0.5))
-        options = {"update_every": update_every, "complement": quiet, **options}
+        keywords = with_defaults(options, update_every=update_every, complement=quiet)
     return _matrix_recipe(
         learning_rate,
         (side, side, inners.Adam(b1, b2, eps)),
         optax.scale_by_adam(b1, b2, eps),
         weight_decay,
         mask,
-        **{"warmup_steps": 1, "largest": 10_000 if largest is None else largest, **options},
+        largest=or_default(largest, 10_000),
+        **with_defaults(keywords, warmup_steps=1),
     )
 
 
@@ -184,7 +207,7 @@ def soap_muon(
     largest: int | None = None,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
-    **options: Any,
+    **options: Unpack[MatrixOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP's step made orthogonal as Muon's is: for networks, the best recipe measured here.
 
@@ -193,9 +216,9 @@ def soap_muon(
     .. math:: X \leftarrow X - \eta\,\rho\,\sqrt{\max(a, b)}\;
               \mathrm{polar}\bigl(Q_L\,\mathrm{NAdam}(Q_L^T G\,Q_R)\,Q_R^T\bigr)
 
-    Muon orthogonalises the momentum as it comes, noise and all; here every pair of eigendirections
-    is first divided by the size of its own gradients. Leaves that are no matrices, biases and
-    scales, go through Adam.
+    Muon makes the momentum itself orthogonal, noise included. Here the momentum along every pair of
+    eigendirections is first divided by the root mean square of the gradients there. Leaves that are
+    not matrices, such as biases and scales, go through Adam.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -209,19 +232,24 @@ def soap_muon(
       True
 
     Args:
-      learning_rate: a number or a schedule that falls, as steps do not shrink by themselves.
+      learning_rate: schedule that falls, since steps do not shrink by themselves, or a number.
         Updates have the size of Adam's: start from 1e-2.
-      b1: decay of the mean.
-      b2: decay of the second moment and of both sides' matrices.
-      eps: added to the root.
-      update_every: steps from one turn of the bases to the next. 3 was better on deep narrow
-        networks, at about twice the time.
-      rms: root mean square of a matrix's update at learning rate 1.
-      largest: sides longer than this, by default 1024, have no basis (embeddings); matrices of
-        which no side has one go through Adam and are then made orthogonal.
-      weight_decay: strength of the decoupled weight decay, multiplied by the learning rate.
-      mask: a tree of booleans, or a function that gives one, of the leaves that decay.
-      **options: the keywords of `scale_by_matrix_lre`.
+      b1: decay of the mean, in [0, 1).
+      b2: decay of the second moment and of the matrices of both sides, in [0, 1).
+      eps: number added to the root, in units of the gradient.
+      update_every: number of steps from one turn of the bases to the next. 3 was better on deep
+        narrow networks, at about twice the time.
+      rms: positive root mean square of the update of a matrix at learning rate 1.
+      largest: longest side that has a basis, by default 1024, less than that of most embeddings;
+        matrices of which no side has one go through Adam and are then made orthogonal.
+      weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
+        default.
+      mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
+        that decay; all of them by default (``None``).
+      **options: keywords of `scale_by_matrix_lre`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       ValueError: for a decay, ``eps``, ``rms`` or number of steps out of range.
@@ -245,19 +273,25 @@ def soap_muon(
         weight_decay,
         mask,
         then=orthogonalize(rms, view=options.get("view")),
-        **{"warmup_steps": 1, "largest": 1024 if largest is None else largest, **options},
+        largest=or_default(largest, 1024),
+        **with_defaults(options, warmup_steps=1),
     )
 
 
 class _LeafRMS(NamedTuple):
-    """Of every leaf, ``(n,)`` each: steps that were not zero, the average of the mean square."""
+    """State of `_scale_by_leaf_rms`, with ``(n,)`` numbers for ``n`` leaves.
+
+    Attributes:
+      count: number of updates that were not zero.
+      square: average of their mean square, not corrected for its start.
+    """
 
     count: jax.Array
     square: jax.Array
 
 
 def _scale_by_leaf_rms(decay: float, eps: float) -> optax.GradientTransformation:
-    """Divides every leaf by the root of the running average of its entries' mean square."""
+    """Divides every leaf by the root of the running average of the mean square of its entries."""
 
     def init(params: Any) -> _LeafRMS:
         n = len(jax.tree.leaves(params))
@@ -278,12 +312,18 @@ def _scale_by_leaf_rms(decay: float, eps: float) -> optax.GradientTransformation
 
 
 def _matrix_recipe(
-    learning_rate, parts, others, weight_decay, mask, then=optax.identity(), **options: Any
-):
+    learning_rate: optax.ScalarOrSchedule,
+    parts: tuple[Any, Any, Any],
+    others: optax.GradientTransformation,
+    weight_decay: Any,
+    mask: Any,
+    then: optax.GradientTransformation = optax.identity(),
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
     """`scale_by_matrix_lre`, decoupled weight decay, learning rate."""
-    options = {"rest": others, **options}
+    keywords = with_defaults(options, rest=others)
     return recipe(
-        matrix_engine(*parts, **options),
+        matrix_engine(*parts, **keywords),
         then,
         decay_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -1,7 +1,7 @@
-"""Recipes that measure curvature: quasi-Newton, Hessian, Fisher, Gauss–Newton."""
+"""Recipes that measure the curvature of the loss: quasi-Newton, Hessian, Fisher, Gauss–Newton."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import optax
@@ -10,18 +10,27 @@ from lowrank_optax import basis as bases
 from lowrank_optax import curvature as curvatures
 from lowrank_optax import inner as inners
 from lowrank_optax._core.checks import check, check_least
-from lowrank_optax.recipes._recipe import collects, or_default
+from lowrank_optax.recipes._recipe import (
+    Period,
+    PeriodicVectorOptions,
+    VectorOptions,
+    collects,
+    or_default,
+    with_defaults,
+)
 from lowrank_optax.recipes.vectors import lre
 
 
 @collects
 def lowrank_newton(
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    rank: int | None = None,
     *,
+    rank: int | None = None,
     rdamping: float = 1e-3,
     curvature: curvatures.Curvature = curvatures.BFGS(),
-    **options: Any,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    **options: Unpack[PeriodicVectorOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Newton's method with a low-rank quasi-Newton matrix and a scaled identity around it.
 
@@ -30,13 +39,14 @@ def lowrank_newton(
     .. math:: x \leftarrow x - \eta\, B^{-1} g,\quad
               B = Q\,\mathrm{diag}(\lambda)\,Q^T + \gamma\,(I - Q Q^T)
 
-    Eigenvalues count with their size, so that `SR1`'s negative ones are no ways up, and with
-    ``rdamping`` times the largest on top: without, an eigenvalue that a noisy pair or `SR1` puts
-    near zero makes one step so long that the next pairs are worthless. There is no line search:
-    where a full step is too long pass a smaller ``learning_rate``, or chain the result with
-    `optax.scale_by_zoom_linesearch`. Needs ``value_fn`` in ``update``, and the parameters;
-    ``curvature=BFGS(product=GradientDifference())`` needs the parameters only.
-    Where the Hessian may be singular, `CubicNewton` in place of ``LInv()`` bounds the step.
+    Eigenvalues count with their size, so that the negative ones of `SR1` do not make the step
+    climb. ``rdamping`` times the largest is added to all of them. Without it, a noisy pair or `SR1`
+    can put an eigenvalue near zero; the step is then so long that the next pairs are worthless.
+
+    There is no line search. Where a full step is too long, pass a smaller ``learning_rate``, or
+    chain the result with `optax.scale_by_zoom_linesearch`. Where the Hessian may be singular,
+    `CubicNewton` in place of ``LInv()`` bounds the step. ``update`` needs ``value_fn`` and the
+    parameters; with ``curvature=BFGS(product=GradientDifference())`` the parameters alone.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -51,16 +61,23 @@ def lowrank_newton(
       True
 
     Args:
-      learning_rate: 1 for Newton's step.
-      rank: how many eigenpairs of the quasi-Newton matrix are kept.
-      rdamping: share of the largest eigenvalue that is added to all for the step; 0 for the exact
-        inverse.
-      curvature: `BFGS` or `SR1`.
-      **options: the keywords of `lre` and `scale_by_lre`.
+      learning_rate: number or schedule, by default 1 for Newton's step.
+      rank: number of eigenpairs of the quasi-Newton matrix that are kept, by default 20.
+      rdamping: share of the largest eigenvalue that is added to all for the step, a number without
+        unit; 0 for the exact inverse.
+      curvature: quasi-Newton part, `BFGS` (the default) or `SR1`.
+      weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
+        default.
+      mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
+        that decay; all of them by default (``None``).
+      **options: keywords of `scale_by_lre`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: for a rank or damping out of range, or a curvature that is no correction of the
-        matrix; by ``update`` without ``value_fn``.
+      ValueError: for a rank or damping out of range, or a curvature whose corrections are for an
+        average; by ``update`` without ``value_fn``.
 
     Cost: that of `Eigen`, two more passes over the rows and one Hessian product an update.
 
@@ -69,8 +86,8 @@ def lowrank_newton(
     """
     check(
         "initial" in getattr(curvature, "needs", ()),
-        f"lowrank_newton sums corrections, those of {curvature} are for an average; combine it "
-        "with BFGS or SR1, or pass the other to lro.lre with "
+        f"lowrank_newton adds corrections up, and those of {curvature} are for an average; combine "
+        "it with BFGS or SR1, or pass this curvature to lro.lre with "
         "basis=lro.basis.Eigen(rank, beta=0.99).",
     )
     return lre(
@@ -85,20 +102,24 @@ def lowrank_newton(
             update_abs=True,
         ),
         inners.LInv(),
-        **{"complement": inners.LInv(), **options},
+        weight_decay=weight_decay,
+        mask=mask,
+        **with_defaults(options, complement=inners.LInv()),
     )
 
 
 @collects
 def adahessian(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int | None = None,
     *,
+    rank: int | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     curvature: curvatures.Curvature = curvatures.SquaredHessian(),
-    **options: Any,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    **options: Unpack[PeriodicVectorOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaHessian on the Hessian's diagonal in its own leading eigenbasis.
 
@@ -109,11 +130,11 @@ def adahessian(
               + \frac{g - Q Q^T g}{h}\Bigr),\quad
               D \leftarrow b_2 D + (1-b_2)\,\bigl(Q^T z \circ Q^T H z\bigr)^2
 
-    In the eigenbasis the diagonal is most of the Hessian, which along the parameters' axes it is
-    not. Outside it ``h`` is the root mean square eigenvalue there, from the same products: the
-    rule applied to one shared value. ``complement=None`` keeps to the basis, which is safe where
-    curvature outside varies by more than ``2 / learning_rate`` around ``h``. Needs ``value_fn`` in
-    ``update``, and the parameters.
+    In its own eigenbasis the Hessian is nearly diagonal, which along the axes of the parameters it
+    is not. Outside the basis one value stands for all: ``h`` is the root mean square eigenvalue
+    there, from the same products. ``complement=None`` keeps to the basis; it is the
+    safe choice where a curvature outside exceeds ``2 h / learning_rate``. ``update`` needs
+    ``value_fn`` and the parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -128,19 +149,27 @@ def adahessian(
       True
 
     Args:
-      learning_rate: relative to Newton's step along the basis, which is about 1.
-      rank: how many eigenpairs are kept.
-      b1: decay of the mean.
-      b2: decay of the squared estimates, an update of the basis.
-      eps: added to the root, in units of the curvature.
-      curvature: what gives the products.
-      **options: the keywords of `lre` and `scale_by_lre`; ``update_every`` for rarer products.
+      learning_rate: number or schedule, relative to Newton's step along the basis, which is about
+        1.
+      rank: number of eigenpairs that are kept, by default 20.
+      b1: decay of the mean, in [0, 1).
+      b2: decay of the squared estimates, in [0, 1), an update of the basis.
+      eps: number added to the root, in units of the curvature.
+      curvature: part that measures products, by default `SquaredHessian`.
+      weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
+        default.
+      mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
+        that decay; all of them by default (``None``).
+      **options: keywords of `scale_by_lre`; ``update_every`` makes products rarer.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       ValueError: for a rank, decay or ``eps`` out of range; by ``update`` without ``value_fn``.
 
     Cost: that of `Eigen`, and two Hessian products and one more pass over the rows on every update
-    of the basis: of the first the basis is made, with the second it is measured.
+    of the basis. The first product makes the basis, the second measures the diagonal in it.
 
     Source: Yao et al., "ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning", AAAI
     2021.
@@ -150,22 +179,26 @@ def adahessian(
         curvature,
         bases.Eigen(or_default(rank, 20), eig_tol=1e-8),
         inners.HutchinsonAdam(b1, b2, eps),
-        **{"complement": _newton_outside(curvature), **options},
+        weight_decay=weight_decay,
+        mask=mask,
+        **with_defaults(options, complement=_newton_outside(curvature)),
     )
 
 
 @collects
 def sophia_h(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int | None = None,
     *,
+    rank: int | None = None,
     b1: float = 0.965,
     b2: float = 0.99,
     eps: float = 1e-12,
     gamma: float = 0.01,
-    update_every: int | Callable[[jax.Array], jax.Array] = 10,
+    update_every: Period = 10,
     curvature: curvatures.Curvature = curvatures.SquaredHessian(),
-    **options: Any,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    **options: Unpack[VectorOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sophia-H on the Hessian's diagonal in its own leading eigenbasis.
 
@@ -177,10 +210,10 @@ def sophia_h(
               + \frac{g - Q Q^T g}{s}\Bigr),\quad
               h \leftarrow b_2 h + (1-b_2)\; Q^T z \circ Q^T H z
 
-    Outside the basis ``s`` is the root mean square eigenvalue there, from the same products; the
-    step is a share of Newton's and is not clipped. ``complement=None`` keeps to the basis;
-    ``complement=optax.scale_by_adam()`` has steps of the clipped ones' size, at two vectors of
-    state. Needs ``value_fn`` in ``update``, and the parameters.
+    Outside the basis ``s`` is the root mean square eigenvalue there, from the same products. The
+    step there is a share of Newton's and is not clipped. ``complement=None`` keeps to the basis.
+    ``complement=optax.scale_by_adam()`` takes steps of the size of the clipped ones, at two vectors
+    of state. ``update`` needs ``value_fn`` and the parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -195,22 +228,30 @@ def sophia_h(
       True
 
     Args:
-      learning_rate: the largest step along any direction of the basis.
-      rank: how many eigenpairs are kept.
-      b1: decay of the mean.
-      b2: decay of the diagonal, an update of the basis.
-      eps: the least denominator, in units of the curvature.
-      gamma: share of the curvature in the denominator: the larger, the fewer steps are clipped.
-      update_every: steps between two Hessian products.
-      curvature: what gives the products.
-      **options: the keywords of `lre` and `scale_by_lre`.
+      learning_rate: number or schedule, the largest step along any direction of the basis.
+      rank: number of eigenpairs that are kept, by default 20.
+      b1: decay of the mean, in [0, 1).
+      b2: decay of the diagonal, in [0, 1), an update of the basis.
+      eps: smallest denominator, in units of the curvature.
+      gamma: positive factor of the curvature in the denominator; the larger it is, the fewer steps
+        are clipped.
+      update_every: number of steps between two Hessian products, or a schedule of it.
+      curvature: part that measures products, by default `SquaredHessian`.
+      weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
+        default.
+      mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
+        that decay; all of them by default (``None``).
+      **options: keywords of `scale_by_lre`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       ValueError: for a rank, decay, ``eps`` or ``gamma`` out of range; by ``update`` without
         ``value_fn``.
 
     Cost: that of `Eigen`, and two Hessian products and one more pass over the rows on every update
-    of the basis: of the first the basis is made, with the second it is measured.
+    of the basis. The first product makes the basis, the second measures the diagonal in it.
 
     Source: Liu et al., "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
     Pre-training", 2023.
@@ -221,12 +262,14 @@ def sophia_h(
         bases.Eigen(or_default(rank, 20), eig_tol=1e-8),
         (inners.HutchinsonAdam(b1, b2, eps, gamma, debias=False), inners.ClipValue(1.0)),
         update_every=update_every,
-        **{"complement": _newton_outside(curvature), **options},
+        weight_decay=weight_decay,
+        mask=mask,
+        **with_defaults(options, complement=_newton_outside(curvature)),
     )
 
 
 def _newton_outside(curvature: curvatures.Curvature) -> inners.LPower:
-    """The power of the curvature outside the basis that is one over the size of a Hessian's."""
+    """The power of a curvature that is one over the size of the Hessian's eigenvalues."""
     squared = isinstance(curvature, curvatures.SquaredHessian)
     return inners.LInvSqrt() if squared else inners.LInv()
 
@@ -234,11 +277,13 @@ def _newton_outside(curvature: curvatures.Curvature) -> inners.LPower:
 @collects
 def natural_gradient(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int | None = None,
     *,
+    rank: int | None = None,
     beta: float = 0.9,
     damping: float = 1.0,
-    **options: Any,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    **options: Unpack[PeriodicVectorOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Online natural gradient: the running average of the empirical Fisher matrix, inverted.
 
@@ -248,12 +293,12 @@ def natural_gradient(
     .. math:: x \leftarrow x - \eta\,(\hat F_r + \mu I)^{-1} g,\quad
               F \leftarrow \beta F + (1-\beta) \sum_i g_i g_i^T
 
-    with ``F_r`` the ``rank`` leading eigenpairs of ``F``, corrected for its start. No direction has
-    a longer step than gradient descent of rate ``learning_rate / damping``, which is the step
-    outside the basis, inside where the gradients are small, and thus near an optimum. The default
-    damping makes that rate the learning rate itself: the recipe is stable where gradient descent of
-    the same rate is. The first step only fills the basis. Needs ``losses_fn`` and the parameters,
-    or ``per_example_grads``, in ``update``.
+    where ``F_r`` holds the ``rank`` leading eigenpairs of ``F``, and the hat corrects its start.
+    Outside the basis, and inside where gradients are small, the step is that of gradient descent
+    with the rate ``learning_rate / damping``; along no direction is it longer. Near an optimum
+    gradients are small everywhere. With the default damping that rate is the learning rate itself,
+    and the recipe is stable where gradient descent of that rate is. The first step only fills the
+    basis. ``update`` needs ``losses_fn`` and the parameters, or ``per_example_grads``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -270,13 +315,21 @@ def natural_gradient(
       True
 
     Args:
-      learning_rate: a number or a schedule; ``damping`` times the rate of gradient descent on the
-        summed loss, or less.
-      rank: how many eigenpairs are kept.
-      beta: decay of the average.
-      damping: ``mu``, added to all eigenvalues, those outside the basis included; in units of the
-        summed squared gradients, below the largest of which it has to be to change anything.
-      **options: the keywords of `lre` and `scale_by_lre`.
+      learning_rate: number or schedule, at most ``damping`` times the rate of gradient descent on
+        the summed loss.
+      rank: number of eigenpairs that are kept, by default 20.
+      beta: decay of the average, in [0, 1).
+      damping: positive number ``mu`` that is added to all eigenvalues, inside and outside the
+        basis, in units of the summed squared gradients. Far above the largest eigenvalue of ``F``
+        it leaves nothing but gradient descent.
+      weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
+        default.
+      mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
+        that decay; all of them by default (``None``).
+      **options: keywords of `scale_by_lre`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       ValueError: for a rank, decay or damping out of range; by ``update`` without per-example
@@ -299,28 +352,32 @@ def natural_gradient(
             update_damping=damping,
         ),
         inners.LInv(),
-        **{"warmup_steps": 1, "complement": 1 / damping, **options},
+        weight_decay=weight_decay,
+        mask=mask,
+        **with_defaults(options, warmup_steps=1, complement=1 / damping),
     )
 
 
 @collects
 def gauss_newton(
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    batch: int | None = None,
     *,
+    batch: int | None = None,
     damping: float = 1e-3,
-    **options: Any,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    **options: Unpack[PeriodicVectorOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Damped Gauss-Newton in the dual: exact on the current batch, at any number of parameters.
 
-    ``GaussNewton() × GGT(rank=batch, renew=True) × LInv()``: the window holds the rows of this
-    step's Jacobian and no older ones,
+    ``GaussNewton() × GGT(rank=batch, renew=True) × LInv()``: the window holds the rows of the
+    Jacobian of this step and no older ones,
 
     .. math:: x \leftarrow x - \eta\,(J^T J + \mu I)^{-1} J^T r
               = x - \eta\, J^T (J J^T + \mu I)^{-1} r
 
-    The gradient has to be ``J^T r``, that of ``‖r‖²/2``. Needs ``residuals_fn`` and the parameters
-    in ``update``. For deterministic problems, and for small residuals in float32, there is
+    The gradient has to be ``J^T r``, that of ``‖r‖²/2``. ``update`` needs ``residuals_fn`` and the
+    parameters. For deterministic problems, and for small residuals in float32, take
     `lowrank_optax.levenberg_marquardt`, whose damping adapts.
 
     Example:
@@ -330,15 +387,24 @@ def gauss_newton(
       >>> loss = lambda x: jnp.sum(residuals(x) ** 2) / 2
       >>> tx = lro.gauss_newton(batch=4, damping=1e-6)
       >>> x = jnp.zeros(9); state = tx.init(x)
-      >>> updates, state = tx.update(jax.grad(loss)(x), state, x, residuals_fn=residuals)
+      >>> update = jax.jit(lambda g, state, x: tx.update(g, state, x, residuals_fn=residuals))
+      >>> updates, state = update(jax.grad(loss)(x), state, x)
       >>> bool(loss(x + updates) < 1e-6)                  # linear: one step
       True
 
     Args:
-      learning_rate: 1 for the Gauss-Newton step.
-      batch: the most residuals that come at once, ``k``; fewer leave rows empty.
+      learning_rate: number or schedule, by default 1 for the Gauss-Newton step.
+      batch: largest number ``k`` of residuals that come at once, by default 100; fewer leave rows
+        empty.
       damping: Levenberg's ``mu``, in units of the squared gradients of the residuals.
-      **options: the keywords of `lre` and `scale_by_lre`.
+      weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
+        default.
+      mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
+        that decay; all of them by default (``None``).
+      **options: keywords of `scale_by_lre`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       ValueError: for a batch or damping out of range; by ``update`` without ``residuals_fn``, and
@@ -354,5 +420,7 @@ def gauss_newton(
         curvatures.GaussNewton(),
         bases.GGT(or_default(batch, 100), renew=True, eig_tol=0.0, update_damping=damping),
         inners.LInv(),
+        weight_decay=weight_decay,
+        mask=mask,
         **options,
     )

@@ -1,7 +1,7 @@
-"""Recipes that see the parameters as one vector, and learn from gradients alone."""
+"""Recipes that see the parameters as one vector and learn from gradients alone."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import optax
@@ -12,7 +12,14 @@ from lowrank_optax import inner as inners
 from lowrank_optax._core.checks import check_least
 from lowrank_optax._core.types import Inner
 from lowrank_optax.engine.vectors import vector_engine
-from lowrank_optax.recipes._recipe import collects, decay_weights, or_default, recipe
+from lowrank_optax.recipes._recipe import (
+    PeriodicVectorOptions,
+    collects,
+    decay_weights,
+    or_default,
+    recipe,
+    with_defaults,
+)
 
 
 @collects
@@ -28,17 +35,17 @@ def lre(
     *,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
-    **options: Any,
+    **options: Unpack[PeriodicVectorOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The low-rank eigenbasis optimizer: curvature, basis and inner parts of your choice.
+    r"""The low-rank eigenbasis optimizer, with a curvature, a basis and inner parts of your choice.
 
-    `scale_by_lre`, decoupled weight decay, and the learning rate:
+    It is `scale_by_lre`, then decoupled weight decay, then the learning rate:
 
     .. math:: x \leftarrow x - \eta\,\bigl(Q\,\mathrm{inner}(Q^T g) + \lambda_{wd}\, x\bigr)
 
-    The defaults are the parts of the original: the gradients' covariance, kept in a window of the
-    last 100, and Adam, made cautious, with a norm that follows its running average. For networks
-    with matrices see `soap_muon`.
+    The defaults are the parts of the original: the covariance of the gradients, a window of the
+    last 100 of them, and cautious Adam, with the norm of its running average. For networks with
+    matrices see `soap_muon`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -52,21 +59,24 @@ def lre(
       True
 
     Args:
-      learning_rate: a number or a schedule. The default inner parts give an update the running
-        average of the norm of Adam's updates in the basis, of at most ``rank`` coordinates where
-        Adam's has one for every parameter: start at 1, a hundred times Adam's rate.
-      curvature: what is measured, from `lowrank_optax.curvature`.
-      basis: how it is kept, from `lowrank_optax.basis`.
-      inner: what runs inside, from `lowrank_optax.inner`: one part or a sequence of them.
-      weight_decay: strength of the decoupled weight decay, multiplied by the learning rate.
-      mask: a tree of booleans, or a function that gives one, of the leaves that decay.
-      **options: the keywords of `scale_by_lre`.
+      learning_rate: number or schedule. Start at 1, a hundred times Adam's rate: the default inner
+        parts give updates the norm of Adam's in at most ``rank`` coordinates, where Adam has one
+        coordinate for every parameter.
+      curvature: part that measures, from `lowrank_optax.curvature`.
+      basis: part that keeps what was measured, from `lowrank_optax.basis`.
+      inner: part that runs in the basis, or a sequence of them, from `lowrank_optax.inner`.
+      weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
+        default.
+      mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
+        that decay; all of them by default (``None``).
+      **options: keywords of `scale_by_lre`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: as `scale_by_lre`, and by ``update`` for weight decay without params.
+      ValueError: for what `scale_by_lre` refuses and for a negative weight decay; by ``update`` for
+        weight decay without params.
 
     Cost: that of `scale_by_lre`.
 
@@ -82,11 +92,13 @@ def lre(
 @collects
 def ggt(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int | None = None,
     *,
+    rank: int | None = None,
     b1: float = 0.9,
     eps: float = 1e-2,
-    **options: Any,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    **options: Unpack[PeriodicVectorOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""GGT: the full-matrix adaptive method on a window of the last gradients.
 
@@ -95,8 +107,8 @@ def ggt(
     .. math:: x \leftarrow x - \eta\,(G G^T + \epsilon^2 I)^{-1/2}\,\hat m,\quad
               G = [g_t, \dots, g_{t-r+1}]
 
-    The paper adds ``eps`` to the root where this adds ``eps²`` under it; both are ``1/eps`` outside
-    the window, where the newest gradient has only what rounding cannot tell from zero.
+    The paper adds ``eps`` to the root; this adds ``eps²`` under it. Both are ``1/eps`` outside the
+    window, where the newest gradient has no more than rounding.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -110,13 +122,22 @@ def ggt(
       True
 
     Args:
-      learning_rate: a number or a schedule.
-      rank: the window's length. Keep it above ``1/(1-b1)``: where gradients shrink, a momentum that
-        remembers larger ones than the window does is not scaled down with them.
-      b1: decay of the momentum.
-      eps: in units of the gradient's norm: well below it, or the step becomes ``g/eps``, but not
-        below rounding, ``1e-3`` of it in float32. Multiply it along with the loss.
-      **options: the keywords of `lre` and `scale_by_lre`.
+      learning_rate: number or schedule.
+      rank: number of gradients in the window, by default 100. Keep it above ``1/(1-b1)``: where
+        gradients shrink, a momentum that reaches further back than the window still holds larger
+        ones, and is not scaled down with them.
+      b1: decay of the momentum, in [0, 1).
+      eps: damping, in units of the norm of the gradient. Well above that norm the step becomes
+        ``g/eps``; below ``1e-3`` of it, in float32, rounding is divided by it. Multiply it along
+        with the loss.
+      weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
+        default.
+      mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
+        that decay; all of them by default (``None``).
+      **options: keywords of `scale_by_lre`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       ValueError: for a rank, decay or ``eps`` out of range.
@@ -131,19 +152,23 @@ def ggt(
         curvatures.Covariance(),
         bases.GGT(or_default(rank, 100), eig_tol=0.0, update_damping=eps**2),
         (inners.EMA(b1, debias=True), inners.LInvSqrt()),
-        **{"complement": 1 / eps, **options},
+        weight_decay=weight_decay,
+        mask=mask,
+        **with_defaults(options, complement=1 / eps),
     )
 
 
 @collects
 def full_matrix_adam(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int | None = None,
     *,
+    rank: int | None = None,
     b1: float = 0.9,
     b2: float = 0.99,
     eps: float = 1e-16,
-    **options: Any,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    **options: Unpack[PeriodicVectorOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with the full matrix of second moments, in the span of the last gradients.
 
@@ -151,9 +176,10 @@ def full_matrix_adam(
 
     .. math:: x \leftarrow x - \eta\, Q\,(\hat M + \epsilon I)^{-1/2}\, \hat m
 
-    with ``M`` the average of ``u u^T`` and ``m`` that of ``u = Q^T g``, both from zero and
-    corrected for it, and the pseudo-inverse of the root: what no gradient has shown does not move.
-    The original starts ``M`` as the identity: that is ``lre`` with ``inner=FullMatrixAdam()``.
+    ``M`` is the average of ``u u^T`` and ``m`` that of ``u = Q^T g``. Both start at zero, and a hat
+    stands for the correction of that. The root is a pseudo-inverse, so nothing moves along
+    directions that no gradient has had. The original starts ``M`` as the identity; that is `lre`
+    with ``inner=FullMatrixAdam()``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -167,16 +193,23 @@ def full_matrix_adam(
       True
 
     Args:
-      learning_rate: a number or a schedule, as for Adam: an update has about the length 1 along
-        every principal axis of the gradients seen, where Adam's has it along every coordinate. The
-        first has one axis, and all of ``d`` coordinates with equal gradients are Adam's divided by
+      learning_rate: number or schedule, as for Adam. Updates have about the size 1 along every
+        principal axis of the gradients seen, where Adam's have it along every coordinate. The first
+        step has one axis: if all ``d`` coordinates have equal gradients, it is Adam's divided by
         ``sqrt(d)``.
-      rank: the window's length.
-      b1: decay of the mean.
-      b2: decay of the covariance.
-      eps: added to the covariance's eigenvalues, in units of the squared gradient: the square of
-        Adam's.
-      **options: the keywords of `lre` and `scale_by_lre`.
+      rank: number of gradients in the window, by default 100.
+      b1: decay of the mean, in [0, 1).
+      b2: decay of the covariance, in [0, 1).
+      eps: number added to the eigenvalues of the covariance, in units of the squared gradient: the
+        square of Adam's.
+      weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
+        default.
+      mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
+        that decay; all of them by default (``None``).
+      **options: keywords of `scale_by_lre`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       ValueError: for a rank, decay or ``eps`` out of range.
@@ -190,24 +223,27 @@ def full_matrix_adam(
         curvatures.Covariance(),
         bases.GGT(or_default(rank, 100)),
         inners.FullMatrixAdam(b1, b2, eps, identity=False),
+        weight_decay=weight_decay,
+        mask=mask,
         **options,
     )
 
 
 @collects
 def whiten(
-    rank: int | None = None, *, power: float = -0.25, **options: Any
+    rank: int | None = None, *, power: float = -0.25, **options: Unpack[PeriodicVectorOptions]
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Whitens gradients in the span of the last ones; stands in front of any optimizer.
+    r"""Whitens gradients in the span of the last ones, in front of any optimizer.
 
     ``Covariance() × GGT(rank, beta=1) × LPower(power)``:
 
     .. math:: g \mapsto Q\,\Lambda^{p}\,Q^T g,\quad
               Q \Lambda Q^T = \frac{1}{r} \sum_{i<r} g_{t-i}\, g_{t-i}^T
 
-    What is loud becomes quieter, and quieter directions are heard. ``p = -1/4`` leaves the learning
-    rate of what stands behind as it was; ``p = -1/2`` gains more on ill-conditioned problems, at
-    smaller rates, and loses where gradients are mostly noise.
+    Directions with large gradients are scaled down more than those with small gradients, so the
+    optimizer behind follows more of them. With ``p = -1/4`` the learning rate of that optimizer can
+    stay. ``p = -1/2`` gains more on ill-conditioned problems, at smaller rates, and loses where
+    gradients are mostly noise.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -221,9 +257,9 @@ def whiten(
       True
 
     Args:
-      rank: the window's length.
-      power: of the eigenvalues.
-      **options: the keywords of `scale_by_lre`.
+      rank: number of gradients in the window, by default 50.
+      power: power ``p`` of the eigenvalues, a number without unit.
+      **options: keywords of `scale_by_lre`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -234,30 +270,31 @@ def whiten(
     Cost: that of `GGT`: memory ``rank d``, two passes over it a step.
 
     Source: the window is that of Agarwal et al., "Efficient Full-Matrix Adaptive Regularization",
-    ICML 2019; the power and the order were found by `benchmarks/optimizers.py`.
+    ICML 2019. The power and the order were found by ``benchmarks/optimizers.py``.
     """
-    engine = _whitening(rank, power, **options)
+    engine = _whitening(rank, power, options)
     return optax.GradientTransformationExtraArgs(engine.init, engine.update)
 
 
-def _whitening(rank, power, **options: Any):
+def _whitening(rank: int | None, power: float, options: PeriodicVectorOptions) -> Any:
     """The engine of `whiten`."""
     basis, part = bases.GGT(or_default(rank, 50), beta=1.0), inners.LPower(power)
-    return vector_engine(curvatures.Covariance(), basis, part, **{"complement": part, **options})
+    keywords = with_defaults(options, complement=part)
+    return vector_engine(curvatures.Covariance(), basis, part, **keywords)
 
 
 @collects
 def whitened_adam(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int | None = None,
     *,
+    rank: int | None = None,
     power: float = -0.25,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
-    **options: Any,
+    **options: Unpack[PeriodicVectorOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam on gradients that are whitened in the span of the last ones: `whiten`, then Adam.
 
@@ -275,25 +312,30 @@ def whitened_adam(
       True
 
     Args:
-      learning_rate: a number or a schedule, as for Adam.
-      rank: the window's length.
-      power: of the eigenvalues.
-      b1: decay of Adam's mean.
-      b2: decay of Adam's second moment.
-      eps: added to Adam's root.
-      weight_decay: strength of the decoupled weight decay, multiplied by the learning rate.
-      mask: a tree of booleans, or a function that gives one, of the leaves that decay.
-      **options: the keywords of `scale_by_lre`.
+      learning_rate: number or schedule, as for Adam.
+      rank: number of gradients in the window, by default 50.
+      power: power ``p`` of the eigenvalues, a number without unit.
+      b1: decay of Adam's mean, in [0, 1).
+      b2: decay of Adam's second moment, in [0, 1).
+      eps: number added to Adam's root, in units of the whitened gradient.
+      weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
+        default.
+      mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
+        that decay; all of them by default (``None``).
+      **options: keywords of `scale_by_lre`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       ValueError: for a rank out of range.
 
     Cost: that of `whiten` and of Adam.
 
-    Source: as `whiten`.
+    Source: that of `whiten`; Kingma and Ba, "Adam", ICLR 2015.
     """
     return recipe(
-        _whitening(rank, power, **options),
+        _whitening(rank, power, options),
         optax.scale_by_adam(b1, b2, eps),
         decay_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
