@@ -234,7 +234,7 @@ def numbers(count, rng, args):
 # Streams ----------------------------------------------------------------------------------------
 
 BOUNDS = {"ggt": 5e-2, "common_directions": 5e-2, "low_rank_factor": 5e-2} | dict.fromkeys(
-    ("factor, drop oldest", "factor, drop smallest"), 5e-2
+    ("drop_oldest", "drop_smallest"), 5e-2
 )
 """Of bases that go through a Gram matrix of their columns; all others are held to 1e-5."""
 

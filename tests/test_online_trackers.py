@@ -114,7 +114,7 @@ def test_gate(name):
         assert np.sum((x @ q.T) ** 2) / len(x) > gate * np.sum(best)
         np.testing.assert_allclose(q @ q.T, np.eye(10), atol=1e-5)
         assert np.all(np.diff(lam) <= 1e-6 * lam[0]) and int(state.skipped) == 0
-        if name != "frequent_directions":  # which gives lower bounds
+        if name != "FrequentDirections":  # which gives lower bounds
             assert lam[0] == pytest.approx(best[0], rel=0.1)
 
 
