@@ -5,6 +5,7 @@ They take any state that contains a `ScaleByLREState`, including a chain's and a
 of groups of parameters, ``r`` the number of coordinates, ``m`` the number of stored rows.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,39 @@ class Summary(NamedTuple):
     zero: jax.Array
     eigh: jax.Array
     inner: jax.Array
+
+
+def parts(tx: Any) -> dict[str, Any]:
+    """What an optimizer of this library is made of: parts and options that are not the defaults.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> made = lro.diagnose.parts(lro.ggt(0.1, rank=20))
+      >>> made["curvature"], made["complement"]
+      (Covariance(), 100.0)
+
+    Args:
+      tx: what `scale_by_lre`, `scale_by_matrix_lre` or a recipe made of them returned.
+
+    Returns:
+      The arguments of the engine by name: ``curvature``, ``basis`` and ``inner`` for vectors,
+      ``short``, ``long`` and ``inner`` for matrices, and options such as ``complement``.
+
+    Raises:
+      ValueError: for a transformation that none of them returned.
+    """
+    owner = getattr(getattr(tx, "update", None), "__self__", None)
+    engine: Any = getattr(owner, "engine", owner)
+    if not dataclasses.is_dataclass(engine) or not hasattr(engine, "inner"):
+        raise ValueError(
+            f"diagnose: {tx!r} is no optimizer of this library; pass what scale_by_lre, "
+            "scale_by_matrix_lre or a recipe such as lro.soap_muon(1e-2) returned, before "
+            "optax.chain or any other wrapper."
+        )
+    fields = [field for field in dataclasses.fields(engine) if field.init]
+    given = {field.name: getattr(engine, field.name) for field in fields}
+    default = {field.name: field.default for field in fields}
+    return {name: x for name, x in given.items() if x is not default[name]}
 
 
 def summary(state: Any) -> Summary:

@@ -159,7 +159,7 @@ def scale_by_matrix_lre(
     ICML 2024; Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024; Gupta, Koren
     and Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", ICML 2018.
     """
-    engine = MatrixEngine(
+    return MatrixEngine(
         short=short,
         long=long,
         inner=inner,
@@ -173,13 +173,7 @@ def scale_by_matrix_lre(
         largest=largest,
         dtype=dtype,
         seed=seed,
-    )
-    return optax.GradientTransformationExtraArgs(engine.init, engine.update)
-
-
-def matrix_engine(short: Any, long: Any, inner: Any, **options: Any) -> "MatrixEngine":
-    """The engine of `scale_by_matrix_lre`, its arguments checked."""
-    return MatrixEngine(short=short, long=long, inner=inner, **options)
+    ).transformation
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -152,6 +152,11 @@ class Engine(abc.ABC):
         """The extra arguments that somebody reads: others would keep a step from compiling."""
         return extra
 
+    @property
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer; its `update` is this engine's own method, by which `recipe` finds it."""
+        return optax.GradientTransformationExtraArgs(self.init, self.update)
+
     # Entry --------------------------------------------------------------------------------------
 
     @full_precision

@@ -166,7 +166,7 @@ def scale_by_lre(
 
     Source: the original LRE; for the products see `lowrank_optax.recipes`.
     """
-    engine = VectorEngine(
+    return VectorEngine(
         curvature=curvature,
         basis=basis,
         inner=inner,
@@ -178,13 +178,7 @@ def scale_by_lre(
         dtype=dtype,
         axis_name=axis_name,
         seed=seed,
-    )
-    return optax.GradientTransformationExtraArgs(engine.init, engine.update)
-
-
-def vector_engine(curvature: Any, basis: Any, inner: Any, **options: Any) -> "VectorEngine":
-    """The engine of `scale_by_lre`, its arguments checked."""
-    return VectorEngine(curvature=curvature, basis=basis, inner=inner, **options)
+    ).transformation
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

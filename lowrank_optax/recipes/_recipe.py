@@ -1,5 +1,6 @@
 """What recipes share: one optimizer made of an engine and what stands behind it; their options."""
 
+import dataclasses
 import functools
 import numbers
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -12,6 +13,7 @@ import optax
 from lowrank_optax._core.checks import check_least
 from lowrank_optax._core.entry import own_arguments
 from lowrank_optax._core.states import advance_where_taken, at_least_float32
+from lowrank_optax.curvature import SideCurvature
 from lowrank_optax.inner import LPower
 
 OWNER = "recipe"
@@ -59,7 +61,9 @@ class MatrixOptions(TypedDict, total=False):
     """Keywords of `scale_by_matrix_lre` that are not in the signature of every matrix recipe.
 
     Attributes:
+      curvature: part that says what the bases learn from.
       warmup_steps: number of first steps that build the bases and return zeros for the matrices.
+      groups: function of a leaf's path to a label; matrices of one shape and label share bases.
       view: function of a leaf's path and shape to ``(rows, columns)`` or ``None``.
       rest: optimizer of the leaves that are not matrices.
       complement: what becomes of the gradient outside the bases.
@@ -67,7 +71,9 @@ class MatrixOptions(TypedDict, total=False):
       seed: integer from which random draws come.
     """
 
+    curvature: SideCurvature
     warmup_steps: int
+    groups: Callable[[Any], Hashable] | None
     view: Callable[[Any, tuple[int, ...]], tuple[int, int] | None] | None
     rest: optax.GradientTransformation | None
     complement: float | jax.Array | optax.GradientTransformation | None
@@ -76,24 +82,35 @@ class MatrixOptions(TypedDict, total=False):
 
 
 def recipe(
-    engine: Any, *behind: optax.GradientTransformation
+    head: optax.GradientTransformationExtraArgs, *behind: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """``engine``, then optax transformations whose states a bad step leaves as they were.
+    """``head``, one of this library's engines, and behind it transformations of optax.
+
+    The state is that of ``optax.chain(head, *behind)``; see `Recipe` for what is different.
+    """
+    made = Recipe(cast(Any, head.update).__self__, optax.chain(*behind))
+    return optax.GradientTransformationExtraArgs(made.init, made.update)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recipe:
+    """An engine, then optax transformations whose states a bad step leaves as they were.
 
     A leaf that the engine drops, because something was not finite, gets a zero update: no weight
     decay and no step of a momentum, and the states behind the engine do not change for it. The
     transformations get updates in float32 at least, whatever the parameters' dtype, because optax's
     ``eps`` of 1e-8 is zero in float16. The updates that come out have the dtype to which gradient
     and parameter promote, as those of optax have.
-
-    The state is that of ``optax.chain(engine, *behind)``.
     """
-    chain: Any = optax.chain(*behind)
 
-    def init(params: Any):
-        return engine.init(params), *chain.init(at_least_float32(params))
+    engine: Any
+    behind: Any
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any):
+    def init(self, params: Any):
+        return self.engine.init(params), *self.behind.init(at_least_float32(params))
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any):
+        engine, chain = self.engine, self.behind
         params, extra = own_arguments(OWNER, updates, params, extra)
         first, old = state[0], tuple(state[1:])
         step, first, dropped = engine.step(at_least_float32(updates), first, params, extra)
@@ -106,8 +123,6 @@ def recipe(
         step = [jnp.where(ok, x, 0) for ok, x in zip(on, layout.leaves(step), strict=True)]
         new = advance_where_taken(chain, layout, on, new, old)
         return layout.unflatten(step, updates), (first, *new)
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def collects(make: Callable[P, T]) -> Callable[P, T]:

@@ -12,7 +12,7 @@ from lowrank_optax import inner as inners
 from lowrank_optax._core import linalg
 from lowrank_optax._core.checks import check_least
 from lowrank_optax._core.types import SCALAR, SECOND_MOMENT, VECTOR
-from lowrank_optax.engine.matrices import matrix_engine
+from lowrank_optax.engine.matrices import scale_by_matrix_lre
 from lowrank_optax.engine.orthogonal import orthogonalize
 from lowrank_optax.recipes._recipe import (
     MatrixOptions,
@@ -323,7 +323,7 @@ def _matrix_recipe(
     """`scale_by_matrix_lre`, decoupled weight decay, learning rate."""
     keywords = with_defaults(options, rest=others)
     return recipe(
-        matrix_engine(*parts, **keywords),
+        scale_by_matrix_lre(*parts, **keywords),
         then,
         decay_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -11,7 +11,7 @@ from lowrank_optax import curvature as curvatures
 from lowrank_optax import inner as inners
 from lowrank_optax._core.checks import check_least
 from lowrank_optax._core.types import Inner
-from lowrank_optax.engine.vectors import vector_engine
+from lowrank_optax.engine.vectors import scale_by_lre
 from lowrank_optax.recipes._recipe import (
     PeriodicVectorOptions,
     collects,
@@ -83,7 +83,7 @@ def lre(
     Source: the original LRE.
     """
     return recipe(
-        vector_engine(curvature, basis, inner, **options),
+        scale_by_lre(curvature, basis, inner, **options),
         decay_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -272,15 +272,9 @@ def whiten(
     Source: the window is that of Agarwal et al., "Efficient Full-Matrix Adaptive Regularization",
     ICML 2019. The power and the order were found by ``benchmarks/optimizers.py``.
     """
-    engine = _whitening(rank, power, options)
-    return optax.GradientTransformationExtraArgs(engine.init, engine.update)
-
-
-def _whitening(rank: int | None, power: float, options: PeriodicVectorOptions) -> Any:
-    """The engine of `whiten`."""
     basis, part = bases.GGT(or_default(rank, 50), beta=1.0), inners.LPower(power)
     keywords = with_defaults(options, complement=part)
-    return vector_engine(curvatures.Covariance(), basis, part, **keywords)
+    return scale_by_lre(curvatures.Covariance(), basis, part, **keywords)
 
 
 @collects
@@ -335,7 +329,7 @@ def whitened_adam(
     Source: that of `whiten`; Kingma and Ba, "Adam", ICLR 2015.
     """
     return recipe(
-        _whitening(rank, power, options),
+        whiten(rank, power=power, **options),
         optax.scale_by_adam(b1, b2, eps),
         decay_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
