@@ -13,15 +13,19 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 OPTIONS = ("update_every", "warmup_steps", "symmetrize")
 
 
-def rows(heading):
-    """Cells of the rows of a table that name recipes, by recipe; "the same" is the cell above."""
+def rows(heading, same):
+    """Cells of the rows of a table that name recipes, by recipe.
+
+    "the same" is the cell ``same(above, cells, i)``, such as that of the row above.
+    """
     lines = iter(README.split(heading)[1].splitlines()[2:])
     found, above = [], None
     for line in lines:
         if not line.startswith("|"):
             break
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        cells = [above[i] if cell == "the same" else cell for i, cell in enumerate(cells)]
+        for i, cell in enumerate(cells):
+            cells[i] = same(above, cells, i) if cell == "the same" else cell
         above = cells
         found += [(name, cells[1:]) for name in re.findall(r"\*\*`lro\.(\w+)`\*\*", cells[0])]
     return found
@@ -53,8 +57,12 @@ def options(cells, names):
     return {name: eval(value, dict(names)) for name, value in said if name in OPTIONS}
 
 
-VECTORS = rows("| method | curvature | basis | inner | complement | needs |")
-MATRICES = rows("| method | short side | long side | inner | then |")
+VECTORS = rows(
+    "| method | curvature | basis | inner | complement | needs |", lambda above, _, i: above[i]
+)
+MATRICES = rows(
+    "| method | short side | long side | inner | then |", lambda _, cells, i: cells[i - 1]
+)
 
 
 def test_every_recipe_has_its_row():
