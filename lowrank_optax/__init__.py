@@ -8,7 +8,7 @@ under their names.
 
 import typing
 
-from lowrank_optax import basis, curvature, diagnose, inner
+from lowrank_optax import basis, curvature, diagnose, experimental, inner
 from lowrank_optax._core.devices import shardings
 from lowrank_optax._core.layout import Layout, per_leaf
 from lowrank_optax._core.types import (
@@ -83,6 +83,7 @@ __all__ = [
     "curvature",
     "default_matrix_view",
     "diagnose",
+    "experimental",
     "full_matrix_adam",
     "galore",
     "gauss_newton",

@@ -17,11 +17,11 @@ from lowrank_optax.online import trackers
 
 CURVATURES = {
     "covariance": curvature.Covariance(),
-    "covariance_times_loss": curvature.CovarianceTimesLoss(),
+    "covariance_times_loss": lro.experimental.CovarianceTimesLoss(),
     "gradient_ema": curvature.GradientEMA(),
-    "updates": curvature.Updates(),
-    "parameters": curvature.Parameters(),
-    "unrolled_gauss_newton": curvature.UnrolledGaussNewton(history=3),
+    "updates": lro.experimental.Updates(),
+    "parameters": lro.experimental.Parameters(),
+    "unrolled_gauss_newton": lro.experimental.UnrolledGaussNewton(history=3),
     "hutchinson": curvature.HutchinsonHessian(),
     "squared_hessian": curvature.SquaredHessian(),
     "bfgs": curvature.BFGS(),

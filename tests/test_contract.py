@@ -119,7 +119,7 @@ def test_parts_are_abstract_or_final(module):
 @pytest.mark.parametrize(
     "modules, registry, base",
     [
-        ((lro.curvature,), CURVATURES, lro.curvature.Curvature),
+        ((lro.curvature, lro.experimental), CURVATURES, lro.curvature.Curvature),
         ((lro.basis, lro.online), BASES | MORE_BASES, lro.basis.Basis),
         ((lro.inner,), INNERS, None),
     ],

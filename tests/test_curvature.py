@@ -572,7 +572,7 @@ def stream(steps=7):
 
 def columns_of(part, grads, params, values):
     """The columns as defined, one for each step."""
-    if isinstance(part, curvature.CovarianceTimesLoss):
+    if isinstance(part, lro.experimental.CovarianceTimesLoss):
         lowest = [
             0.0 if i == 0 or not part.adaptive else values[:i].min() for i in range(len(values))
         ]
@@ -583,9 +583,9 @@ def columns_of(part, grads, params, values):
             mean = mean + (1 - part.beta) * (g - mean)
             out.append(mean)
         return np.array(out)
-    if isinstance(part, curvature.Parameters):
+    if isinstance(part, lro.experimental.Parameters):
         return params
-    if isinstance(part, curvature.Updates):
+    if isinstance(part, lro.experimental.Updates):
         return np.concatenate([grads[:1], np.diff(params, axis=0)])
     return grads
 
@@ -595,12 +595,12 @@ def columns_of(part, grads, params, values):
     "part",
     [
         curvature.Covariance(),
-        curvature.CovarianceTimesLoss(),
-        curvature.CovarianceTimesLoss(adaptive=False),
+        lro.experimental.CovarianceTimesLoss(),
+        lro.experimental.CovarianceTimesLoss(adaptive=False),
         curvature.GradientEMA(0.7),
-        curvature.Parameters(),
-        curvature.Updates(),
-        curvature.UnrolledGaussNewton(history=3),
+        lro.experimental.Parameters(),
+        lro.experimental.Updates(),
+        lro.experimental.UnrolledGaussNewton(history=3),
     ],
     ids=repr,
 )
@@ -619,7 +619,7 @@ def test_collected_columns(part, every, x64):
             b = b + ys[since : t + 1].T @ ys[since : t + 1]
             since = t + 1
         g = grads[t]
-        if isinstance(part, curvature.UnrolledGaussNewton):
+        if isinstance(part, lro.experimental.UnrolledGaussNewton):
             recent = slice(max(0, t - 2), t + 1)
             g = grads[recent].T @ values[recent]
         np.testing.assert_allclose(dense(state), b, atol=1e-9)
@@ -629,10 +629,10 @@ def test_collected_columns(part, every, x64):
 def test_dropped_step_is_not_collected(x64):
     grads, params, values = stream()
     for part, every in (
-        (curvature.CovarianceTimesLoss(), 2),
+        (lro.experimental.CovarianceTimesLoss(), 2),
         (curvature.GradientEMA(), 1),
-        (curvature.Updates(), 2),
-        (curvature.UnrolledGaussNewton(), 1),
+        (lro.experimental.Updates(), 2),
+        (lro.experimental.UnrolledGaussNewton(), 1),
         (curvature.BFGS(), 1),
     ):
         init, update = optimizer(part, basis.FullMatrix(None), inner.LInv(), update_every=every)
@@ -646,7 +646,7 @@ def test_dropped_step_is_not_collected(x64):
 
 def test_unrolled_survives_a_loss_that_is_not_finite(x64):
     grads, params, values = stream()
-    init, update = optimizer(curvature.UnrolledGaussNewton(), basis.GGT(3), inner.LInv())
+    init, update = optimizer(lro.experimental.UnrolledGaussNewton(), basis.GGT(3), inner.LInv())
     update, state = update(), init(jnp.zeros(D))
     for t, v in enumerate([1.0, jnp.inf, 2.0]):
         u, state = update(jnp.asarray(grads[t]), state, value=v)
@@ -658,7 +658,7 @@ def test_differences_of_parameters_are_not_rounded_to_the_rows():
     h, _, _ = quadratic()
     h = h.astype(jnp.float32)
     loss = lambda x: 0.5 * (x - 100) @ h @ (x - 100)
-    part = curvature.Updates()
+    part = lro.experimental.Updates()
     init, update = optimizer(part, basis.GGT(3), inner.LPower(1.0), dtype=jnp.bfloat16)
     x = jnp.full(D, 101.0)
     update, state = update(), init(x)
@@ -737,8 +737,8 @@ def test_dual_gauss_newton_step(x64):
 @pytest.mark.parametrize(
     "part, name, given",
     [
-        (curvature.CovarianceTimesLoss(), "value", {}),
-        (curvature.UnrolledGaussNewton(), "value", {}),
+        (lro.experimental.CovarianceTimesLoss(), "value", {}),
+        (lro.experimental.UnrolledGaussNewton(), "value", {}),
         (curvature.HutchinsonHessian(), "value_fn", {}),
         (curvature.HutchinsonHessian(product=curvature.CentralDifference()), "value_fn", {}),
         (curvature.HutchinsonHessian(product=curvature.ForwardDifference()), "value_fn", {}),
@@ -748,8 +748,8 @@ def test_dual_gauss_newton_step(x64):
         (curvature.EmpiricalFisher(), "losses_fn", {}),
         (curvature.EmpiricalFisher(), "per_example_grads", {}),
         (curvature.GaussNewton(), "residuals_fn", {}),
-        (curvature.Parameters(), "params", None),
-        (curvature.Updates(), "params", None),
+        (lro.experimental.Parameters(), "params", None),
+        (lro.experimental.Updates(), "params", None),
         (curvature.HutchinsonHessian(), "params", None),
         (curvature.BFGS(), "params", None),
         (curvature.GaussNewton(), "params", None),
@@ -779,7 +779,7 @@ def test_missing_arguments_are_named(part, name, given):
         lambda: curvature.ShorR(alpha=1.0),
         lambda: curvature.ShorR(gamma=None),
         lambda: curvature.EmpiricalFisher(chunk=0),
-        lambda: curvature.UnrolledGaussNewton(history=0),
+        lambda: lro.experimental.UnrolledGaussNewton(history=0),
         lambda: curvature.ForwardDifference(0.0),
         lambda: curvature.CentralDifference(-1.0),
         lambda: curvature.MixedProbe(()),
@@ -808,11 +808,11 @@ def test_per_example_grads_of_another_shape():
 @pytest.mark.parametrize(
     "part, every",
     [
-        (curvature.CovarianceTimesLoss(), 2),
+        (lro.experimental.CovarianceTimesLoss(), 2),
         (curvature.GradientEMA(), 1),
-        (curvature.Parameters(), 2),
-        (curvature.Updates(), 1),
-        (curvature.UnrolledGaussNewton(history=2), 1),
+        (lro.experimental.Parameters(), 2),
+        (lro.experimental.Updates(), 1),
+        (lro.experimental.UnrolledGaussNewton(history=2), 1),
         (curvature.HutchinsonHessian(probe=curvature.GradientProbe(), orthogonalize=True), 1),
         (curvature.BFGS(), 2),
         (curvature.SR1(product=curvature.GradientDifference()), 1),

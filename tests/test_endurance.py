@@ -222,7 +222,7 @@ def test_what_was_collected_cannot_block_the_basis(monkeypatch):
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
 def test_a_loss_that_is_not_finite_is_not_collected(value):
     tx = lro.scale_by_lre(
-        lro.curvature.CovarianceTimesLoss(), BASES["ggt"], DEFAULT, update_every=3
+        lro.experimental.CovarianceTimesLoss(), BASES["ggt"], DEFAULT, update_every=3
     )
     step = lambda state, given: (tx.update(given[0], state, value=given[1])[1], None)
     state = tx.init(jax.tree.map(lambda x: x[0], NOISE))

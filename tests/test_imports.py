@@ -17,7 +17,7 @@ MODULES = {
 LAYERS = (
     {"_core"},
     {"curvature", "basis", "inner", "spectral", "diagnose"},
-    {"engine", "online", "least_squares"},
+    {"engine", "online", "least_squares", "experimental"},
     {"recipes"},
     {"training"},
 )

@@ -8,7 +8,7 @@ arrays with a leading axis of groups; nothing here ever concatenates the leaves.
 On several devices rows and vectors are split along their last axis over as many axes of the mesh as
 divide it, whatever the parameter's own sharding: moving one gradient costs ``d``, moving the rows
 ``m d``. The mesh is that of the leaves, which carry it in their types; small algebra is on all
-devices. `alike` is how a step enters and leaves this arrangement.
+devices. `sharded_like` is how a step enters and leaves this arrangement.
 """
 
 import dataclasses

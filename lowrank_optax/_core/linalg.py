@@ -94,7 +94,7 @@ def eigh_by_size(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 def finite(*arrays: jax.Array) -> jax.Array:
     """Whether every entry of every array is finite."""
     top = jnp.stack([_top(a) for a in arrays])
-    # In halves for the reason that `_tree._total` has.
+    # In halves, for the reason that `layout._total` gives.
     halves = jnp.max(jnp.reshape(jnp.pad(top, (0, len(top) % 2)), (-1, 2)), axis=0)
     return jnp.isfinite(jnp.maximum(halves[0], halves[1]))
 

@@ -9,12 +9,9 @@ products, and `products` the ways to compute them. `sides` holds what is measure
 from lowrank_optax.curvature._curvature import Curvature, Evidence, Observation
 from lowrank_optax.curvature.covariance import (
     Covariance,
-    CovarianceTimesLoss,
     GradientEMA,
-    Parameters,
-    Updates,
 )
-from lowrank_optax.curvature.examples import EmpiricalFisher, GaussNewton, UnrolledGaussNewton
+from lowrank_optax.curvature.examples import EmpiricalFisher, GaussNewton
 from lowrank_optax.curvature.hessian import HutchinsonHessian, SquaredHessian
 from lowrank_optax.curvature.probes import (
     GradientProbe,
@@ -36,7 +33,6 @@ __all__ = [
     "BFGS",
     "CentralDifference",
     "Covariance",
-    "CovarianceTimesLoss",
     "Curvature",
     "EmpiricalFisher",
     "Evidence",
@@ -50,7 +46,6 @@ __all__ = [
     "MixedProbe",
     "NormalProbe",
     "Observation",
-    "Parameters",
     "RademacherProbe",
     "SR1",
     "ShorR",
@@ -59,6 +54,4 @@ __all__ = [
     "SideCurvature",
     "SquaredHessian",
     "StepProbe",
-    "UnrolledGaussNewton",
-    "Updates",
 ]

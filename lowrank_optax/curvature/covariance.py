@@ -167,7 +167,7 @@ class CovarianceTimesLoss(Collecting):
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> curvature, whole = lro.curvature.CovarianceTimesLoss(), lro.basis.FullMatrix(None)
+      >>> curvature, whole = lro.experimental.CovarianceTimesLoss(), lro.basis.FullMatrix(None)
       >>> tx = lro.scale_by_lre(curvature, whole, lro.inner.LInvSqrt())
       >>> g = jnp.array([1.0, 2.0])
       >>> _, state = tx.update(g, tx.init(g), value=3.0)
@@ -280,7 +280,7 @@ class Parameters(Collecting):
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> curvature, whole = lro.curvature.Parameters(), lro.basis.FullMatrix(None)
+      >>> curvature, whole = lro.experimental.Parameters(), lro.basis.FullMatrix(None)
       >>> tx = lro.scale_by_lre(curvature, whole, lro.inner.LInvSqrt())
       >>> g, x = jnp.array([1.0, 0.0]), jnp.array([1.0, 2.0])
       >>> _, state = tx.update(g, tx.init(x), x)
@@ -323,7 +323,7 @@ class Updates(Collecting):
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> curvature, whole = lro.curvature.Updates(), lro.basis.FullMatrix(None)
+      >>> curvature, whole = lro.experimental.Updates(), lro.basis.FullMatrix(None)
       >>> tx = lro.scale_by_lre(curvature, whole, lro.inner.LInvSqrt())
       >>> g, x = jnp.array([1.0, 0.0]), jnp.zeros(2); state = tx.init(x)
       >>> for step in jnp.array([[0.0, 0.0], [0.0, 2.0]]):

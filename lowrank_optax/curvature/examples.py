@@ -169,7 +169,7 @@ class UnrolledGaussNewton(Collecting):
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> curvature, whole = lro.curvature.UnrolledGaussNewton(), lro.basis.FullMatrix(None)
+      >>> curvature, whole = lro.experimental.UnrolledGaussNewton(), lro.basis.FullMatrix(None)
       >>> tx = lro.scale_by_lre(curvature, whole, lro.inner.EMA(0.0))
       >>> g = jnp.array([1.0, 2.0])
       >>> updates, _ = tx.update(g, tx.init(g), value=3.0)
