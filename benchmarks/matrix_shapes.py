@@ -54,7 +54,7 @@ def one_sided(rank: int) -> Callable[[optax.Schedule], optax.GradientTransformat
 
 def one_sided_soap(rate: optax.Schedule) -> optax.GradientTransformation:
     """SOAP's shorter side alone."""
-    side = lro.basis.FullMatrix(0.95, every=10, eig_tol=0.0)
+    side = lro.basis.FullMatrix(0.95, update_every=10, eig_tol=0.0)
     inside = lro.scale_by_matrix_lre(side, None, lro.inner.Adam(0.95, 0.95))
     return optax.chain(inside, optax.scale_by_learning_rate(rate))
 

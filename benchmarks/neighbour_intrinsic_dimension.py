@@ -4,7 +4,7 @@ A network of ``d`` parameters trains in a subspace of dimension ``r`` through it
 ``params = start + Q z``. The intrinsic dimension is the least ``r`` that reaches 90 % of the
 accuracy of training all parameters. Three subspaces:
 
-    random       fixed from the start, `basis.Random(r, redraw=None)`
+    random       fixed from the start, `basis.Random(r, update_every=None)`
     trajectory   the leading principal directions of the parameters along a full run: `Operator`
     moving       that of the last ``r`` gradients, `basis.GGT(r)`: not a subspace but a sequence
 
@@ -80,7 +80,7 @@ def sweep(
     correct = lambda params: accuracy(params, data.x_test, data.y_test)
     full, path = train(optax.adam(3e-3), start, data, key, steps)
     optimizers = {
-        "random": lambda r: inside(basis.Random(r, redraw=None), 0.1),
+        "random": lambda r: inside(basis.Random(r, update_every=None), 0.1),
         "trajectory": lambda r: projected(trajectory(start, path, r), optax.adam(0.1)),
         "moving": lambda r: inside(basis.GGT(r), 0.1),
     }

@@ -276,7 +276,7 @@ MATRICES = {
         lro.basis.SubspaceIteration(2, 0.0), None, lro.inner.EMA(0.5), update_every=2
     ),
     "soap": lambda: lro.scale_by_matrix_lre(
-        lro.basis.FullMatrix(0.9, every=2), lro.basis.FullMatrix(0.9), lro.inner.EMA(0.5)
+        lro.basis.FullMatrix(0.9, update_every=2), lro.basis.FullMatrix(0.9), lro.inner.EMA(0.5)
     ),
 }
 

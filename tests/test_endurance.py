@@ -114,7 +114,7 @@ def test_tally_keeps_its_remainder(period):
 
 
 def test_a_full_matrix_turns_after_its_counter_has_ended():
-    basis = lro.basis.FullMatrix(0.9, every=3)
+    basis = lro.basis.FullMatrix(0.9, update_every=3)
     state = trials.aged(basis.init(LAYOUT, jax.random.key(0)), LAST - LAST % 3)
     turns = []
     absorb = jax.jit(

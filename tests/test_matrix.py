@@ -197,13 +197,15 @@ def test_full_matrix_turns_now_and_then(x64):
     """It averages every gradient, and its eigenvectors are those of the last turn."""
     grads = noise(2, 7, 3, 4)
     often, seldom = (
-        steps(lro.scale_by_matrix_lre(basis.FullMatrix(0.9, every=n), None, KEEP), grads)[1]
+        steps(lro.scale_by_matrix_lre(basis.FullMatrix(0.9, update_every=n), None, KEEP), grads)[1]
         for n in (1, 3)
     )
     often, seldom = (s.matrices["3x4"].basis.short for s in (often, seldom))
     np.testing.assert_allclose(often.matrix, seldom.matrix, rtol=1e-12)
     np.testing.assert_allclose(often.t, seldom.t, rtol=1e-12)  # the seventh is a turn for both
-    state = steps(lro.scale_by_matrix_lre(basis.FullMatrix(0.9, every=3), None, KEEP), grads[:6])
+    state = steps(
+        lro.scale_by_matrix_lre(basis.FullMatrix(0.9, update_every=3), None, KEEP), grads[:6]
+    )
     state = state[1].matrices["3x4"].basis.short
     b = sum(0.1 * 0.9 ** (3 - i) * np.asarray(g @ g.T) for i, g in enumerate(grads[:4]))
     np.testing.assert_allclose(state.t[0].T * state.lam[0] @ state.t[0], b, atol=1e-12)
@@ -552,7 +554,7 @@ def test_polar_soap_is_soap_made_orthogonal(x64):
     inside = inner.Optax(
         rule, laws=optax.ScaleByAdamState(lro.SCALAR, lro.VECTOR, lro.SECOND_MOMENT)
     )
-    side = basis.FullMatrix(0.9, every=2, eig_tol=0.0)
+    side = basis.FullMatrix(0.9, update_every=2, eig_tol=0.0)
     plain, _ = steps(lro.scale_by_matrix_lre(side, side, inside, warmup_steps=1), grads)
     ours, _ = steps(lro.soap_muon(0.1, b1=0.9, b2=0.9, update_every=2), grads)
     polar = lro.orthogonalize()

@@ -22,7 +22,7 @@ GROUPS = {
 B = lro.basis
 SELECTIONS = {
     "permutation": B.RandomPermutation(4),
-    "permutation_slow": B.RandomPermutation(4, redraw=2),
+    "permutation_slow": B.RandomPermutation(4, update_every=2),
     "permutation_all": B.RandomPermutation(30),
     "topk": B.TopK(4),
     "topk_sum": B.TopK(4, beta=None),
@@ -34,7 +34,7 @@ SELECTIONS = {
 }
 BASES = SELECTIONS | {
     "random": B.Random(4),
-    "random_all": B.Random(30, redraw=2),
+    "random_all": B.Random(30, update_every=2),
 }
 SIGNED = ("topk", "topk_sum", "weighted")
 
@@ -229,7 +229,7 @@ def test_random_is_orthonormal_in_float32(d):
 
 
 def test_random_redraws_when_it_should():
-    cases = ((B.Random(3, redraw=None), [0, 0, 0]), (B.RandomPermutation(3, 2), [0, 1, 0]))
+    cases = ((B.Random(3, update_every=None), [0, 0, 0]), (B.RandomPermutation(3, 2), [0, 1, 0]))
     for basis, changes in cases:
         tx = lro.scale_by_lre(lro.curvature.Covariance(), basis, lro.inner.Adam())
         state, seen = tx.init(jnp.zeros(50)), []
@@ -332,12 +332,12 @@ def test_refusals():
     lro.scale_by_lre(lro.curvature.Covariance(), B.TopK(3), lro.inner.LInv())
     for make in (
         lambda: B.Random(0),
-        lambda: B.Random(3, redraw=0),
+        lambda: B.Random(3, update_every=0),
         lambda: B.RandomPermutation(2.5),
         lambda: B.TopK(3, beta=1.0),
         lambda: B.WeightedPermutation(3, power=-1.0),
         lambda: B.Histogram(3, beta=None),
-        lambda: B.RandomPermutation(3, redraw=0),
+        lambda: B.RandomPermutation(3, update_every=0),
     ):
         with pytest.raises(ValueError, match="pass a"):
             make()

@@ -169,7 +169,7 @@ def test_layers_along_an_axis():
 
 def test_what_is_done_now_and_then_stays_in_its_loop():
     """XLA takes out of loops what does not depend on them, and would do it at every step."""
-    side = lro.basis.FullMatrix(every=10)
+    side = lro.basis.FullMatrix(update_every=10)
     tx = lro.scale_by_matrix_lre(side, None, lro.inner.Adam())
     leaf = jnp.zeros((5, 9))
     entry = entry_of(jax.jit(tx.update), leaf, tx.init(leaf))

@@ -72,7 +72,7 @@ class FullMatrix(Dense, Regularized):
     Args:
       beta: decay per correction, in [0, 1), default 0.9; ``None`` sums instead. What remains of
         ``B_0`` is not corrected for.
-      every: number of corrections from one eigendecomposition to the next, at least 1, default 1.
+      update_every: number of corrections from one eigendecomposition to the next, at least 1, default 1.
         The first correction always has one. In between only the matrix changes.
       eig_tol: share of the largest eigenvalue at or below which an eigenvalue is dropped, without
         unit, default 1e-12. Its direction is dropped with it if ``eig_tol`` is above rounding.
@@ -80,9 +80,9 @@ class FullMatrix(Dense, Regularized):
     The remaining keywords are those of `Regularized`.
 
     Raises:
-      ValueError: for a ``beta``, ``every`` or tolerance out of range.
+      ValueError: for a ``beta``, ``update_every`` or tolerance out of range.
 
-    Cost: memory ``2 d²``; a correction ``2 d² k`` flops, and once in ``every`` corrections an
+    Cost: memory ``2 d²``; a correction ``2 d² k`` flops, and once in ``update_every`` corrections an
     ``eigh`` of size ``d`` (``9 d³`` flops): for tests, toy problems and the sides of matrices.
     Groups of different sizes are padded to the largest.
 
@@ -92,19 +92,19 @@ class FullMatrix(Dense, Regularized):
     provides: ClassVar[frozenset[str]] = frozenset({"eigenvalues", "initial", "outside"})
 
     beta: float | None = 0.9
-    every: int = dataclasses.field(default=1, kw_only=True)
+    update_every: int = dataclasses.field(default=1, kw_only=True)
     eig_tol: float = dataclasses.field(default=1e-12, kw_only=True)
 
     def __post_init__(self):
         Regularized.__post_init__(self)
         if self.beta is not None:
             check_decay("FullMatrix", "beta", self.beta)
-        check_count("FullMatrix", "every", self.every)
+        check_count("FullMatrix", "update_every", self.update_every)
 
     @property
     def every_step(self) -> bool:
         """Whether it is known before tracing that each correction turns the basis."""
-        return isinstance(self.every, numbers.Integral) and self.every == 1
+        return isinstance(self.update_every, numbers.Integral) and self.update_every == 1
 
     def coordinates(self, layout: Layout) -> int:
         return max(layout.dims)
@@ -160,7 +160,7 @@ class FullMatrix(Dense, Regularized):
         return (
             state._replace(
                 matrix=jnp.where(ok[:, None, None], matrix, state.matrix),
-                updates=linalg.tally(state.updates, ok, self.every),
+                updates=linalg.tally(state.updates, ok, self.update_every),
             ),
             ok,
             accept & ~fine,
@@ -168,7 +168,7 @@ class FullMatrix(Dense, Regularized):
 
     def turning(self, state: FullMatrixState) -> jax.Array:
         """Groups ``(n,)`` whose eigenvectors are to follow the matrix that was gathered last."""
-        return (state.updates - 1) % self.every == 0
+        return (state.updates - 1) % self.update_every == 0
 
     def turn(
         self, matrix: jax.Array, state: FullMatrixState, when: jax.Array, signed: bool = False

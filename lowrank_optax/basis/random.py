@@ -44,7 +44,7 @@ class Random(Basis):
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.scale_by_lre(
-      ...     lro.curvature.Covariance(), lro.basis.Random(3, redraw=None), lro.inner.EMA(0.0))
+      ...     lro.curvature.Covariance(), lro.basis.Random(3, update_every=None), lro.inner.EMA(0.0))
       >>> state = tx.init(jnp.zeros(3))
       >>> updates, state = tx.update(jnp.array([1., 2., 3.]), state)
       >>> print((updates * 10).round())           # three dimensions of three are the whole space
@@ -53,11 +53,11 @@ class Random(Basis):
     Args:
       rank: dimension ``r`` of the subspace, at least 1. A group with fewer parameters is spanned
         whole.
-      redraw: number of updates of the basis from one draw to the next, at least 1, default 1;
+      update_every: number of updates of the basis from one draw to the next, at least 1, default 1;
         ``None`` keeps the first draw.
 
     Raises:
-      ValueError: for a rank or ``redraw`` below 1.
+      ValueError: for a rank or ``update_every`` below 1.
 
     Cost: memory ``r d``; a step two passes over the rows (``4 r d`` flops), a draw ``r d`` normal
     numbers and ``12 d r²`` flops, in place.
@@ -67,13 +67,13 @@ class Random(Basis):
     """
 
     rank: int
-    redraw: int | None = 1
+    update_every: int | None = 1
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
         fix_size(self, "rank")
-        if self.redraw is not None:
-            check_count("Random", "redraw", self.redraw)
+        if self.update_every is not None:
+            check_count("Random", "update_every", self.update_every)
 
     def coordinates(self, layout: Layout) -> int:
         return self.rank
@@ -97,7 +97,7 @@ class Random(Basis):
         accept: jax.Array,
         key: jax.Array,
     ) -> BasisUpdate:
-        due = is_due(state.updates, self.redraw)
+        due = is_due(state.updates, self.update_every)
         drawn = accept & due
         live = jnp.arange(self.rank)[None] < jnp.asarray(layout.dims)[:, None]
         each = layout.to_leaves(live)
@@ -127,7 +127,7 @@ class Random(Basis):
             pick(gram, state.gram),
             t,
             lam,
-            linalg.tally(state.updates, accept & ~failed, self.redraw or 1),
+            linalg.tally(state.updates, accept & ~failed, self.update_every or 1),
         )
         return BasisUpdate(new, c, u, failed)
 
@@ -135,6 +135,6 @@ class Random(Basis):
         return Eigenbasis(state.lam, state.lam != 0)
 
 
-def is_due(updates: jax.Array, redraw: int | None) -> jax.Array:
+def is_due(updates: jax.Array, update_every: int | None) -> jax.Array:
     """Whether the update that comes after ``updates`` of them draws anew."""
-    return updates == 0 if redraw is None else updates % redraw == 0
+    return updates == 0 if update_every is None else updates % update_every == 0

@@ -132,11 +132,11 @@ class RandomPermutation(Selection):
 
     Args:
       rank: number ``r`` of coordinates, at least 1. Of a smaller group all are taken.
-      redraw: number of updates of the basis from one draw to the next, at least 1, default 1;
+      update_every: number of updates of the basis from one draw to the next, at least 1, default 1;
         ``None`` keeps the first draw.
 
     Raises:
-      ValueError: for a rank or ``redraw`` below 1; by ``init``, for groups of 2^31 entries.
+      ValueError: for a rank or ``update_every`` below 1; by ``init``, for groups of 2^31 entries.
 
     Cost: memory ``r``; a step ``O(r)``, a draw ``r²``, whatever ``d`` is.
 
@@ -144,17 +144,17 @@ class RandomPermutation(Selection):
     Floyd's, Bentley and Floyd, "A sample of brilliance", 1987.
     """
 
-    redraw: int | None = 1
+    update_every: int | None = 1
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
         super().__post_init__()
-        if self.redraw is not None:
-            check_count("RandomPermutation", "redraw", self.redraw)
+        if self.update_every is not None:
+            check_count("RandomPermutation", "update_every", self.update_every)
 
     @property
     def period(self) -> int:
-        return self.redraw or 1
+        return self.update_every or 1
 
     def choose(
         self, layout: Layout, state: SelectionState, correction: SymmetricCorrection, key: jax.Array
@@ -162,7 +162,7 @@ class RandomPermutation(Selection):
         drawn = jax.vmap(partial(_sample, rank=self.rank))(
             jax.random.split(key, layout.n), jnp.asarray(layout.dims)
         )
-        index = jnp.where(is_due(state.updates, self.redraw)[:, None], drawn, state.indices)
+        index = jnp.where(is_due(state.updates, self.update_every)[:, None], drawn, state.indices)
         return (), index, (index >= 0).astype(layout.dtype), jnp.ones(layout.n, bool)
 
 

@@ -24,7 +24,7 @@ from lowrank_optax._core.types import (
 )
 from lowrank_optax.basis import Basis, FullMatrix
 from lowrank_optax.curvature.sides import SideCovariance, SideCurvature
-from lowrank_optax.engine.matrix_space import MatrixParts, MatrixSpace, deal
+from lowrank_optax.engine.matrix_space import MatrixParts, MatrixSpace
 from lowrank_optax.engine.space import (
     Given,
     GroupState,
@@ -91,7 +91,7 @@ def scale_by_matrix_lre(
     short, long                      inner       is, but for what its recipe says
     ================================ =========== ===============================
     SubspaceIteration(r, 0), None    Adam        GaLore (`galore`)
-    FullMatrix(b2, every=10) twice   Adam        SOAP (`soap`)
+    FullMatrix(b2, update_every=10) twice   Adam        SOAP (`soap`)
     FullMatrix(None) twice           LInvSqrt    Shampoo
     ================================ =========== ===============================
 
@@ -123,7 +123,7 @@ def scale_by_matrix_lre(
       curvature: what the bases learn from, by default the gradient's covariance on both sides.
       update_every: steps between two updates of the bases, or a schedule of the number of steps
         taken. The first step always updates. Only the gradients of those steps are seen;
-        ``FullMatrix(every=10)`` sees all and turns at every tenth.
+        ``FullMatrix(update_every=10)`` sees all and turns at every tenth.
       warmup_steps: number of first steps that build the bases and return zeros for the matrices.
         In two bases of full rank that have seen one gradient only, that gradient is diagonal; its
         other coordinates are rounding errors, which Adam would blow up.
@@ -242,7 +242,9 @@ class MatrixEngine(Engine):
         # `optax.tree.map_params` inits a tree without leaves, to find out where parameters are: one
         # number stands for all of this, of which nothing has the structure of the parameters.
         known = lambda make: make() if layout.names else jnp.zeros(())
-        matrices = {name: deal(space.init(keys), layout.mesh) for name, space in spaces.items()}
+        matrices = {
+            name: share_out(space.init(keys), layout.mesh) for name, space in spaces.items()
+        }
         inside, tx = _places(spaces), self.complement
         beyond = isinstance(tx, optax.GradientTransformation)
         others = [i for i in range(len(layout.names)) if i not in inside]

@@ -31,7 +31,7 @@ from lowrank_optax.engine.space import (
     stayed,
 )
 
-deal = partial(split_over_devices, axes=(0, -1))
+share_out = partial(split_over_devices, axes=(0, -1))
 """Arrays of ``n`` groups dealt out to the devices, or split along their last axis."""
 
 
@@ -162,7 +162,7 @@ class MatrixSpace(Space):
             for i, turned in zip(self.places, sum(self.turned, []), strict=True)
         ]
         g = jnp.reshape(jnp.stack(flat).astype(self.dtype), (self.n, m, a, b))
-        return deal(g, self.mesh)
+        return share_out(g, self.mesh)
 
     def write(self, step: jax.Array) -> dict[int, jax.Array]:
         _, _, a, b = self.shape

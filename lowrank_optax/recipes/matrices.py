@@ -121,7 +121,7 @@ def soap(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP: Adam in the eigenbases of Shampoo's two matrices.
 
-    ``FullMatrix(b2, every=update_every)`` on both sides × ``Adam(b1, b2)``:
+    ``FullMatrix(b2, update_every=update_every)`` on both sides × ``Adam(b1, b2)``:
 
     .. math:: X \leftarrow X - \eta\,Q_L\,\mathrm{Adam}(Q_L^T G\,Q_R)\,Q_R^T,\quad
               L \leftarrow b_2 L + (1-b_2) G G^T,\ R \leftarrow b_2 R + (1-b_2) G^T G
@@ -178,7 +178,7 @@ def soap(
     """
     if rank is None:
         # Adam does not read eigenvalues, so small ones do no harm and no direction is dropped.
-        side = bases.FullMatrix(b2, every=update_every, eig_tol=0.0)
+        side = bases.FullMatrix(b2, update_every=update_every, eig_tol=0.0)
         keywords = with_defaults(options, update_every=1)
     else:
         side = bases.SubspaceIteration(rank, b2)
@@ -259,7 +259,7 @@ def soap_muon(
     Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024; Jordan et al.,
     "Muon", 2024.
     """
-    side = bases.FullMatrix(b2, every=update_every, eig_tol=0.0)
+    side = bases.FullMatrix(b2, update_every=update_every, eig_tol=0.0)
     laws: Any = optax.ScaleByAdamState(
         SCALAR,  # pyright: ignore[reportArgumentType]
         VECTOR,  # pyright: ignore[reportArgumentType]

@@ -16,7 +16,7 @@ class Oja(MomentMethod):
 
     .. math:: G = \tfrac{1}{B} (f\, (M \circ A) - T f)
 
-    `online.trackers.Oja` is the same rule for a stream of vectors.
+    `online.trackers.oja` is the same rule for a stream of vectors.
 
     Limits: it is stable where ``A`` is positive, and modes end orthonormal. It is meant for linear
     parametrisations, where ``-G`` is the rule itself; it is not the gradient of a function.
@@ -53,7 +53,7 @@ class Krasulina(MomentMethod):
 
     .. math:: G = \tfrac{1}{B} (f\, M^{-1} A - T f)
 
-    `online.trackers.Krasulina` is the same rule for a stream of vectors.
+    `online.trackers.krasulina` is the same rule for a stream of vectors.
 
     Limits: it finds a span, and Rayleigh-Ritz reads off the modes. Norms are free and only grow.
 
