@@ -72,8 +72,8 @@ class FullMatrix(Dense, Regularized):
     Args:
       beta: decay per correction, in [0, 1), default 0.9; ``None`` sums instead. What remains of
         ``B_0`` is not corrected for.
-      update_every: number of corrections from one eigendecomposition to the next, at least 1, default 1.
-        The first correction always has one. In between only the matrix changes.
+      update_every: number of corrections from one eigendecomposition to the next, at least 1,
+        default 1. The first correction always has one. In between only the matrix changes.
       eig_tol: share of the largest eigenvalue at or below which an eigenvalue is dropped, without
         unit, default 1e-12. Its direction is dropped with it if ``eig_tol`` is above rounding.
 
@@ -82,7 +82,7 @@ class FullMatrix(Dense, Regularized):
     Raises:
       ValueError: for a ``beta``, ``update_every`` or tolerance out of range.
 
-    Cost: memory ``2 d²``; a correction ``2 d² k`` flops, and once in ``update_every`` corrections an
+    Cost: memory ``2 d²``; a correction ``2 d² k`` flops, and once in ``update_every`` of them an
     ``eigh`` of size ``d`` (``9 d³`` flops): for tests, toy problems and the sides of matrices.
     Groups of different sizes are padded to the largest.
 

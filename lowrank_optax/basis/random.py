@@ -43,8 +43,8 @@ class Random(Basis):
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.scale_by_lre(
-      ...     lro.curvature.Covariance(), lro.basis.Random(3, update_every=None), lro.inner.EMA(0.0))
+      >>> fixed = lro.basis.Random(3, update_every=None)
+      >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), fixed, lro.inner.EMA(0.0))
       >>> state = tx.init(jnp.zeros(3))
       >>> updates, state = tx.update(jnp.array([1., 2., 3.]), state)
       >>> print((updates * 10).round())           # three dimensions of three are the whole space

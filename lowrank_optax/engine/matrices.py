@@ -24,7 +24,7 @@ from lowrank_optax._core.types import (
 )
 from lowrank_optax.basis import Basis, FullMatrix
 from lowrank_optax.curvature.sides import SideCovariance, SideCurvature
-from lowrank_optax.engine.matrix_space import MatrixParts, MatrixSpace
+from lowrank_optax.engine.matrix_space import MatrixParts, MatrixSpace, share_out
 from lowrank_optax.engine.space import (
     Given,
     GroupState,
@@ -91,7 +91,7 @@ def scale_by_matrix_lre(
     short, long                      inner       is, but for what its recipe says
     ================================ =========== ===============================
     SubspaceIteration(r, 0), None    Adam        GaLore (`galore`)
-    FullMatrix(b2, update_every=10) twice   Adam        SOAP (`soap`)
+    FullMatrix(b2) twice             Adam        SOAP (`soap`)
     FullMatrix(None) twice           LInvSqrt    Shampoo
     ================================ =========== ===============================
 
