@@ -16,7 +16,8 @@ class Summary(NamedTuple):
     """What one step did, all of it from small arrays.
 
     Attributes:
-      spectrum: eigenvalues as stored, ``(n, r)``, in descending order, 0 in dead slots. Averages
+      spectrum: eigenvalues as stored, ``(n, r)``, 0 in dead slots; every basis of this library has
+        the largest first. Averages
         are not corrected for their start, so that early eigenvalues are too small.
       effective_rank: the `effective_rank` of the spectrum, ``(n,)``.
       captured_energy: the share ``‖Q^T g‖² / ‖g‖²`` of the last gradient, ``(n,)``.

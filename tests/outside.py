@@ -51,20 +51,25 @@ class OneDirection(lro.basis.Basis):
         return OneDirectionState(rows, zero(1, 1), zero(1))
 
     def absorb(self, layout, state, correction, accept, key):
+        if correction.signed:
+            raise ValueError("OneDirection: weights of both signs; pass lro.basis.Eigen instead.")
         old = layout.stored(state.rows)
-        new = [columns[:1] for columns in correction.columns]
+        # A column of weight 0 has no effect.
+        live = layout.to_leaves(correction.weights[:, 0] > 0)
+        pairs = zip(live, correction.columns, old, strict=True)
+        new = [jnp.where(on, y[:1].astype(w.dtype), 0) for on, y, w in pairs]
         square = layout.gram(new)[:, 0]
-        fine = jnp.all(jnp.isfinite(square) & (square > 0), axis=1)
-        ok = accept & fine
-        size = jnp.sqrt(jnp.where(fine[:, None], square, 1))
+        fine = jnp.isfinite(square[:, 0])
+        ok = accept & fine & (square[:, 0] > 0)
+        size = jnp.sqrt(jnp.where(ok[:, None], square, 1))
         # C = Q_new^T Q_old, and the identity where nothing moved.
         cross = layout.dot(old, new)[:, 0] * state.t[:, 0] / size
         c = jnp.where(ok[:, None], cross, 1)[:, None]
         pairs = zip(layout.to_leaves(ok), new, old, strict=True)
         moved = OneDirectionState(
-            layout.store([jnp.where(on, a.astype(b.dtype), b) for on, a, b in pairs]),
+            layout.store([jnp.where(on, y, w) for on, y, w in pairs]),
             jnp.where(ok[:, None, None], 1 / size[:, None], state.t),
-            jnp.where(ok[:, None], square, state.lam),
+            jnp.where(ok[:, None], correction.weights[:, :1] * square, state.lam),
         )
         u = self.project(layout, moved, correction.columns)
         return lro.BasisUpdate(moved, c, u, accept & ~fine)

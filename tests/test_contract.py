@@ -1,12 +1,14 @@
 """What every combination of parts must do: keep dtypes, compile once, survive a NaN."""
 
 import dataclasses
+import functools
 import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import outside
 import pytest
 from cases import BASES, CURVATURES, INNERS, MORE_BASES, combinations
 
@@ -88,6 +90,29 @@ def keep_the_contract(*parts):
 def test_every_combination(names):
     curvature, basis, inner = names
     keep_the_contract(CURVATURES[curvature], (BASES | MORE_BASES)[basis], INNERS[inner])
+
+
+@pytest.mark.parametrize("name", [*BASES, *MORE_BASES, "outside"])
+def test_a_column_of_weight_zero_has_no_effect(name):
+    """Whatever finite numbers it holds: the same basis as beside another one of weight zero."""
+    basis = (BASES | MORE_BASES | {"outside": outside.OneDirection()})[name]
+    layout = lro.Layout.of(jnp.zeros(6), None)
+
+    @jax.jit
+    def run(idle):
+        state = basis.init(layout, jax.random.key(0))
+        for seed in range(3):
+            live = jax.random.normal(jax.random.key(seed), (1, 6))
+            columns = [jnp.concatenate([live, jnp.full((1, 6), idle)])]
+            given = lro.SymmetricCorrection(columns, jnp.array([[1.0, 0.0]]), params=jnp.zeros(6))
+            state = basis.absorb(
+                layout, state, given, jnp.array([True]), jax.random.key(seed)
+            ).state
+        # Rows of dead slots may hold anything: nobody reads them.
+        return basis.project(layout, state, [jnp.eye(6)]), basis.eigenbasis(state)
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, run(3.0), run(-500.0))
 
 
 def test_the_whole_product_builds_or_says_what_to_combine():

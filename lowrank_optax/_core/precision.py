@@ -14,7 +14,8 @@ def full_precision(f: Callable[..., Any]) -> Callable[..., Any]:
     """``f`` with products of float32 numbers in float32 on every device.
 
     GPUs multiply them in TF32 and TPUs in bfloat16 unless they are asked not to, and then a basis
-    is orthogonal to three digits and a Gram matrix blind below that. `as_called` is the exception.
+    is orthogonal to three digits and a Gram matrix blind below that. `callers_precision` is the
+    exception.
     """
 
     @functools.wraps(f)
@@ -26,7 +27,7 @@ def full_precision(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def callers_precision(f: Callable[..., Any]) -> Callable[..., Any]:
-    """A user's function: also inside `exact` its products have the precision of the caller."""
+    """A user's function: its products keep the caller's precision inside `full_precision`, too."""
 
     @functools.wraps(f)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -38,7 +39,7 @@ def callers_precision(f: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _exactly() -> Iterator[None]:
-    """The precision of `exact`, within which `as_called` knows what was set outside."""
+    """Full precision, within which `callers_precision` knows what was set outside."""
     token = _outside.set(jax.config.jax_default_matmul_precision)  # pyright: ignore
     try:
         with jax.default_matmul_precision("highest"):
@@ -49,7 +50,7 @@ def _exactly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_outside() -> Iterator[None]:
-    """The precision that was set outside of `exact`."""
+    """The precision that was set outside of `full_precision`."""
     inside = jax.config.jax_default_matmul_precision  # pyright: ignore
     with jax.default_matmul_precision(_outside.get(inside)):
         yield

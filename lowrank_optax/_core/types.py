@@ -21,8 +21,10 @@ class Eigenbasis(NamedTuple):
     """What a step reads of ``Q diag(lam) Q^T``: eigenvalues and which of the ``r`` slots hold one.
 
     Attributes:
-      lam: ``(r,)`` eigenvalues in descending order, in units of the curvature; 0 in dead slots.
-      live: ``(r,)`` booleans; a dead slot's direction is zero and so is everything along it.
+      lam: eigenvalues ``(r,)`` in units of the curvature, 0 in dead slots; a basis gives them with
+        a leading axis of groups.
+      live: booleans ``(r,)``; a dead slot's direction is zero and so is everything along it. A live
+        slot may have the eigenvalue 0.
     """
 
     lam: jax.Array
@@ -170,8 +172,8 @@ class Context(NamedTuple):
     Attributes:
       g: ``(r,)`` the gradient in the basis, as projected.
       basis: eigenvalues and live slots of the basis, as regularised for this step.
-      moved: whether the basis was updated in this step, and states moved with it. Only then are
-        the following of this step.
+      moved: whether the basis took a correction in at this step, and states moved with it where it
+        turned. Only then are the following of this step.
       columns: ``(r, k)`` the correction's columns in the basis.
       weights: ``(k,)`` their weights.
       probe: ``(r,)`` a probe ``z`` of the curvature in the basis, ``None`` where it gives none.
@@ -194,8 +196,8 @@ class BasisUpdate(NamedTuple):
 
     Attributes:
       state: the state of the basis after the correction.
-      c: the change of basis ``C = Q_new^T Q_old``, ``(n, r, r)``; the identity for a group whose
-        basis stayed as it was.
+      c: the change of basis ``C = Q_new^T Q_old``, ``(n, r, r)``; the identity for a group that
+        failed.
       u: the columns in the new basis, ``(n, r, k)``.
       failed: booleans ``(n,)``: groups in which something was not finite, so that their basis
         stayed as it was.

@@ -42,9 +42,12 @@ class Basis(abc.ABC):
       ...         return State(layout.store(layout.zeros(1)), zeros(1, 1), zeros(1))
       ...     def absorb(self, layout, state, correction, accept, key):
       ...         old = layout.stored(state.rows)
-      ...         last = [y[-1:].astype(w.dtype) for y, w in zip(correction.columns, old)]
+      ...         live = layout.to_leaves(correction.weights[:, -1] > 0)
+      ...         last = [jnp.where(on, y[-1:].astype(w.dtype), 0)
+      ...                 for on, y, w in zip(live, correction.columns, old)]
       ...         square, cross = layout.gram(last), layout.dot(last, old)
-      ...         ok = accept & jnp.isfinite(square[:, 0, 0]) & (square[:, 0, 0] > 0)
+      ...         fine = jnp.isfinite(square[:, 0, 0])
+      ...         ok = accept & fine & (square[:, 0, 0] > 0)
       ...         rows = [jnp.where(on, y, w)
       ...                 for on, y, w in zip(layout.to_leaves(ok), last, old)]
       ...         t = jnp.where(ok[:, None, None], 1 / jnp.sqrt(square), state.t)
@@ -52,7 +55,7 @@ class Basis(abc.ABC):
       ...         new = State(layout.store(rows), t, lam)
       ...         c = jnp.where(ok[:, None, None], t * cross * state.t, 1)
       ...         u = self.project(layout, new, correction.columns)
-      ...         return lro.BasisUpdate(new, c, u, accept & ~ok)
+      ...         return lro.BasisUpdate(new, c, u, accept & ~fine)
       ...     def eigenbasis(self, state):
       ...         return lro.Eigenbasis(state.lam, state.lam > 0)
       >>> tx = lro.scale_by_lre(lro.curvature.Covariance(), LastColumn(), lro.inner.LInvSqrt())
@@ -98,11 +101,18 @@ class Basis(abc.ABC):
 
         What must hold for the `BasisUpdate` that it returns:
 
-        * A group that does not accept keeps its state to the bit, and its ``c`` is the identity.
+        * A group that does not accept keeps its state to the bit. Its ``c`` and ``u`` are not read.
         * A group that accepts and gets something that is not finite keeps its state as well, its
           ``c`` is the identity, and ``failed`` is true for it.
-        * Otherwise ``c`` is ``Q_new^T Q_old``, and ``u`` are the columns in the new basis.
-        * A column of weight 0 has no effect, whatever it holds.
+        * Otherwise ``c`` is ``Q_new^T Q_old``, zero in the rows and columns of dead slots, and
+          ``u`` are the columns in the new basis.
+        * A column of weight 0 has no effect, whatever finite numbers it holds; its ``u`` is not
+          read.
+        * A basis that cannot take weights of both signs raises ``ValueError`` where
+          ``correction.signed``, which is static, says that there may be some.
+
+        It is called for all groups at once, also in a loop that runs now and then: the state keeps
+        its shapes and dtypes.
 
         Args:
           layout: the leaves and their groups.
@@ -118,7 +128,11 @@ class Basis(abc.ABC):
 
     @abc.abstractmethod
     def eigenbasis(self, state: Any) -> Eigenbasis:
-        """Eigenvalues ``(n, r)`` as a step is to see them, and which slots ``(n, r)`` are live."""
+        """Eigenvalues ``(n, r)`` as a step is to see them, and which slots ``(n, r)`` are live.
+
+        They may come in any order; largest first is what `diagnose` and plots show best. A live
+        slot may have the eigenvalue 0.
+        """
 
     def measured(self, state: Any) -> jax.Array:
         """Eigenvalues ``(n, r)`` as they were measured, before the step's own regularisation."""

@@ -81,10 +81,11 @@ def scale_by_matrix_lre(
     .. math:: \Delta = Q_S\,\mathrm{inner}(Q_S^T G\, Q_L;\ \sqrt{\lambda_S \lambda_L})\,Q_L^T
               + \gamma\,(G - Q_S Q_S^T G\, Q_L Q_L^T)
 
-    The ``short`` basis learns from the ``b`` columns of ``G``, that is ``L = G G^T``, the ``long``
-    one from its ``a`` rows, ``R = G^T G``. ``None`` in place of a basis is the identity; ``lam``
-    are then the other's eigenvalues. With two bases they are those of ``(L (x) R)^{1/2}``, so that
-    `LInvSqrt` gives Shampoo's ``L^{-1/4} G R^{-1/4}``. Norms in the inner parts go over the whole
+    ``S`` stands for the shorter side and ``L`` for the longer one. The ``short`` basis learns from
+    the ``b`` columns of ``G``, that is ``A = G G^T``, the ``long`` one from its ``a`` rows, ``B =
+    G^T G``. ``None`` in place of a basis is the identity; ``lam`` are then the other's eigenvalues.
+    With two bases they are those of ``(A (x) B)^{1/2}``, so that `LInvSqrt` gives Shampoo's
+    ``A^{-1/4} G B^{-1/4}``. Norms in the inner parts go over the whole
     matrix; their states move as ``(C_S^p) V (C_L^p)^T`` when the bases do.
 
     ================================ =========== ===============================
@@ -241,7 +242,7 @@ class MatrixEngine(Engine):
         spaces = self._spaces(layout)
         # `optax.tree.map_params` inits a tree without leaves, to find out where parameters are: one
         # number stands for all of this, of which nothing has the structure of the parameters.
-        known = lambda make: make() if layout.names else jnp.zeros(())
+        filled = lambda make: make() if layout.names else jnp.zeros(())
         matrices = {
             name: share_out(space.init(keys), layout.mesh) for name, space in spaces.items()
         }
@@ -250,9 +251,9 @@ class MatrixEngine(Engine):
         others = [i for i in range(len(layout.names)) if i not in inside]
         return ScaleByMatrixLREState(
             count=jnp.zeros((), jnp.int32),
-            matrices=known(lambda: matrices),
-            rest=known(lambda: self.rest.init(only(layout, others, params))),
-            complement=known(lambda: tx.init(only(layout, inside, params))) if beyond else (),
+            matrices=filled(lambda: matrices),
+            rest=filled(lambda: self.rest.init(only(layout, others, params))),
+            complement=filled(lambda: tx.init(only(layout, inside, params))) if beyond else (),
             dropped=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(key),
         )

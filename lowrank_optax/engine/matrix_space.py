@@ -75,7 +75,7 @@ class MatrixSpace(Space):
     Attributes:
       parts: bases, inner parts and what they learn from.
       members: the places of each group's leaves in the tree.
-      turned: which of them are transposed, ``a`` being their second axis.
+      transposed: which of them have ``a`` as their second axis.
       columns: layout of the shorter side, a group for each of ours.
       rows: layout of the longer side.
       mesh: the mesh of the leaves.
@@ -83,7 +83,7 @@ class MatrixSpace(Space):
 
     parts: MatrixParts
     members: list[list[int]]
-    turned: list[list[bool]]
+    transposed: list[list[bool]]
     columns: Layout
     rows: Layout
     mesh: Any
@@ -98,8 +98,8 @@ class MatrixSpace(Space):
             )
             for size in sorted(views[members[0][0]])
         )
-        turned = [[views[i][0] > views[i][1] for i in each] for each in members]
-        return cls(parts, members, turned, columns, rows, layout.mesh)
+        transposed = [[views[i][0] > views[i][1] for i in each] for each in members]
+        return cls(parts, members, transposed, columns, rows, layout.mesh)
 
     def kept_in(self, state: GroupState) -> "MatrixSpace":
         """The same in the dtypes of a state."""
@@ -158,8 +158,8 @@ class MatrixSpace(Space):
         """``(n, m, a, b)``."""
         _, m, a, b = self.shape
         flat = [
-            jnp.reshape(leaves[i], (b, a)).T if turned else jnp.reshape(leaves[i], (a, b))
-            for i, turned in zip(self.places, sum(self.turned, []), strict=True)
+            jnp.reshape(leaves[i], (b, a)).T if transposed else jnp.reshape(leaves[i], (a, b))
+            for i, transposed in zip(self.places, sum(self.transposed, []), strict=True)
         ]
         g = jnp.reshape(jnp.stack(flat).astype(self.dtype), (self.n, m, a, b))
         return share_out(g, self.mesh)
@@ -169,8 +169,8 @@ class MatrixSpace(Space):
         # Taken from their devices all at once: one by one they would go to every device.
         flat = split_over_devices(jnp.reshape(step, (-1, a, b)), self.mesh, (1, 2))
         return {
-            i: jnp.reshape(each.T if turned else each, -1)
-            for i, turned, each in zip(self.places, sum(self.turned, []), flat, strict=True)
+            i: jnp.reshape(each.T if transposed else each, -1)
+            for i, transposed, each in zip(self.places, sum(self.transposed, []), flat, strict=True)
         }
 
     def at(self, values: jax.Array) -> dict[int, jax.Array]:
@@ -189,7 +189,7 @@ class MatrixSpace(Space):
         pairs = ((found.short, found.short_weights), (found.long, found.long_weights))
         sides, turning, broken = [], jnp.zeros_like(due), jnp.zeros_like(due)
         for (basis, layout), state, (y, weights) in zip(self.sides, old.basis, pairs, strict=True):
-            known = SymmetricCorrection(
+            correction = SymmetricCorrection(
                 [x.astype(t) for x, t in zip(y, layout.rows, strict=True)],
                 jnp.ones(y.shape[:2], layout.dtype) if weights is None else weights,
                 # Without it a full matrix would start as the identity, which rounds gradients away.
@@ -197,11 +197,11 @@ class MatrixSpace(Space):
             )
             # A matrix takes every gradient in, and turns now and then.
             if isinstance(basis, FullMatrix):
-                state, ok, bad = basis.gather(layout, state, known, due)
+                state, ok, bad = basis.gather(layout, state, correction, due)
                 turning, broken = turning | (ok & basis.turning(state)), broken | bad
             elif basis is not None:
                 turning = due
-            sides.append((state, known))
+            sides.append((state, correction))
         return Seen(g, square, accept, due, turning, broken, (sides, curvature, given.key))
 
     def still(self, seen: Seen, old: GroupState) -> Turned:
@@ -213,8 +213,8 @@ class MatrixSpace(Space):
     def absorb(self, seen: Seen, now: Turned) -> tuple[Turned, None]:
         sides, _, key = seen.measured
         done = [
-            self._turn(basis, layout, state, gathered, known, seen.due, k)
-            for (basis, layout), state, (gathered, known), k in zip(
+            self._turn(basis, layout, state, gathered, correction, seen.due, k)
+            for (basis, layout), state, (gathered, correction), k in zip(
                 self.sides, now.basis, sides, jax.random.split(key), strict=True
             )
         ]
@@ -239,14 +239,14 @@ class MatrixSpace(Space):
         change = jnp.where(moved, 1 - share, 0)
         return Turned(bases, now.curvature, inner, failed, change), None
 
-    def _turn(self, basis, layout, state, gathered, known, due, key) -> BasisUpdate:
+    def _turn(self, basis, layout, state, gathered, correction, due, key) -> BasisUpdate:
         """One side's basis after it took its columns in."""
         if basis is None:
             nothing = jnp.zeros((self.n, 0, 0))
             return BasisUpdate(state, nothing, nothing, jnp.zeros_like(due))
         if isinstance(basis, FullMatrix):
             return basis.turn(gathered.matrix, state, due & basis.turning(state))
-        return basis.absorb(layout, state, known, due, key)
+        return basis.absorb(layout, state, correction, due, key)
 
     def _stay(self, done: BasisUpdate, old: Any, failed: jax.Array) -> BasisUpdate:
         """A full matrix as it was where a side failed."""
@@ -261,6 +261,7 @@ class MatrixSpace(Space):
         _, m, *sizes = self.shape
         if m == 1:
             return tuple(changes)
+        # Of all factors one may be an identity that is not written out: that of the m matrices.
         eye = lambda size: jnp.broadcast_to(jnp.eye(size, dtype=self.dtype), (self.n, size, size))
         pairs = zip(changes, sizes, strict=True)
         return None, *(eye(size) if c is None else c for c, size in pairs)

@@ -48,7 +48,8 @@ def orthogonalize(
     Raises:
       ValueError: for an ``rms`` or a number of iterations out of range.
 
-    Cost: ``4 a² b + 2 a³`` flops an iteration, ``a <= b``; no state.
+    Cost: ``4 a² b + 2 a³`` flops an iteration, ``a <= b``, in the precision of products that the
+    caller has set: the iteration is rough by design. No state.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the
     scale of Liu et al., "Muon is Scalable for LLM Training", 2025.

@@ -53,7 +53,7 @@ class GroupState(NamedTuple):
 
     Attributes:
       steps: steps taken, ``(n,)``.
-      since: steps since the basis was last updated, and failures to update it, ``(n,)``.
+      since: steps since the basis last took a correction in, and failures to, ``(n,)``.
       curvature: the curvature's state.
       basis: the basis's state; of matrices those of both sides, ``short`` and ``long``.
       inner: the inner parts' state, with a leading axis of problems.

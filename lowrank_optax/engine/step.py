@@ -177,7 +177,7 @@ class Engine(abc.ABC):
             return updates, state._replace(count=linalg.tally(state.count)), []
         # States of a user's own transformations may be anything.
         theirs = ("complement", "rest")
-        check_fits(self.owner, state, self.init, (layout.example,), self._known, but=theirs)
+        check_fits(self.owner, state, self.init, (layout.example,), self._checked, but=theirs)
         return step_on_devices(self._step, updates, state, params, self.asked(extra))
 
     @cached_property
@@ -185,7 +185,7 @@ class Engine(abc.ABC):
         return Step(self._update)
 
     @cached_property
-    def _known(self) -> set[Any]:
+    def _checked(self) -> set[Any]:
         return set()
 
     # The step -----------------------------------------------------------------------------------
@@ -201,13 +201,13 @@ class Engine(abc.ABC):
             name: self._accept(space, layout.leaves(updates), states[name], given)
             for name, space in spaces.items()
         }
-        turned, known = self._absorb(spaces, seen, states)
+        turned, coordinates = self._absorb(spaces, seen, states)
 
         # 4 inner, 5 unproject, 6 count.
         new, apart, active = {}, {}, {}
         for name, space in spaces.items():
             moves, left, on, bad, new[name] = self._finish(
-                space, seen[name], turned[name], known.get(name), states[name]
+                space, seen[name], turned[name], coordinates.get(name), states[name]
             )
             leaves |= space.write(moves)
             active |= space.at(on)
@@ -220,7 +220,7 @@ class Engine(abc.ABC):
         return updates, state, [dropped[i] for i in order]
 
     def _accept(self, space: Space, leaves: Any, old: GroupState, given: Given) -> Seen:
-        """Phase 1."""
+        """Phase 1, and what of phase 2 is done at every step."""
         g = space.read(leaves)
         square = space.square(g)
         accept = jnp.isfinite(square) & (square > 0)
@@ -257,7 +257,7 @@ class Engine(abc.ABC):
         told = jax.eval_shape(lambda: space.absorb(seen, still)[0]).told
         return still._replace(told=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), told))
 
-    def _finish(self, space: Space, seen: Seen, now: Turned, known: Any, old: GroupState):
+    def _finish(self, space: Space, seen: Seen, now: Turned, u0: Any, old: GroupState):
         """Phases 4 to 6 of one space.
 
         The step, what is left outside the basis for an optax transformation, which problems moved,
@@ -265,15 +265,16 @@ class Engine(abc.ABC):
         """
         failed = now.failed | seen.broken
         accept, warm = seen.accept & ~failed, old.steps >= self.warmup_steps
-        # A step that failed counts, so that the next one tries again; should that fail too, what
-        # was collected before it is to blame.
+        # A step that failed counts, so that the next one tries again. Should that fail too, it was
+        # not this step's gradient: the curvature then forgets what it had collected before.
         waited = linalg.tally(old.since, accept | failed)
         now = space.settle(seen, now, old, failed & (waited > self._period(old)))
 
         # 4 inner: the gradient in the basis, and what the parts make of it.
         g, square = space.follow(seen, now)
-        known = known if g is seen.g else None
-        u0 = space.project(now.basis, g) if known is None else known
+        # Coordinates that phase 2 had for nothing are those of the gradient as it came.
+        if u0 is None or g is not seen.g:
+            u0 = space.project(now.basis, g)
         u0 = jnp.where(accept[:, None], u0, 0)
         moved = seen.due & ~failed
         context = Context(u0, space.eigenbasis(now.basis), moved, *now.told)

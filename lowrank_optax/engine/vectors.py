@@ -298,11 +298,11 @@ class VectorSpace(Space):
         engine, layout, basis = self.engine, self.layout, self.engine.basis
         evidence, turn = self._evidence(seen, now)
         correction, curvature = engine.curvature.correct(layout, now.curvature, evidence)
-        known = _symmetric(layout, correction, seen.g, engine.symmetrize, evidence.params)
-        weights = known.weights
+        symmetric = _symmetric(layout, correction, seen.g, engine.symmetrize, evidence.params)
+        weights = symmetric.weights
         # A correction without weight, such as a skipped quasi-Newton pair, leaves the basis alone.
         some = seen.due & jnp.any(weights != 0, axis=1)
-        done = basis.absorb(layout, now.basis, known, some, turn)
+        done = basis.absorb(layout, now.basis, symmetric, some, turn)
         moved = seen.due & ~done.failed
         probe = product = outside = None
         if correction.probe is not None and engine.probed:

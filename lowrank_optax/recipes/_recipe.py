@@ -114,7 +114,7 @@ class Recipe:
         params, extra = own_arguments(OWNER, updates, params, extra)
         first, old = state[0], tuple(state[1:])
         step, first, dropped = engine.step(at_least_float32(updates), first, params, extra)
-        if not dropped:
+        if not dropped:  # a tree without leaves
             return updates, (first, *old)
         layout = engine.layout(updates, state[0], params)
         on = [~bad for bad in dropped]

@@ -217,8 +217,10 @@ def soap_muon(
               \mathrm{polar}\bigl(Q_L\,\mathrm{NAdam}(Q_L^T G\,Q_R)\,Q_R^T\bigr)
 
     Muon makes the momentum itself orthogonal, noise included. Here the momentum along every pair of
-    eigendirections is first divided by the root mean square of the gradients there. Leaves that are
-    not matrices, such as biases and scales, go through Adam.
+    eigendirections is first divided by the root mean square of the gradients there. The letters are
+    those of SOAP's paper: ``L`` and ``R`` are the left and the right side. The first step only
+    fills the bases: matrices get their weight decay, and no other update. Leaves that are not
+    matrices, such as biases and scales, go through Adam with optax's decays.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
@@ -233,7 +235,8 @@ def soap_muon(
 
     Args:
       learning_rate: schedule that falls, since steps do not shrink by themselves, or a number.
-        Updates have the size of Adam's: start from 1e-2.
+        Updates have the size of Adam's: start from 1e-2 for networks, and elsewhere from 1e-2 times
+        the distance that parameters have to go.
       b1: decay of the mean, in [0, 1).
       b2: decay of the second moment and of the matrices of both sides, in [0, 1).
       eps: number added to the root, in units of the gradient.
@@ -259,7 +262,9 @@ def soap_muon(
     Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024; Jordan et al.,
     "Muon", 2024.
     """
+    # Eigenvalues are not read, so no direction is dropped for having a small one.
     side = bases.FullMatrix(b2, update_every=update_every, eig_tol=0.0)
+    # optax's Adam has Nesterov's momentum, which `inner.Adam` does not.
     laws: Any = optax.ScaleByAdamState(
         SCALAR,  # pyright: ignore[reportArgumentType]
         VECTOR,  # pyright: ignore[reportArgumentType]
