@@ -31,7 +31,7 @@ def test_only_public_names_are_used():
         (MEASURED, KEPT, INSIDE),
         (MEASURED, BASES["eigen"], INNERS["default"]),
         (CURVATURES["covariance"], KEPT, INNERS["adam"]),
-        (CURVATURES["hutchinson"], KEPT, INNERS["default"]),
+        (CURVATURES["fisher"], KEPT, INNERS["default"]),
         (CURVATURES["covariance"], BASES["ggt"], INSIDE),
         (CURVATURES["covariance"], BASES["full"], (INSIDE, lro.inner.Cautious())),
     ],
