@@ -6,6 +6,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 import lowrank_optax as lro
@@ -94,3 +95,47 @@ class HeavyBall:
     def update(self, u, state, context):
         m = self.decay * state + u
         return m, m
+
+
+@dataclasses.dataclass(frozen=True)
+class SubspaceRule(lro.online.trackers.OnRows):
+    """A tracker: ``W <- W + eta a (v - W^T a)^T`` with ``a = W v``, and the moments of ``a``."""
+
+    gain: float = 4.0
+
+    def begin(self, layout, rows, lam, weight):
+        return rows, jnp.diag(lam * weight)
+
+    def step(self, layout, rows, small, v, weight):
+        a = layout.dot(rows, v)[0]
+        eta = self.gain / (jnp.trace(small) + self.gain * layout.inner(v, v)[0])
+        move = lambda w, x: w + eta * a[:, None] * (x - a @ w)
+        return [move(w, x) for w, x in zip(rows, v, strict=True)], small + jnp.outer(a, a)
+
+    def read(self, layout, rows, small, weight):
+        return rows, small / weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture(lro.online.Purpose):
+    """A purpose: ``-E|A v|² / E|v|²``, whose gradient by ``A`` is ``-2 E z v^T / E|v|²``."""
+
+    def terms(self, view, theta):
+        weights, z = view.stream.weights, view.codes
+        value = -jnp.sum(weights * jnp.sum(z**2, axis=1)) / view.energy
+        left = -2 * weights[:, None] * z / view.energy
+        return lro.online.Terms(value, left, view.stream.columns, z)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Neighbours(lro.spectral.operators.SampledOperator):
+    """An operator on the circle: the mean of a function at both neighbours of a point."""
+
+    distance: float = 0.5
+
+    def sample(self, key, size, state=None):
+        return jax.random.uniform(key, (size,), maxval=2 * jnp.pi)
+
+    def apply(self, function, batch):
+        at = lambda points: jax.vmap(function)(points)
+        return at(batch), (at(batch + self.distance) + at(batch - self.distance)) / 2

@@ -81,6 +81,66 @@ def test_a_basis_from_outside_is_a_side_of_a_matrix():
     assert int(state[0].matrices["3x4"].steps[0]) == 1
 
 
+def spiked(count, d=12, seed=0):
+    """A stream with energy 9 and 4 along the first two axes, and .01 along the others."""
+    scales = jnp.full(d, 0.1).at[:2].set(jnp.array([3.0, 2.0]))
+    return jax.random.normal(jax.random.key(seed), (count, d)) * scales
+
+
+def leading(operator):
+    """The share of the first two axes in the eigenvectors."""
+    return float(jnp.sum(operator.eigenvectors()[:, :2] ** 2)) / 2
+
+
+def test_a_tracker_from_outside_follows_the_leading_directions():
+    """Compiled, with vectors that are not finite, and resumed from what it found."""
+    tracker, vectors = outside.SubspaceRule(2), spiked(600).at[7].set(jnp.nan)
+    state = jax.jit(tracker.update)(tracker.init(jax.random.key(1), vectors[0]), vectors)
+    assert int(state.seen) == 599 and int(state.skipped) == 1
+    found = tracker.operator(state)
+    assert leading(found) > 0.99
+    np.testing.assert_allclose(found.eigenvalues(), [9, 4], rtol=0.25)
+    again = tracker.operator(tracker.resume(found, 599))
+    np.testing.assert_allclose(again.eigenvalues(), found.eigenvalues(), rtol=1e-4)
+
+
+def test_a_purpose_from_outside_has_the_gradient_that_it_says(x64):
+    """Against the derivative of its loss, and a learner with it alone finds the subspace."""
+    vectors = spiked(8).astype(jnp.float64)
+    weights = jnp.full(8, 1 / 8)
+
+    def view(a):
+        layout = lro.Layout.of(vectors[0], None)
+        operator = lro.online.Operator(a, jnp.eye(2), a @ a.T, layout)
+        stream = lro.online.Stream([vectors], weights)
+        return lro.online.View(operator, stream, vectors @ a.T, None, {}, jnp.asarray(2.0), ())
+
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12)))
+    terms = outside.Capture().terms(view(a), ())
+    gradient = terms.left.T @ terms.right[0]
+    want = jax.grad(lambda a: outside.Capture().terms(view(a), ()).value)(a)
+    np.testing.assert_allclose(gradient, want, rtol=1e-10)
+    np.testing.assert_allclose(terms.inside, vectors @ a.T, rtol=1e-12)
+
+
+def test_a_learner_with_a_purpose_from_outside():
+    learner = lro.online.learner(2, (outside.Capture(),), optax.adam(3e-2), reconstruction=0.0)
+    batches = spiked(1600).reshape(200, 8, 12)
+    step = lambda state, batch: (learner.update(state, batch)[0], None)
+    state, _ = jax.lax.scan(step, learner.init(jax.random.key(0), batches[0, 0]), batches)
+    assert leading(learner.operator(state)) > 0.99
+
+
+def test_an_operator_from_outside_is_decomposed():
+    """Its eigenvalues are ``cos(k h)``: 1 and twice ``cos(h)`` are the largest."""
+    features = lambda x: jnp.array([1.0, jnp.cos(x), jnp.sin(x), jnp.cos(2 * x), jnp.sin(2 * x)])
+    network = lro.spectral.Network(
+        lambda key, x: jax.random.normal(key, (3, 5)) / 3, lambda p, x: p @ features(x)
+    )
+    found = lro.spectral.fit(outside.Neighbours(), network, optimizer=optax.adam(3e-2), steps=600)
+    np.testing.assert_allclose(found.eigenvalues, [1, np.cos(0.5), np.cos(0.5)], atol=0.03)
+
+
 def test_the_guide_shows_this_code():
     """Every Python block of the guide that defines something is in `outside.py`, word for word."""
     guide = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()

@@ -172,7 +172,7 @@ REASONS = {
         "purposes": "Activation Avoidance Custom Dynamics EditLocality Entropy OldTask "
         "Reconstruction Whitening",
         "states and what they take": "Batch Info Learner LearnerState",
-        "to write a purpose": "Purpose",
+        "to write a purpose": "Pairs Purpose Stream Terms View",
         "where vectors come from, and simpler rules": "streams trackers",
     },
     "online.streams": {
@@ -183,7 +183,7 @@ REASONS = {
         "rules by their published names": "CCIPCA EigenGame NoisyPower PAST PETRELS Sanger ada_oja "
         "brand frequent_directions grouse history_pca krasulina oja opast",
         "a basis as a tracker": "FromBasis",
-        "to write one": "Tracker TrackerState",
+        "to write one": "OnRows Tracker TrackerState",
     },
     "plot": {"a picture each": "accuracy captured_energy loss spectrum"},
     "spectral": {

@@ -14,7 +14,7 @@ Some names also stand in `lowrank_optax.spectral`. The methods there train the p
 functions on batches; the trackers here turn stored rows. What both do is the same algorithm.
 """
 
-from lowrank_optax.online.trackers._tracker import Tracker, TrackerState
+from lowrank_optax.online.trackers._tracker import OnRows, Tracker, TrackerState
 from lowrank_optax.online.trackers.bases import (
     FromBasis,
     ada_oja,
@@ -34,6 +34,7 @@ __all__ = [
     "EigenGame",
     "FromBasis",
     "NoisyPower",
+    "OnRows",
     "PAST",
     "PETRELS",
     "Sanger",

@@ -55,8 +55,8 @@ class Tracker(abc.ABC):
     """A rule that follows the ``rank`` leading eigenpairs of ``E v v^T`` along a stream of ``v``.
 
     Rows are kept in float32 at least. All methods give the same under ``jax.jit``, ``lax.scan`` and
-    ``jax.vmap`` as outside. A tracker is a frozen dataclass. One of your own extends `FromBasis`'s
-    basis (a `lowrank_optax.basis.Frame`), or defines `operator` and the abstract methods below.
+    ``jax.vmap`` as outside. A tracker is a frozen dataclass. To write one of your own extend
+    `OnRows`, or write a basis (`lowrank_optax.basis.Frame`) and hand it to `FromBasis`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -216,6 +216,8 @@ class RowMemory(NamedTuple):
 class OnRows(Tracker):
     """A rule for one vector over rows of its own; several vectors are taken in one by one.
 
+    A tracker of your own is a frozen dataclass that extends this class by three methods: `begin`,
+    `step` and `read`. ``layout`` has a single group, so that ``layout.dot(rows, v)[0]`` is ``W v``.
     A vector after which the small numbers are not finite is skipped. The operator is ``A^T H A`` of
     the rows ``A`` and the moments ``H`` along them, written in its own eigenvectors.
     """
