@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from cases import BASES, DEFAULT, STEADY
+from compiling import Traced
 from dense import spectrum, vectors
 
 import lowrank_optax as lro
@@ -91,7 +92,7 @@ def test_a_bad_step_leaves_no_trace(basis, options, monkeypatch):
     """Every fault at every point of a run: the first step, and where Eigen rotates."""
     monkeypatch.setattr(linalg, "eigh", failing_eigh)
     tx = lro.scale_by_lre(COVARIANCE, BASES[basis], DEFAULT, **OPTIONS[options])
-    update, fresh = jax.jit(tx.update), tx.init(PARAMS)
+    update, fresh = Traced(tx.update), tx.init(PARAMS)
     clean = history(update, fresh, [good(i) for i in range(7)])
     for name, (event, spoil) in FAULTS.items():
         for at in range(7):
@@ -107,7 +108,7 @@ def test_a_bad_step_leaves_no_trace(basis, options, monkeypatch):
                 updates, state = update(good(i), state)
                 jax.tree.map(np.testing.assert_array_equal, updates, clean[i][0])
             same(state, clean[6][1], name)
-    assert update._cache_size() == 1
+    assert update.count == 1
 
 
 @pytest.mark.parametrize("options", ["default", "every3", "warmup", "optax"])

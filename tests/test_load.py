@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from cases import BASES, CURVATURES, INNERS, MORE_BASES, STEADY, provider
+from compiling import Traced
 
 import lowrank_optax as lro
 
@@ -120,7 +121,7 @@ def test_every_leaf_of_a_fresh_state_has_its_own_buffer(made):
 def test_one_program_for_changing_rates_and_rebuilt_optimizers():
     """The rate is an argument, the optimizer is built in the step; schedules count in the state."""
 
-    @jax.jit
+    @Traced
     def step(rate, params, state):
         updates, state = lro.lre(rate, basis=B.GGT(3)).update(params, state, params)
         return optax.apply_updates(params, updates), state
@@ -129,15 +130,15 @@ def test_one_program_for_changing_rates_and_rebuilt_optimizers():
     for rate in (1e-2, 1e-3):
         params, state = step(jnp.float32(rate), params, state)
     step(jnp.float32(1.0), params, lro.lre(5.0, basis=B.GGT(3)).init(PARAMS))
-    assert step._cache_size() == 1
+    assert step.count == 1
 
     scheduled = lro.lre(optax.cosine_decay_schedule(1e-2, 10), basis=B.GGT(3))
-    update = jax.jit(scheduled.update)
+    update = Traced(scheduled.update)
     state, sizes = scheduled.init(PARAMS), []
     for _ in range(12):
         updates, state = update(PARAMS, state, PARAMS)
         sizes.append(float(optax.tree.norm(updates)))
-    assert update._cache_size() == 1 and sizes[0] > sizes[5] > sizes[-1] == 0
+    assert update.count == 1 and sizes[0] > sizes[5] > sizes[-1] == 0
 
 
 # Memory -----------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def test_memory_is_flat_over_steps(donate):
         1e-2, C.HutchinsonHessian(), B.Eigen(4, buffer=3), lro.inner.Adam(), update_every=2
     )
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1) if donate else ())
+    @functools.partial(Traced, donate_argnums=(0, 1) if donate else ())
     def step(params, state):
         updates, state = tx.update(jax.grad(value_fn)(params), state, params, value_fn=value_fn)
         return optax.apply_updates(params, updates), state
@@ -165,7 +166,7 @@ def test_memory_is_flat_over_steps(donate):
     for _ in range(500):
         params, state = step(params, state)
     assert live() == before
-    assert step._cache_size() == 1 and bool(value_fn(params) < value_fn(PARAMS))
+    assert step.count == 1 and bool(value_fn(params) < value_fn(PARAMS))
 
 
 def test_dropped_optimizers_leave_nothing():

@@ -87,11 +87,11 @@ class Law:
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> C = jnp.array([[0.6, 0.8], [-0.8, 0.6]])        # both axes turned
       >>> lro.SECOND_MOMENT == lro.Law(axes=1, power=2)
       True
-      >>> print((C**2 @ jnp.array([1.0, 0.0])).round(2))   # what this law makes of a second moment
-      [0.36 0.64]
+      >>> C = jnp.array([[0.0, 1.0], [-1.0, 0.0]])        # a quarter turn
+      >>> print(C**2 @ jnp.array([4.0, 9.0]))             # what this law makes of a second moment
+      [9. 4.]
 
     Args:
       axes: how many of the state's axes are coordinates; a state of none stays as it is.

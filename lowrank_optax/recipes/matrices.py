@@ -224,7 +224,7 @@ def soap_muon(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
-      >>> tx = lro.soap_muon(optax.linear_schedule(0.5, 0.0, 200))
+      >>> tx = lro.soap_muon(optax.linear_schedule(1.0, 0.0, 200))
       >>> loss = lambda x: jnp.sum((x - jnp.outer(jnp.arange(3.0), jnp.arange(4.0))) ** 2)
       >>> x = jnp.zeros((3, 4)); state = tx.init(x); update = jax.jit(tx.update)
       >>> for _ in range(200):
