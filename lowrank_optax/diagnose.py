@@ -156,7 +156,7 @@ def matrices(state: Any) -> dict[str, MatricesSummary]:
             return {name: _of_matrices(each) for name, each in leaf.matrices.items()}
     raise ValueError(
         f"diagnose: {type(state).__name__} holds no state of scale_by_matrix_lre; pass the "
-        "state of lre or soap, or of a chain that contains one."
+        "state of soap_muon or soap, or of a chain that contains one."
     )
 
 

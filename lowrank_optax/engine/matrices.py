@@ -321,9 +321,9 @@ class MatrixEngine(Engine):
         pairs = zip((self.short, self.long), sorted(view), strict=True)
         return view if any(b is not None and size <= self.largest for b, size in pairs) else None
 
-    def others(self, layout: Layout, updates: Any, state: ScaleByMatrixLREState, given: Given):
+    def others(self, layout: Layout, spaces: Any, updates: Any, state: Any, given: Given):
         """The step of the leaves that are no matrices, judged leaf by leaf."""
-        inside = _places(self._spaces(layout))
+        inside = _places(spaces)
         at = [i for i in range(len(layout.names)) if i not in inside]
         if not at:
             return {}, {}, state

@@ -337,9 +337,6 @@ class MatrixSpace(Space):
         tile = lambda x: jnp.tile(jnp.reshape(x, (n, -1)), (1, m))
         return Eigenbasis(tile(lam), tile(live))
 
-    def outside(self, now: Turned) -> jax.Array:
-        raise NotImplementedError("of matrices no curvature is known outside the bases")
-
 
 def _cut(basis: Basis | None, layout: Layout) -> Any:
     """The basis with no more rank than there are dimensions."""

@@ -175,10 +175,6 @@ class Space(abc.ABC):
         """Eigenvalues and live slots as the step is to see them, ``(n, r)``."""
 
     @abc.abstractmethod
-    def outside(self, now: Turned) -> jax.Array:
-        """The curvature outside the basis, ``(n,)``; for those that know one."""
-
-    @abc.abstractmethod
     def each(self, values: jax.Array) -> Any:
         """One number a problem, ``(n,)``, in the form that multiplies ``g``."""
 

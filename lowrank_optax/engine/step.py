@@ -44,10 +44,7 @@ from lowrank_optax.engine.space import (
     only,
     step_inside,
 )
-from lowrank_optax.inner import LPower, as_inner
-
-Complement = float | jax.Array | LPower | optax.GradientTransformation
-"""What becomes of ``g - Q Q^T g``: a factor, a power of the curvature there, a transformation."""
+from lowrank_optax.inner import as_inner
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -89,7 +86,7 @@ class Engine(abc.ABC):
         check(
             self.complement is None or isinstance(self.complement, numbers_or_rules),
             f"{owner}: complement is {self.complement!r}; pass a number, an optax transformation"
-            + (", or a power such as lowrank_optax.inner.LInv()." * (LPower in self.rules) or "."),
+            f"{self.further}.",
         )
         fix("told", self._listens(self.complement))
         fix("complement", self._called(self.complement))
@@ -116,6 +113,9 @@ class Engine(abc.ABC):
 
     rules: ClassVar[tuple[type, ...]] = (optax.GradientTransformation,)
     """What a complement may be besides a number."""
+
+    further: ClassVar[str] = ""
+    """The same of what is no optax transformation, for messages."""
 
     told: bool = dataclasses.field(init=False)
     """Whether a transformation of the user's takes extra arguments."""
@@ -144,7 +144,11 @@ class Engine(abc.ABC):
     def stored(self, state: Any, new: dict[str, GroupState]) -> Any:
         """The inverse of `states`."""
 
-    def others(self, layout, updates, state, given) -> tuple[dict, dict, Any]:
+    def factor(self, now: Turned) -> Any:
+        """What multiplies the gradient outside the basis: a number, or one for each problem."""
+        return self.complement
+
+    def others(self, layout, spaces, updates, state, given) -> tuple[dict, dict, Any]:
         """Updates and flags of leaves that are in no space, by place; and the state after them."""
         return {}, {}, state
 
@@ -194,7 +198,7 @@ class Engine(abc.ABC):
         layout = self.layout(updates, state, params)
         spaces, states = self.spaces(layout, state), self.states(state)
         given = Given(params, arrays | functions, self._key(state, states))
-        leaves, dropped, state = self.others(layout, updates, state, given)
+        leaves, dropped, state = self.others(layout, spaces, updates, state, given)
 
         # 1 accept, then 2 absorb and 3 carry where a basis is due.
         seen = {
@@ -316,11 +320,7 @@ class Engine(abc.ABC):
         if isinstance(complement, optax.GradientTransformation):
             moves, inside = space.unproject(now.basis, u, u0)
             return moves, jax.tree.map(jnp.subtract, g, inside)
-        if isinstance(complement, LPower):
-            gamma = space.outside(now)
-            some = gamma != 0
-            complement = jnp.where(some, jnp.where(some, gamma, 1) ** complement.p, 0)
-        scale = jnp.broadcast_to(jnp.asarray(complement, space.dtype), active.shape)
+        scale = jnp.broadcast_to(jnp.asarray(self.factor(now), space.dtype), active.shape)
         (moves,) = space.unproject(now.basis, u - scale[:, None] * u0)  # no pass of its own
         return jax.tree.map(lambda m, s, x: m + s * x, moves, space.each(scale), g), None
 

@@ -38,10 +38,13 @@ from lowrank_optax.engine.space import (
     carry,
     drift,
 )
-from lowrank_optax.engine.step import Complement, Engine
+from lowrank_optax.engine.step import Engine
 from lowrank_optax.inner import LPower
 
 OWNER = "scale_by_lre"
+
+Complement = float | jax.Array | LPower | optax.GradientTransformation
+"""What becomes of ``g - Q Q^T g``: a factor, a power of the curvature there, a transformation."""
 
 
 class ScaleByLREState(NamedTuple):
@@ -188,6 +191,7 @@ class VectorEngine(Engine):
     owner: ClassVar[str] = OWNER
     kind: ClassVar[type] = ScaleByLREState
     rules: ClassVar[tuple[type, ...]] = (optax.GradientTransformation, LPower)
+    further: ClassVar[str] = ", or a power such as lowrank_optax.inner.LInv()"
 
     curvature: Curvature
     basis: Basis
@@ -251,6 +255,15 @@ class VectorEngine(Engine):
 
     def stored(self, state: ScaleByLREState, new: dict[str, GroupState]) -> ScaleByLREState:
         return state._replace(**new[""]._asdict())
+
+    def factor(self, now: Turned) -> Any:
+        """A complement's power is that of what is assumed outside the basis, or of a bound."""
+        if not isinstance(self.complement, LPower):
+            return self.complement
+        known = "outside" in self.curvature.provides
+        gamma = self.curvature.outside(now.curvature) if known else self.basis.outside(now.basis)
+        some = gamma != 0
+        return jnp.where(some, jnp.where(some, gamma, 1) ** self.complement.p, 0)
 
     def asked(self, extra: dict[str, Any]) -> dict[str, Any]:
         if self.axis_name is None:
@@ -385,13 +398,6 @@ class VectorSpace(Space):
 
     def eigenbasis(self, basis: Any) -> Eigenbasis:
         return self.engine.basis.eigenbasis(basis)
-
-    def outside(self, now: Turned) -> jax.Array:
-        """The curvature outside the basis: what is assumed there, or a bound."""
-        curvature, basis = self.engine.curvature, self.engine.basis
-        if "outside" in curvature.provides:
-            return curvature.outside(now.curvature)
-        return basis.outside(now.basis)
 
     def each(self, values: jax.Array) -> list[jax.Array]:
         return self.layout.to_leaves(values)
