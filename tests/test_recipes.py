@@ -53,6 +53,10 @@ RECIPES = {
 }
 
 
+def _parameters(make):
+    return inspect.signature(make).parameters if inspect.isfunction(make) else {}
+
+
 def minimise(tx, params, steps, fn=loss, **extra):
     """The losses on the way, and the last parameters."""
 
@@ -65,6 +69,17 @@ def minimise(tx, params, steps, fn=loss, **extra):
     run = jax.jit(lambda *start: jax.lax.scan(body, start, None, length=steps))
     (params, _), values = run(params, tx.init(params))
     return np.append(values, fn(params)), params
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in dir(lro) if "rank" in _parameters(getattr(lro, name))]
+)
+def test_a_rank_may_follow_the_learning_rate_without_its_name(name):
+    make = getattr(lro, name)
+    before = [0.1] if "learning_rate" in _parameters(make) else []
+    by_position, by_name = make(*before, 2), make(*before, rank=2)
+    params = {"w": jnp.zeros((3, 4)), "b": jnp.zeros(4)}
+    assert jax.eval_shape(by_position.init, params) == jax.eval_shape(by_name.init, params)
 
 
 @pytest.mark.parametrize("name", RECIPES)

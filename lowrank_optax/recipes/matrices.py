@@ -28,8 +28,8 @@ from lowrank_optax.recipes._recipe import (
 @collects
 def galore(
     learning_rate: optax.ScalarOrSchedule,
-    *,
     rank: int | None = None,
+    *,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -108,8 +108,8 @@ def galore(
 @collects
 def soap(
     learning_rate: optax.ScalarOrSchedule,
-    *,
     rank: int | None = None,
+    *,
     b1: float = 0.95,
     b2: float = 0.95,
     eps: float = 1e-8,

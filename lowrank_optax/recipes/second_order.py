@@ -24,8 +24,8 @@ from lowrank_optax.recipes.vectors import lre
 @collects
 def lowrank_newton(
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    *,
     rank: int | None = None,
+    *,
     rdamping: float = 1e-3,
     curvature: curvatures.Curvature = curvatures.BFGS(),
     weight_decay: float | jax.Array = 0.0,
@@ -111,8 +111,8 @@ def lowrank_newton(
 @collects
 def adahessian(
     learning_rate: optax.ScalarOrSchedule,
-    *,
     rank: int | None = None,
+    *,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -188,8 +188,8 @@ def adahessian(
 @collects
 def sophia_h(
     learning_rate: optax.ScalarOrSchedule,
-    *,
     rank: int | None = None,
+    *,
     b1: float = 0.965,
     b2: float = 0.99,
     eps: float = 1e-12,
@@ -277,8 +277,8 @@ def _newton_outside(curvature: curvatures.Curvature) -> inners.LPower:
 @collects
 def natural_gradient(
     learning_rate: optax.ScalarOrSchedule,
-    *,
     rank: int | None = None,
+    *,
     beta: float = 0.9,
     damping: float = 1.0,
     weight_decay: float | jax.Array = 0.0,

@@ -92,8 +92,8 @@ def lre(
 @collects
 def ggt(
     learning_rate: optax.ScalarOrSchedule,
-    *,
     rank: int | None = None,
+    *,
     b1: float = 0.9,
     eps: float = 1e-2,
     weight_decay: float | jax.Array = 0.0,
@@ -161,8 +161,8 @@ def ggt(
 @collects
 def full_matrix_adam(
     learning_rate: optax.ScalarOrSchedule,
-    *,
     rank: int | None = None,
+    *,
     b1: float = 0.9,
     b2: float = 0.99,
     eps: float = 1e-16,
@@ -280,8 +280,8 @@ def whiten(
 @collects
 def whitened_adam(
     learning_rate: optax.ScalarOrSchedule,
-    *,
     rank: int | None = None,
+    *,
     power: float = -0.25,
     b1: float = 0.9,
     b2: float = 0.999,
