@@ -63,19 +63,13 @@ def optax_galore(rate: optax.Schedule) -> optax.GradientTransformation:
     """optax's, with our view of leaves of three axes."""
 
     def dimensions(params: Any) -> Any:
-        def one(x):
-            if lro.default_matrix_view(x.shape) is None:
+        def one(axes):
+            if axes is None:
                 return None
-            rows = next(
-                i
-                for i in range(1, x.ndim)
-                if np.prod(x.shape[:i]) == lro.default_matrix_view(x.shape)[0]
-            )
-            return optax.contrib.GaLoreDimensionNumbers(
-                tuple(range(rows)), tuple(range(rows, x.ndim))
-            )
+            return optax.contrib.GaLoreDimensionNumbers(axes.rows, axes.columns)
 
-        return jax.tree.map(one, params)
+        seen = [one(leaf.axes) for leaf in lro.diagnose.views(params).leaves]
+        return jax.tree.structure(params).unflatten(seen)
 
     return optax.contrib.galore(
         rate, rank=16, update_proj_gap=50, scale=1.0, weight_dimension_numbers=dimensions

@@ -30,6 +30,7 @@ from lowrank_optax._core.types import (
     SymmetricCorrection,
     Vector,
 )
+from lowrank_optax.engine.axes import MatrixAxes
 from lowrank_optax.engine.matrices import ScaleByMatrixLREState, scale_by_matrix_lre
 from lowrank_optax.engine.matrix_space import Sides
 from lowrank_optax.engine.orthogonal import orthogonalize
@@ -71,6 +72,7 @@ __all__ = [
     "Law",
     "Layout",
     "LevenbergMarquardtState",
+    "MatrixAxes",
     "Metrics",
     "Outside",
     "ScaleByLREState",

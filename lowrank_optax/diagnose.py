@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.engine.axes import MatrixAxes
+from lowrank_optax.engine.views import View, see
+
 
 class Summary(NamedTuple):
     """What one step did, all of it from small arrays.
@@ -164,6 +167,112 @@ def _of_matrices(state: Any) -> MatricesSummary:
     short, long = (getattr(side, "lam", None) for side in state.basis)
     dropped = jnp.sum(jnp.stack(state.events), axis=0)
     return MatricesSummary(short, long, state.metrics.captured, dropped)
+
+
+class LeafView(NamedTuple):
+    """How a leaf is treated by an optimizer of matrices.
+
+    Attributes:
+      path: the leaf's path as text.
+      shape: its shape.
+      axes: the `MatrixAxes` that it is seen by, ``None`` for a leaf that goes to the rest.
+      matrices: number of matrices ``B``, of rows and of columns, ``(B, R, C)``; ``None`` likewise.
+      why: what it was taken for, and which sides have no basis for being too long.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: MatrixAxes | None
+    matrices: tuple[int, int, int] | None
+    why: str
+
+
+class LeafViews(NamedTuple):
+    """How every leaf of a tree is treated; prints as a table.
+
+    Attributes:
+      leaves: a `LeafView` for every leaf, in the order of the tree.
+    """
+
+    leaves: tuple[LeafView, ...]
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        sizes = [each.matrices for each in self.leaves]
+        seen = ["rest" if s is None else f"{s[1]} x {s[2]}" for s in sizes]
+        many = [f"{s[0]} of " if s is not None and s[0] > 1 else "" for s in sizes]
+        rows = [("leaf", "shape", "seen as", "")] + [
+            (each.path or "the tree", str(each.shape), count + size, each.why)
+            for each, count, size in zip(self.leaves, many, seen, strict=True)
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        line = lambda row: "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip()
+        return "\n".join(map(line, rows))
+
+
+def views(params: Any, view: View | None = None, *, tx: Any = None) -> LeafViews:
+    """How the recipes for matrices see every leaf, and what goes to the optimizer of the rest.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> scan = {"kernel": jnp.zeros((12, 64, 256)), "bias": jnp.zeros((12, 256))}
+      >>> lro.diagnose.views({"embedding": jnp.zeros((5000, 64)), "Scan_0": scan})
+      leaf                  shape          seen as
+      ['Scan_0']['bias']    (12, 256)      rest            bias or scale
+      ['Scan_0']['kernel']  (12, 64, 256)  12 of 64 x 256  matrix
+      ['embedding']         (5000, 64)     5000 x 64       embedding
+      >>> tx = lro.scale_by_matrix_lre(None, lro.basis.FullMatrix(), lro.inner.Adam(), largest=1024)
+      >>> print(lro.diagnose.views(jnp.zeros((5000, 64)), tx=tx))
+      leaf      shape       seen as
+      the tree  (5000, 64)  rest     matrix; 5000 > largest=1024
+
+    Args:
+      params: the parameters, or arrays' shapes such as `jax.ShapeDtypeStruct`.
+      view: a view to look at instead of `default_matrix_view`.
+      tx: what `scale_by_matrix_lre` or a recipe made of it returned, whose view and longest side
+        (``largest``) are used; without it sides of any length have a basis.
+
+    Returns:
+      A `LeafViews`: the table, when printed, and a row for every leaf.
+
+    Raises:
+      ValueError: for a view and an optimizer at once, for an optimizer of another kind, and for a
+        view that does not return axes of the leaf.
+
+    Cost: none; only shapes are read.
+    """
+    made = {} if tx is None else parts(tx)
+    if tx is not None and (view is not None or not {"short", "long"} & made.keys()):
+        raise ValueError(
+            f"diagnose.views: view is {view!r} and tx {tx!r}; pass one of them, and as tx an "
+            "optimizer of matrices such as lro.soap_muon(1e-2)."
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths, shapes = [path for path, _ in leaves], [jnp.shape(x) for _, x in leaves]
+    found = see("diagnose.views", paths, shapes, view or made.get("view"))
+    return LeafViews(
+        tuple(
+            _treated(jax.tree_util.keystr(path), shape, axes, why, made)
+            for path, shape, (axes, why) in zip(paths, shapes, found, strict=True)
+        )
+    )
+
+
+def _treated(path: str, shape: Any, axes: MatrixAxes | None, why: str, made: Any) -> LeafView:
+    """A leaf's row, after an optimizer has looked at the lengths of its sides."""
+    if axes is None:
+        return LeafView(path, shape, None, None, why)
+    sizes, bound = axes.sizes(shape), made.get("largest")
+    pairs = zip(("short", "long"), sorted(sizes[1:]), strict=True)
+    sides = [size for name, size in pairs if not made or made.get(name) is not None]
+    long = [size for size in sides if bound is not None and size > bound]
+    if long:
+        why += "; " + "".join(f"{size} > " for size in reversed(long)) + f"largest={bound}"
+    if len(long) == len(sides):
+        return LeafView(path, shape, None, None, why)
+    return LeafView(path, shape, axes, sizes, why + ": no basis there" if long else why)
 
 
 class OperatorSummary(NamedTuple):

@@ -126,7 +126,8 @@ REASONS = {
         "Eigenbasis Layout Outside SymmetricCorrection Vector",
         "states, to read and to restore": "Events GroupState LevenbergMarquardtState Metrics "
         "ScaleByLREState ScaleByMatrixLREState Sides",
-        "how leaves are grouped, viewed and placed": "default_matrix_view per_leaf shardings",
+        "how leaves are grouped, viewed and placed": "MatrixAxes default_matrix_view per_leaf "
+        "shardings",
     },
     "basis": {
         "windows of the last columns": "CommonDirections GGT LowRankFactor",
@@ -149,7 +150,7 @@ REASONS = {
         "to write one": "Curvature Evidence Observation SideColumns SideCurvature",
     },
     "diagnose": {
-        "what an optimizer is made of": "parts",
+        "what an optimizer is made of, and how it sees leaves": "parts views LeafView LeafViews",
         "what it keeps and did": "matrices operator summary MatricesSummary "
         "OperatorSummary Summary",
         "single figures of it": "effective_rank find orthogonality_error",

@@ -96,14 +96,15 @@ class _Opaque:
 def advance_where_taken(tx: Any, layout: Layout, taken: Sequence[Any], new: Any, old: Any) -> Any:
     """The new state of an optax transformation where the leaves' steps were taken, else the old.
 
-    ``taken`` has a boolean for every leaf of the layout, or `optax.MaskedNode`. What belongs to no
-    leaf, such as a count, moves where any leaf does.
+    ``taken`` has a boolean for every leaf of the layout, or several that multiply it, or
+    `optax.MaskedNode`. What belongs to no leaf, such as a count, moves where any leaf does; what
+    is not shaped like its leaf where all of it does.
     """
     hidden = lambda x: isinstance(x, optax.MaskedNode)
     flags = [x for x in taken if not hidden(x)]
     if not flags:
         return old
-    some = jnp.any(jnp.stack(flags))
+    some = jnp.any(jnp.stack([jnp.any(flag) for flag in flags]))
     which = optax.tree.map_params(
         tx,
         lambda x, flag: x if hidden(x) else flag,
@@ -112,5 +113,11 @@ def advance_where_taken(tx: Any, layout: Layout, taken: Sequence[Any], new: Any,
         transform_non_params=lambda _: _Opaque(some),
         is_leaf=hidden,
     )
-    pick = lambda flag, *pair: jax.tree.map(partial(jnp.where, flag.taken), *pair)
-    return jax.tree.map(pick, which, new, old)
+
+    def pick(flag: _Opaque, new: Any, old: Any) -> Any:
+        own, full = np.shape(flag.taken), np.shape(new)
+        same = len(own) == len(full) and all(a in (1, b) for a, b in zip(own, full, strict=True))
+        return jnp.where(flag.taken if same or not own else jnp.all(flag.taken), new, old)
+
+    each = lambda flag, *pair: jax.tree.map(partial(pick, flag), *pair)
+    return jax.tree.map(each, which, new, old)

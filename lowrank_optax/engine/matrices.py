@@ -32,7 +32,7 @@ from lowrank_optax.engine.space import (
     only,
 )
 from lowrank_optax.engine.step import Engine
-from lowrank_optax.engine.views import View, default_matrix_view
+from lowrank_optax.engine.views import View, see
 
 OWNER = "scale_by_matrix_lre"
 
@@ -130,13 +130,16 @@ def scale_by_matrix_lre(
         other coordinates are rounding errors, which Adam would blow up.
       groups: a function of a leaf's path to a label; matrices of one shape that share a label
         share their bases and are one problem: they are dropped or taken together. By default every
-        matrix has its own.
-      view: a function of a leaf's path and shape to ``(rows, columns)``, to which it is reshaped,
-        or ``None`` to leave it to ``rest``; by default `default_matrix_view` of the shape.
+        matrix has its own. Of leaves with a batch of as many matrices the first ones share theirs,
+        the second ones, and so on: the layers of a scan do not mix.
+      view: a function of a leaf's path and shape to the `MatrixAxes` it is seen by, or ``None`` to
+        leave it to ``rest``; by default `default_matrix_view`, and `diagnose.views` shows what it
+        gives. Matrices of a batch have their own bases and counters each, as if every one of them
+        were a leaf.
       rest: optax transformation for the leaves that are not seen as matrices, by default
         `optax.scale_by_adam`. It sees them in float32 at least.
       complement: what becomes of ``G - Q_S Q_S^T G Q_L Q_L^T``: dropped (``None``), scaled by a
-        number ``gamma``, or passed through an optax transformation.
+        number ``gamma``, or passed through an optax transformation, which sees whole leaves.
       largest: sides longer than this have no basis, and matrices of which no side has one are left
         to ``rest``; ``None`` for no limit. What a full basis costs grows with the cube.
       dtype: dtype of the stored rows, by default the leaf's, for bases that store rows in that.
@@ -148,7 +151,8 @@ def scale_by_matrix_lre(
 
     Raises:
       ValueError: for parts that do not fit together, arguments out of range, leaves that are not
-        floating point, views of another size, and gradients whose shapes are not those of ``init``.
+        floating point, views that are not axes of the leaf, and gradients whose shapes are not
+        those of ``init``.
 
     Cost: a step ``4 (r_S a b + r_S r_L b)`` flops a matrix; an update that of the bases for ``b``
     and ``a`` columns and ``4 r_S r_L (r_S + r_L)`` flops for each state of the inner parts. Leaves
@@ -208,7 +212,7 @@ class MatrixEngine(Engine):
         check(
             self.view is None or callable(self.view),
             f"{OWNER}: view is {self.view!r}; pass a function of a leaf's path and shape, such as "
-            "lambda path, shape: lowrank_optax.default_matrix_view(shape).",
+            "lowrank_optax.default_matrix_view.",
         )
         check(
             self.rest is None or isinstance(self.rest, optax.GradientTransformation),
@@ -219,7 +223,6 @@ class MatrixEngine(Engine):
         fix = lambda name, value: object.__setattr__(self, name, value)
         fix("told", self.told or self._listens(self.rest))
         fix("rest", self._called(self.rest or optax.scale_by_adam()))
-        fix("view", self.view or (lambda path, shape: default_matrix_view(shape)))
         if self.largest is not None:
             fix("largest", as_size(OWNER, "largest", self.largest))
 
@@ -291,16 +294,16 @@ class MatrixEngine(Engine):
     def _spaces(self, layout: Layout) -> dict[str, "MatrixSpace"]:
         """The matrices of a tree by the names of their shapes."""
         shared: dict[Any, list[int]] = {}
-        views = [
-            self._seen(*leaf)
-            for leaf in zip(layout.names, layout.paths, layout.shapes, strict=True)
-        ]
+        views = [each.axes for each in see(OWNER, layout.paths, layout.shapes, self.view)]
         for i, view in enumerate(views):
-            if view is not None:
+            if view is None:
+                continue
+            many, *sides = view.sizes(layout.shapes[i])
+            if self._fits(*sorted(sides)):
                 label = i if self.groups is None else self.groups(layout.paths[i])
-                shared.setdefault((min(view), max(view), label), []).append(i)
+                shared.setdefault((*sorted(sides), many, label), []).append(i)
         kinds: dict[str, list[list[int]]] = {}
-        for (a, b, _), members in shared.items():
+        for (a, b, *_), members in shared.items():
             many = f"{len(members)}x" if len(members) > 1 else ""
             kinds.setdefault(f"{many}{a}x{b}", []).append(members)
         return {
@@ -308,18 +311,11 @@ class MatrixEngine(Engine):
             for name, each in kinds.items()
         }
 
-    def _seen(self, name: str, path: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
-        """How a leaf is seen."""
-        view: Any = self.view(path, shape)  # pyright: ignore[reportOptionalCall]
-        check(
-            view is None or (len(view) == 2 and math.prod(view) == math.prod(shape) > 0),
-            f"{OWNER}: view gives {view} for the leaf {name or 'of the tree'} of shape {shape};"
-            " return two sizes with as many entries, or None.",
-        )
-        if view is None or self.largest is None:
-            return view
-        pairs = zip((self.short, self.long), sorted(view), strict=True)
-        return view if any(b is not None and size <= self.largest for b, size in pairs) else None
+    def _fits(self, a: int, b: int) -> bool:
+        """Whether a matrix has a side that may have a basis."""
+        bound = math.inf if self.largest is None else self.largest
+        sides = zip((self.short, self.long), (a, b), strict=True)
+        return any(basis is not None and size <= bound for basis, size in sides)
 
     def others(self, layout: Layout, spaces: Any, updates: Any, state: Any, given: Given):
         """The step of the leaves that are no matrices, judged leaf by leaf."""

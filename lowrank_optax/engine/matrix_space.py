@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from lowrank_optax._core.types import (
 from lowrank_optax.basis import Basis, FullMatrix
 from lowrank_optax.basis.full import FullMatrixState
 from lowrank_optax.curvature.sides import SideCurvature
+from lowrank_optax.engine.axes import MatrixAxes
 from lowrank_optax.engine.space import (
     Given,
     GroupState,
@@ -72,10 +73,15 @@ class MatrixParts:
 class MatrixSpace(Space):
     """``n`` groups of ``m`` matrices ``(a, b)``, ``a <= b``; a group has one basis a side.
 
+    Leaves with batch axes are groups one after another: the first has the first matrix of each of
+    its leaves, the second the second.
+
     Attributes:
       parts: bases, inner parts and what they learn from.
-      members: the places of each group's leaves in the tree.
-      transposed: which of them have ``a`` as their second axis.
+      members: the places in the tree of the leaves that share bases.
+      axes: how each of these is seen, ``a`` first.
+      shapes: their shapes.
+      many: how many groups the members make: the matrices in each leaf.
       columns: layout of the shorter side, a group for each of ours.
       rows: layout of the longer side.
       mesh: the mesh of the leaves.
@@ -83,23 +89,29 @@ class MatrixSpace(Space):
 
     parts: MatrixParts
     members: list[list[int]]
-    transposed: list[list[bool]]
+    axes: list[list[MatrixAxes]]
+    shapes: list[list[tuple[int, ...]]]
+    many: list[int]
     columns: Layout
     rows: Layout
     mesh: Any
 
     @classmethod
     def of(cls, parts: MatrixParts, layout: Layout, views: Any, members: Any, owner: str):
-        """The leaves ``members``, all of one shape; of several dtypes the widest is theirs."""
+        """The leaves ``members``, matrices of one shape; of several dtypes the widest is theirs."""
         dtype = jnp.result_type(*(layout.dtypes[i] for each in members for i in each))
+        shapes = [[layout.shapes[i] for i in each] for each in members]
+        axes = [[views[i].wide(layout.shapes[i]) for i in each] for each in members]
+        first = zip((each[0] for each in axes), (each[0] for each in shapes), strict=True)
+        sizes = [one.sizes(shape) for one, shape in first]
+        many = [size[0] for size in sizes]
         columns, rows = (
             Layout.of(
-                [jax.ShapeDtypeStruct((size,), dtype)] * len(members), per_leaf, parts.dtype, owner
+                [jax.ShapeDtypeStruct((size,), dtype)] * sum(many), per_leaf, parts.dtype, owner
             )
-            for size in sorted(views[members[0][0]])
+            for size in sizes[0][1:]
         )
-        transposed = [[views[i][0] > views[i][1] for i in each] for each in members]
-        return cls(parts, members, transposed, columns, rows, layout.mesh)
+        return cls(parts, members, axes, shapes, many, columns, rows, layout.mesh)
 
     def kept_in(self, state: GroupState) -> "MatrixSpace":
         """The same in the dtypes of a state."""
@@ -110,7 +122,7 @@ class MatrixSpace(Space):
 
     @property
     def n(self) -> int:
-        return len(self.members)
+        return sum(self.many)
 
     @property
     def dtype(self) -> Any:
@@ -156,25 +168,33 @@ class MatrixSpace(Space):
 
     def read(self, leaves: list[jax.Array]) -> jax.Array:
         """``(n, m, a, b)``."""
-        _, m, a, b = self.shape
-        flat = [
-            jnp.reshape(leaves[i], (b, a)).T if transposed else jnp.reshape(leaves[i], (a, b))
-            for i, transposed in zip(self.places, sum(self.transposed, []), strict=True)
-        ]
-        g = jnp.reshape(jnp.stack(flat).astype(self.dtype), (self.n, m, a, b))
-        return share_out(g, self.mesh)
+        groups: dict[int, list[jax.Array]] = {}
+        for _, (first, _), i, axes, _ in self._each_leaf():
+            groups.setdefault(first, []).append(axes.matrices(leaves[i]))
+        g = jnp.concatenate([jnp.stack(each, axis=1) for each in groups.values()])
+        return share_out(g.astype(self.dtype), self.mesh)
 
     def write(self, step: jax.Array) -> dict[int, jax.Array]:
-        _, _, a, b = self.shape
         # Taken from their devices all at once: one by one they would go to every device.
-        flat = split_over_devices(jnp.reshape(step, (-1, a, b)), self.mesh, (1, 2))
+        step = split_over_devices(step, self.mesh, (2, 3))
         return {
-            i: jnp.reshape(each.T if transposed else each, -1)
-            for i, transposed, each in zip(self.places, sum(self.transposed, []), flat, strict=True)
+            i: jnp.reshape(axes.leaf(step[first : first + many, j], shape), -1)
+            for many, (first, j), i, axes, shape in self._each_leaf()
         }
 
     def at(self, values: jax.Array) -> dict[int, jax.Array]:
-        return {i: values[k] for k, each in enumerate(self.members) for i in each}
+        return {
+            i: values[first] if many == 1 else axes.spread(values[first : first + many], shape)
+            for many, (first, _), i, axes, shape in self._each_leaf()
+        }
+
+    def _each_leaf(self) -> Iterator[tuple[int, tuple[int, int], int, MatrixAxes, Any]]:
+        """Of every leaf its matrices' number, first group and place there; itself, axes, shape."""
+        first = 0
+        for many, *group in zip(self.many, self.members, self.axes, self.shapes, strict=True):
+            for j, (i, axes, shape) in enumerate(zip(*group, strict=True)):
+                yield many, (first, j), i, axes, shape
+            first += many
 
     def each(self, values: jax.Array) -> jax.Array:
         return values[:, None, None, None]

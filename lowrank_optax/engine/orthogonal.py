@@ -8,7 +8,8 @@ import optax
 
 from lowrank_optax._core.checks import check_count, check_least
 from lowrank_optax._core.devices import concrete, sharded_like
-from lowrank_optax.engine.views import View, default_matrix_view
+from lowrank_optax.engine.axes import MatrixAxes
+from lowrank_optax.engine.views import View, see
 
 
 def orthogonalize(
@@ -24,8 +25,9 @@ def orthogonalize(
     .. math:: \Delta \approx \rho\,\sqrt{\max(a, b)}\; U V^T
 
     by the quintic Newton–Schulz iteration, whose singular values end between .7 and 1.2. Chain it
-    behind any optimizer: the step then has the same length along every singular direction. Leaves
-    that are not seen as matrices, and updates that are zero or not finite, stay as they are.
+    behind any optimizer: the step then has the same length along every singular direction. Every
+    matrix of a batch has its own factor. Leaves that are not seen as matrices, and updates that are
+    zero or not finite, stay as they are.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -39,14 +41,15 @@ def orthogonalize(
       rms: root mean square ``rho`` of the entries of an update of full rank; that of Adam's
         updates is about .2.
       iterations: number of Newton–Schulz iterations.
-      view: a function of a leaf's path and shape to ``(rows, columns)`` or ``None``; by default
-        `default_matrix_view` of the shape.
+      view: a function of a leaf's path and shape to its `MatrixAxes` or ``None``; by default
+        `default_matrix_view`.
 
     Returns:
       An `optax.GradientTransformation` without state.
 
     Raises:
-      ValueError: for an ``rms`` or a number of iterations out of range.
+      ValueError: for an ``rms`` or a number of iterations out of range, and for a view that does
+        not return axes of the leaf.
 
     Cost: ``4 a² b + 2 a³`` flops an iteration, ``a <= b``, in the precision of products that the
     caller has set: the iteration is rough by design. No state.
@@ -56,7 +59,6 @@ def orthogonalize(
     """
     check_least("orthogonalize", "rms", rms, strict=True)
     check_count("orthogonalize", "iterations", iterations)
-    seen = view or (lambda path, shape: default_matrix_view(shape))
 
     def polar(g: jax.Array) -> jax.Array:
         """Of one matrix that is not higher than wide."""
@@ -77,19 +79,20 @@ def orthogonalize(
     def step(updates: Any) -> tuple[Any]:
         paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
         leaves = [x for _, x in paths]
-        kinds: dict[Any, list[int]] = {}
-        for i, (path, x) in enumerate(paths):
-            size = seen(path, x.shape)
-            if size is not None:
-                kinds.setdefault((x.shape, size, x.dtype), []).append(i)
-        for (shape, size, dtype), members in kinds.items():
-            upright = size[0] > size[1]
-            g = jnp.reshape(jnp.stack([leaves[i] for i in members]), (-1, *size))
-            g = g.astype(jnp.promote_types(dtype, jnp.float32))
-            y = jax.vmap(polar)(jnp.swapaxes(g, 1, 2) if upright else g)
-            y = jnp.reshape(jnp.swapaxes(y, 1, 2) if upright else y, (-1, *shape)).astype(dtype)
-            for i, x in zip(members, y, strict=True):
-                leaves[i] = x
+        seen = see("orthogonalize", [path for path, _ in paths], [x.shape for x in leaves], view)
+        kinds: dict[Any, dict[int, MatrixAxes]] = {}
+        for i, ((axes, _), x) in enumerate(zip(seen, leaves, strict=True)):
+            if axes is not None:
+                kind = axes.sizes(x.shape)[1:], x.dtype
+                kinds.setdefault(kind, {})[i] = axes.wide(x.shape)
+        for (_, dtype), members in kinds.items():
+            g = jnp.concatenate([axes.matrices(leaves[i]) for i, axes in members.items()])
+            y = jax.vmap(polar)(g.astype(jnp.promote_types(dtype, jnp.float32))).astype(dtype)
+            first = 0
+            for i, axes in members.items():
+                many, shape = axes.sizes(leaves[i].shape)[0], leaves[i].shape
+                leaves[i] = axes.leaf(y[first : first + many], shape)
+                first += many
         return (treedef.unflatten(leaves),)
 
     compiled = jax.jit(step)

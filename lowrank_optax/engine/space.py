@@ -184,7 +184,10 @@ class Space(abc.ABC):
 
     @abc.abstractmethod
     def at(self, values: jax.Array) -> dict[int, jax.Array]:
-        """One number a problem for each of its leaves, by their places in the tree."""
+        """One number a problem for each of its leaves, by their places in the tree.
+
+        Where a leaf has several problems, an array of their numbers that multiplies the leaf.
+        """
 
 
 def begin(n: int, dtype: Any, curvature: Any, basis: Any, inner: Any) -> GroupState:

@@ -338,7 +338,8 @@ class Engine(abc.ABC):
         step, new = tx.update(outside, old, params, **given.extra)
         on = [active[i] if i in apart else hidden for i in places]
         step = layout.leaves(step)
-        added = {i: leaves[i] + jnp.where(active[i], jnp.reshape(step[i], -1), 0) for i in apart}
+        take = lambda i: jnp.where(active[i], jnp.reshape(step[i], layout.shapes[i]), 0)
+        added = {i: leaves[i] + jnp.reshape(take(i), -1) for i in apart}
         return leaves | added, advance_where_taken(tx, layout, on, new, old)
 
     def _period(self, old: GroupState) -> Any:

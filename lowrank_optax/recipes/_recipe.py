@@ -14,6 +14,7 @@ from lowrank_optax._core.checks import check_least
 from lowrank_optax._core.entry import own_arguments
 from lowrank_optax._core.states import advance_where_taken, at_least_float32
 from lowrank_optax.curvature import SideCurvature
+from lowrank_optax.engine.views import View
 from lowrank_optax.inner import LPower
 
 OWNER = "recipe"
@@ -64,7 +65,7 @@ class MatrixOptions(TypedDict, total=False):
       curvature: part that says what the bases learn from.
       warmup_steps: number of first steps that build the bases and return zeros for the matrices.
       groups: function of a leaf's path to a label; matrices of one shape and label share bases.
-      view: function of a leaf's path and shape to ``(rows, columns)`` or ``None``.
+      view: function of a leaf's path and shape to its `MatrixAxes`, or ``None``.
       rest: optimizer of the leaves that are not matrices.
       complement: what becomes of the gradient outside the bases.
       dtype: dtype of the stored rows.
@@ -74,7 +75,7 @@ class MatrixOptions(TypedDict, total=False):
     curvature: SideCurvature
     warmup_steps: int
     groups: Callable[[Any], Hashable] | None
-    view: Callable[[Any, tuple[int, ...]], tuple[int, int] | None] | None
+    view: View | None
     rest: optax.GradientTransformation | None
     complement: float | jax.Array | optax.GradientTransformation | None
     dtype: Any
