@@ -310,6 +310,34 @@ for kind in KINDS:
         CHECKS[f"{name}_{kind}"] = lambda k=kind, n=name: matrices(k, n)
 
 
+def stacks(kind, spec):
+    """Layers of a scan in one leaf, split over the devices by layers or along a side."""
+    rng = np.random.default_rng(7)
+    draw = lambda: {
+        "kernel": jnp.asarray(rng.normal(size=(8, 6, 8))),
+        "bias": jnp.asarray(rng.normal(size=(8, 8))),
+    }
+    rule = lambda shape: P(*spec) if len(shape) == 3 else fsdp(shape)
+    mesh, params, tx = mesh_of(KINDS[kind]), draw(), lro.soap_muon(1e-2, update_every=1)
+    where = place(mesh, params, rule)
+    state, alone, homes = tx.init(where), tx.init(params), None
+    assert_placed(state, lro.shardings(tx.init, where))
+    on_mesh, on_one = jax.jit(lambda g, s, p: tx.update(g, s, p)), jax.jit(tx.update)
+    for _ in range(4):
+        g = draw()
+        u, state = on_mesh(place(mesh, g, rule), state, where)
+        v, alone = on_one(g, alone, params)
+        assert_close(u, v)
+        assert_placed(u, placements(where))
+        homes = homes or placements(state)
+        assert_placed(state, homes)
+
+
+for kind in KINDS:
+    CHECKS[f"stack_by_layers_{kind}"] = lambda k=kind: stacks(k, (AXES,))
+    CHECKS[f"stack_by_columns_{kind}"] = lambda k=kind: stacks(k, (None, None, AXES))
+
+
 def recipe(kind):
     """`soap_muon`: bases of both sides, orthogonal steps, Adam for vectors.
 

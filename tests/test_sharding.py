@@ -28,6 +28,8 @@ EIGHT_DEVICES = (
     "basis_random",
     "layers_auto",
     "recipe_explicit",
+    "stack_by_layers_auto",
+    "stack_by_columns_explicit",
     "learner_explicit",
     "hessian_explicit",
     "spectral_fit",

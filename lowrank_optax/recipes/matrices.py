@@ -136,7 +136,7 @@ def soap(
 
     With a ``rank`` the sides are ``SubspaceIteration(rank, b2)``. They keep that many directions
     each, and average only the gradients of the steps that update them. The rest of a gradient is
-    divided by the running root mean square of its entries, one number for each matrix, and
+    divided by the running root mean square of its entries, one number for each leaf, and
     multiplied by ``sqrt((1 - b1) / (1 + b1))``, the size that Adam's mean has in pure noise.
 
     Example:
