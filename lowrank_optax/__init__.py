@@ -31,14 +31,17 @@ from lowrank_optax._core.types import (
     Vector,
 )
 from lowrank_optax.engine.axes import MatrixAxes
-from lowrank_optax.engine.matrices import ScaleByMatrixLREState, scale_by_matrix_lre
+from lowrank_optax.engine.kronecker import scale_by_kronecker
+from lowrank_optax.engine.leaves import ScaleByMatrixLREState
+from lowrank_optax.engine.matrices import scale_by_matrix_lre
 from lowrank_optax.engine.matrix_space import Sides
-from lowrank_optax.engine.orthogonal import orthogonalize
+from lowrank_optax.engine.orthogonal import orthogonalize, scale_by_neuron_rms
 from lowrank_optax.engine.space import Events, GroupState, Metrics
 from lowrank_optax.engine.vectors import ScaleByLREState, scale_by_lre
 from lowrank_optax.engine.views import default_matrix_view
 from lowrank_optax.least_squares import LevenbergMarquardtState, levenberg_marquardt
-from lowrank_optax.recipes.matrices import galore, soap, soap_muon
+from lowrank_optax.recipes.kronecker import kl_shampoo, kl_soap, muon, normuon, soap_muon
+from lowrank_optax.recipes.matrices import galore, shampoo, soap
 from lowrank_optax.recipes.second_order import (
     adahessian,
     gauss_newton,
@@ -98,9 +101,16 @@ __all__ = [
     "online",
     "orthogonalize",
     "per_leaf",
+    "scale_by_kronecker",
     "scale_by_lre",
     "scale_by_matrix_lre",
     "shardings",
+    "kl_shampoo",
+    "kl_soap",
+    "muon",
+    "normuon",
+    "shampoo",
+    "scale_by_neuron_rms",
     "soap",
     "soap_muon",
     "sophia_h",

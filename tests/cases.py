@@ -97,6 +97,7 @@ INNERS = {
     "amsgrad": inner.Adam(amsgrad_decay=1.0),
     "amsgrad_decaying": inner.Adam(amsgrad_decay=0.9),
     "adam_centred": inner.Adam(centred=True),
+    "rmsprop": inner.RMSProp(),
     "fulladam": inner.FullMatrixAdam(),
     "fulladam_amsgrad": inner.FullMatrixAdam(amsgrad_decay=0.9),
     "cubic_adam": inner.CubicAdam(),
@@ -168,6 +169,11 @@ RECIPES = {
     "galore": {"learning_rate": 1e-2, "rank": 2},
     "soap": {"learning_rate": 1e-2},
     "soap_muon": {"learning_rate": 1e-2},
+    "muon": {"learning_rate": 1e-2},
+    "normuon": {"learning_rate": 1e-2},
+    "kl_soap": {"learning_rate": 1e-2},
+    "kl_shampoo": {"learning_rate": 1e-2},
+    "shampoo": {"learning_rate": 1e-2},
     "levenberg_marquardt": {},
 }
 """Every public recipe, with arguments that keep it small."""
@@ -175,6 +181,7 @@ RECIPES = {
 FURTHER = {
     "per_leaf": ("lre", {"learning_rate": 1.0, "basis": basis.Eigen(3), "groups": per_leaf}),
     "soap_low_rank": ("soap", {"learning_rate": 1e-2, "rank": 2}),
+    "soap_muon_low_rank": ("soap_muon", {"learning_rate": 1e-2, "rank": 2}),
 }
 """Recipes with other arguments, to which the same applies."""
 

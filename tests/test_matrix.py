@@ -548,30 +548,6 @@ def test_orthogonalize_takes_matrices_of_one_shape_together():
         np.testing.assert_allclose(out, alone, atol=1e-6)
 
 
-def test_polar_soap_is_soap_made_orthogonal(x64):
-    """The step of Nesterov's Adam between the eigenvectors of both sides, then its polar factor."""
-    grads = noise(5, 6, 4, 7)
-    rule = optax.scale_by_adam(0.9, 0.9, nesterov=True)
-    inside = inner.Optax(
-        rule, laws=optax.ScaleByAdamState(lro.SCALAR, lro.VECTOR, lro.SECOND_MOMENT)
-    )
-    side = basis.FullMatrix(0.9, update_every=2, eig_tol=0.0)
-    plain, _ = steps(lro.scale_by_matrix_lre(side, side, inside, warmup_steps=1), grads)
-    ours, _ = steps(lro.soap_muon(0.1, b1=0.9, b2=0.9, update_every=2), grads)
-    polar = lro.orthogonalize()
-    expected = jax.vmap(lambda g: -0.1 * polar.update(g, polar.init(g))[0])(plain)
-    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
-    np.testing.assert_array_equal(ours[0], 0)
-
-
-def test_polar_soap_is_adam_on_what_is_no_matrix():
-    """Vectors go through Adam as if they were alone."""
-    tree = {"w": noise(0, 6, 4, 3, dtype=jnp.float32), "b": noise(1, 6, 5, dtype=jnp.float32)}
-    ours, _ = steps(lro.soap_muon(0.1, update_every=2), tree)
-    alone, _ = steps(optax.adam(0.1), tree["b"])
-    np.testing.assert_allclose(ours["b"], alone, atol=1e-6)
-
-
 @pytest.mark.parametrize(("largest", "one_sided"), [(5, True), (3, False)])
 def test_longer_sides_have_no_basis(largest, one_sided):
     grads = noise(3, 5, 4, 7, dtype=jnp.float32)

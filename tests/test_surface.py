@@ -113,10 +113,11 @@ def test_every_public_object_is_documented(name):
 REASONS = {
     "": {
         "an optimizer by the name that people know": "adahessian full_matrix_adam galore "
-        "gauss_newton ggt levenberg_marquardt lowrank_newton lre natural_gradient soap soap_muon "
-        "sophia_h whiten whitened_adam",
-        "the engines, for combinations without a name": "scale_by_lre scale_by_matrix_lre",
-        "a transformation that stands behind any optimizer": "orthogonalize",
+        "gauss_newton ggt kl_shampoo kl_soap levenberg_marquardt lowrank_newton lre muon "
+        "natural_gradient normuon shampoo soap soap_muon sophia_h whiten whitened_adam",
+        "the engines, for combinations without a name": "scale_by_kronecker scale_by_lre "
+        "scale_by_matrix_lre",
+        "transformations that stand behind any optimizer": "orthogonalize scale_by_neuron_rms",
         "what parts are made of": "basis curvature inner",
         "other halves of the library": "diagnose online spectral",
         "what the original has and nothing recommends": "experimental",
@@ -165,7 +166,7 @@ REASONS = {
         "with a probe's product": "FullMatrixBFGSAdam FullMatrixHutchinsonAdam HutchinsonAdam",
         "powers of the curvature": "DampedLeastSquares LInv LInvSqrt LPower",
         "shapes of an update": "Cautious ClipNorm ClipNormByEMA ClipValue CopyGradSign NanToZero "
-        "Normalize Sign",
+        "Normalize RMSProp Sign",
         "to combine them": "Chain Optax as_inner",
     },
     "online": {

@@ -403,7 +403,7 @@ def test_leaves_become_matrices_and_back():
 TXS = {
     "soap": lambda **options: lro.soap(0.1, update_every=2, **options),
     "galore": lambda **options: lro.galore(0.1, rank=2, update_every=2, **options),
-    "soap_muon": lambda **options: lro.soap_muon(0.1, update_every=2, weight_decay=0.1, **options),
+    "soap_muon": lambda **options: lro.soap_muon(0.1, update_every=1, weight_decay=0.1, **options),
     "shampoo": lambda **options: lro.scale_by_matrix_lre(
         basis.FullMatrix(None), basis.FullMatrix(None), inner.LInvSqrt(), **options
     ),

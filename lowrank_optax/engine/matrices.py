@@ -7,16 +7,12 @@ The inner parts see ``U = Q_S^T G Q_L``, flattened. Their states move with the K
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from lowrank_optax._core import linalg
 from lowrank_optax._core.checks import as_size, check
-from lowrank_optax._core.layout import Layout
-from lowrank_optax._core.states import advance_where_taken, at_least_float32
 from lowrank_optax._core.types import (
     NEEDS,
     Inner,
@@ -24,38 +20,12 @@ from lowrank_optax._core.types import (
 )
 from lowrank_optax.basis import Basis, FullMatrix
 from lowrank_optax.curvature.sides import SideCovariance, SideCurvature
-from lowrank_optax.engine.matrix_space import MatrixParts, MatrixSpace, share_out
-from lowrank_optax.engine.space import (
-    Given,
-    GroupState,
-    Space,
-    only,
-)
-from lowrank_optax.engine.step import Engine
-from lowrank_optax.engine.views import View, see
+from lowrank_optax.engine.leaves import MatricesEngine
+from lowrank_optax.engine.matrix_space import MatrixParts, MatrixSpace
+from lowrank_optax.engine.stacks import Matrices
+from lowrank_optax.engine.views import View
 
 OWNER = "scale_by_matrix_lre"
-
-
-class ScaleByMatrixLREState(NamedTuple):
-    """State of `scale_by_matrix_lre`.
-
-    Attributes:
-      count: calls of ``update``, dropped steps included.
-      matrices: a `GroupState` for every shape, by its name, such as ``"64x256"``; of matrices that
-        share their bases with others the name begins with how many do, ``"3x64x256"``.
-      rest: state of the transformation of all other leaves, in float32 at least.
-      complement: state of the complement, ``()`` unless it is an optax transformation.
-      dropped: how many steps of a leaf ``rest`` did not take because something was not finite.
-      key: the random key that all later keys come from.
-    """
-
-    count: jax.Array
-    matrices: Any
-    rest: Any
-    complement: Any
-    dropped: jax.Array
-    key: jax.Array
 
 
 def scale_by_matrix_lre(
@@ -182,17 +152,15 @@ def scale_by_matrix_lre(
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class MatrixEngine(Engine):
-    """The engine of `scale_by_matrix_lre`: a space for every shape; other leaves go to ``rest``."""
+class MatrixEngine(MatricesEngine):
+    """The engine of `scale_by_matrix_lre`."""
 
     owner: ClassVar[str] = OWNER
-    kind: ClassVar[type] = ScaleByMatrixLREState
+    space: ClassVar[type[Matrices]] = MatrixSpace
 
     short: Basis | None
     long: Basis | None
     curvature: SideCurvature = SideCovariance()
-    view: View | None = None
-    rest: Any = None
     largest: int | None = None
 
     def __post_init__(self):
@@ -209,22 +177,10 @@ class MatrixEngine(Engine):
             f"{OWNER}: curvature is {self.curvature!r}; pass one for sides of matrices, such as "
             "lowrank_optax.curvature.SideCovariance().",
         )
-        check(
-            self.view is None or callable(self.view),
-            f"{OWNER}: view is {self.view!r}; pass a function of a leaf's path and shape, such as "
-            "lowrank_optax.default_matrix_view.",
-        )
-        check(
-            self.rest is None or isinstance(self.rest, optax.GradientTransformation),
-            f"{OWNER}: rest is {self.rest!r}; pass an optax.GradientTransformation.",
-        )
         super().__post_init__()
         _check_parts(sides, self.inner)
-        fix = lambda name, value: object.__setattr__(self, name, value)
-        fix("told", self.told or self._listens(self.rest))
-        fix("rest", self._called(self.rest or optax.scale_by_adam()))
         if self.largest is not None:
-            fix("largest", as_size(OWNER, "largest", self.largest))
+            object.__setattr__(self, "largest", as_size(OWNER, "largest", self.largest))
 
     @property
     def parts(self) -> MatrixParts:
@@ -239,129 +195,11 @@ class MatrixEngine(Engine):
         lazy = [isinstance(b, FullMatrix) and not b.every_step for b in bases]
         return super().every_step and not all(lazy)
 
-    def _init(self, params: Any) -> ScaleByMatrixLREState:
-        key, *keys = jax.random.split(jax.random.key(self.seed), 3)
-        layout = Layout.of(params, None, self.dtype, OWNER)
-        spaces = self._spaces(layout)
-        # `optax.tree.map_params` inits a tree without leaves, to find out where parameters are: one
-        # number stands for all of this, of which nothing has the structure of the parameters.
-        filled = lambda make: make() if layout.names else jnp.zeros(())
-        matrices = {
-            name: share_out(space.init(keys), layout.mesh) for name, space in spaces.items()
-        }
-        inside, tx = _places(spaces), self.complement
-        beyond = isinstance(tx, optax.GradientTransformation)
-        others = [i for i in range(len(layout.names)) if i not in inside]
-        return ScaleByMatrixLREState(
-            count=jnp.zeros((), jnp.int32),
-            matrices=filled(lambda: matrices),
-            rest=filled(lambda: self.rest.init(only(layout, others, params))),
-            complement=filled(lambda: tx.init(only(layout, inside, params))) if beyond else (),
-            dropped=jnp.zeros((), jnp.int32),
-            key=jax.random.key_data(key),
-        )
-
-    def asked(self, extra: dict[str, Any]) -> dict[str, Any]:
-        return extra if self.told else {}
-
-    def layout(self, updates: Any, state: ScaleByMatrixLREState, params: Any) -> Layout:
-        """The layout that ``init`` saw: that of the parameters or, without them, of the state."""
-        layout = Layout.of(updates if params is None else params, None, self.dtype, OWNER)
-        if params is None:
-            dtypes = list(layout.dtypes)
-            for name, space in self._spaces(layout).items():
-                if name in state.matrices:
-                    short = space.kept_in(state.matrices[name]).columns
-                    for i in space.places:
-                        same = jnp.promote_types(dtypes[i], jnp.float32) == short.dtype
-                        stored = short.dtypes[0] if short.dtypes != space.columns.dtypes else None
-                        dtypes[i] = stored or (dtypes[i] if same else short.dtype)
-            layout = dataclasses.replace(layout, dtypes=tuple(dtypes))
-        return layout.on(updates)
-
-    def spaces(self, layout: Layout, state: ScaleByMatrixLREState) -> dict[str, Space]:
-        return {
-            name: space.kept_in(state.matrices[name])
-            for name, space in self._spaces(layout).items()
-        }
-
-    def states(self, state: ScaleByMatrixLREState) -> dict[str, GroupState]:
-        return dict(state.matrices)
-
-    def stored(self, state: ScaleByMatrixLREState, new: dict[str, GroupState]):
-        return state._replace(matrices=new)
-
-    def _spaces(self, layout: Layout) -> dict[str, "MatrixSpace"]:
-        """The matrices of a tree by the names of their shapes."""
-        shared: dict[Any, list[int]] = {}
-        views = [each.axes for each in see(OWNER, layout.paths, layout.shapes, self.view)]
-        for i, view in enumerate(views):
-            if view is None:
-                continue
-            many, *sides = view.sizes(layout.shapes[i])
-            if self._fits(*sorted(sides)):
-                label = i if self.groups is None else self.groups(layout.paths[i])
-                shared.setdefault((*sorted(sides), many, label), []).append(i)
-        kinds: dict[str, list[list[int]]] = {}
-        for (a, b, *_), members in shared.items():
-            many = f"{len(members)}x" if len(members) > 1 else ""
-            kinds.setdefault(f"{many}{a}x{b}", []).append(members)
-        return {
-            name: MatrixSpace.of(self.parts, layout, views, each, OWNER)
-            for name, each in kinds.items()
-        }
-
     def _fits(self, a: int, b: int) -> bool:
         """Whether a matrix has a side that may have a basis."""
         bound = math.inf if self.largest is None else self.largest
         sides = zip((self.short, self.long), (a, b), strict=True)
         return any(basis is not None and size <= bound for basis, size in sides)
-
-    def others(self, layout: Layout, spaces: Any, updates: Any, state: Any, given: Given):
-        """The step of the leaves that are no matrices, judged leaf by leaf."""
-        inside = _places(spaces)
-        at = [i for i in range(len(layout.names)) if i not in inside]
-        if not at:
-            return {}, {}, state
-        grads, old = layout.leaves(updates), state.rest
-        sound, _ = _flags({i: jnp.sum(jnp.square(at_least_float32(grads[i]))) for i in at})
-        clean = [jnp.where(sound[i], x, 0) if i in sound else x for i, x in enumerate(grads)]
-        params = None if given.params is None else only(layout, at, given.params)
-        mine = only(layout, at, layout.tree(clean))
-        step, new = self.rest.update(mine, old, params, **given.extra)
-        step = {i: x for i, x in enumerate(layout.leaves(step)) if i in sound}
-        # A second moment that overflowed would divide by infinity for ever.
-        burst = [
-            jnp.where(jnp.isfinite(y), x, 0)
-            for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-            if jnp.issubdtype(x.dtype, jnp.inexact)
-        ]
-        whole = linalg.finite(*burst, jnp.zeros(()))
-        size = {i: jnp.max(jnp.abs(x), initial=0) for i, x in step.items()}
-        size = {i: jnp.where(sound[i], x, jnp.inf) for i, x in size.items()}
-        sound, lost = _flags(size, whole)
-        on = [sound.get(i, optax.MaskedNode()) for i in range(len(layout.names))]
-        state = state._replace(
-            rest=advance_where_taken(self.rest, layout, on, new, old),
-            dropped=linalg.tally(state.dropped, lost),
-        )
-        step = {i: jnp.where(ok, jnp.reshape(step[i], -1), 0) for i, ok in sound.items()}
-        return step, {i: ~ok for i, ok in sound.items()}, state
-
-
-def _flags(sizes: dict[int, jax.Array], whole: Any = True) -> tuple[dict[int, jax.Array], Any]:
-    """Which numbers are finite, if ``whole``, and how many are not.
-
-    Found out once: XLA would do it again for each operation that asks.
-    """
-    flags = jnp.isfinite(jnp.stack(list(sizes.values()))) & whole
-    flags = jax.lax.optimization_barrier(flags)
-    return {i: flags[k] for k, i in enumerate(sizes)}, jnp.sum(~flags)
-
-
-def _places(spaces: dict[str, MatrixSpace]) -> set[int]:
-    """The places of all leaves that are matrices."""
-    return {i for space in spaces.values() for i in space.places}
 
 
 def _check_parts(bases: Sequence[Basis], inner: Inner) -> None:

@@ -174,6 +174,12 @@ class Space(abc.ABC):
     def eigenbasis(self, basis: Any) -> Eigenbasis:
         """Eigenvalues and live slots as the step is to see them, ``(n, r)``."""
 
+    def shares(self, u0: jax.Array, u: jax.Array, square: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``captured`` and ``cosine`` of `Metrics`; coordinates came as ``u0`` and became ``u``."""
+        captured = linalg.safe_divide(jnp.sum(u0**2, axis=1), square)
+        size = jnp.linalg.norm(u, axis=1) * jnp.sqrt(square)
+        return captured, linalg.safe_divide(jnp.sum(u * u0, axis=1), size)
+
     @abc.abstractmethod
     def each(self, values: jax.Array) -> Any:
         """One number a problem, ``(n,)``, in the form that multiplies ``g``."""

@@ -291,12 +291,8 @@ class Engine(abc.ABC):
 
         # 6 count.
         failures = Events(~jnp.isfinite(seen.square), seen.square == 0, failed, accept & ~fine)
-        size = jnp.sqrt(square)
-        metrics = Metrics(
-            captured=linalg.safe_divide(jnp.sum(u0**2, axis=1), square),
-            drift=now.drift,
-            cosine=linalg.safe_divide(jnp.sum(u * u0, axis=1), jnp.linalg.norm(u, axis=1) * size),
-        )
+        captured, cosine = space.shares(u0, u, square)
+        metrics = Metrics(captured, now.drift, cosine)
         new = GroupState(
             steps=linalg.tally(old.steps, taken, linalg.DRAWS),
             since=jnp.where(moved, 0, linalg.tally(old.since, taken | failed)),

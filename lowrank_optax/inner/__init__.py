@@ -21,6 +21,7 @@ from lowrank_optax.inner.shaping import (
     CopyGradSign,
     NanToZero,
     Normalize,
+    RMSProp,
     Sign,
 )
 from lowrank_optax.inner.spectral import LInv, LInvSqrt, LPower
@@ -49,6 +50,7 @@ __all__ = [
     "NaturalGradient",
     "Normalize",
     "Optax",
+    "RMSProp",
     "Sign",
     "ThirdOrder",
     "as_inner",

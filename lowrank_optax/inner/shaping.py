@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from lowrank_optax._core import linalg
 from lowrank_optax._core.checks import check_decay, check_least
-from lowrank_optax._core.types import SCALAR, VECTOR, Context
+from lowrank_optax._core.types import SCALAR, SECOND_MOMENT, VECTOR, Context
+from lowrank_optax.inner.adaptive import average
 from lowrank_optax.inner.compose import Stateless
 
 
@@ -109,6 +110,68 @@ class ClipValue(Stateless):
 
     def update(self, u: jax.Array, state: Any, context: Context):
         return jnp.clip(u, -self.max_value, self.max_value), state
+
+
+class RMSPropState(NamedTuple):
+    """State of `RMSProp`.
+
+    Attributes:
+      count: steps.
+      second: ``(r,)`` average of the squares, corrected for its start.
+    """
+
+    count: jax.Array
+    second: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RMSProp:
+    r"""Division by the root mean square: Adam without its mean.
+
+    .. math:: v \leftarrow b_2 v + (1-b_2)\,u^2,\quad u' = u / (\sqrt{\hat v} + \epsilon)
+
+    A hat stands for the correction of the start at zero. When the basis turns, ``v`` becomes
+    ``(C∘C) v``. Where the denominator is zero, the step is zero.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> part, g = lro.inner.RMSProp(), jnp.array([3.0, -0.5])
+      >>> basis = lro.Eigenbasis(lam=jnp.ones(2), live=jnp.ones(2, bool))
+      >>> context = lro.Context(g, basis, moved=jnp.array(True))
+      >>> u, state = part.update(g, part.init(2, g.dtype), context)
+      >>> print(u)
+      [ 1. -1.]
+
+    Args:
+      b2: decay of the second moment, in [0, 1).
+      eps: number added to the root, in units of the gradient.
+
+    Raises:
+      ValueError: for a decay out of range or a negative ``eps``.
+
+    Cost: ``r`` numbers, and ``2 r²`` flops when the basis turns.
+
+    Source: Tieleman and Hinton, "Lecture 6.5: RMSProp", 2012.
+    """
+
+    b2: float = 0.99
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        check_decay("RMSProp", "b2", self.b2)
+        check_least("RMSProp", "eps", self.eps)
+
+    def init(self, rank: int, dtype: Any) -> RMSPropState:
+        return RMSPropState(jnp.zeros((), jnp.int32), jnp.zeros(rank, dtype))
+
+    @property
+    def laws(self) -> RMSPropState:
+        return RMSPropState._make((SCALAR, SECOND_MOMENT))
+
+    def update(self, u: jax.Array, state: RMSPropState, context: Context):
+        count = linalg.tally(state.count)
+        second = average(state.second, u * u, self.b2, count)
+        return linalg.safe_divide(u, jnp.sqrt(second) + self.eps), RMSPropState(count, second)
 
 
 class ClipNormByEMAState(NamedTuple):

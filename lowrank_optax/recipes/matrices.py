@@ -11,9 +11,7 @@ from lowrank_optax import basis as bases
 from lowrank_optax import inner as inners
 from lowrank_optax._core import linalg
 from lowrank_optax._core.checks import check_least
-from lowrank_optax._core.types import SCALAR, SECOND_MOMENT, VECTOR
 from lowrank_optax.engine.matrices import scale_by_matrix_lre
-from lowrank_optax.engine.orthogonal import orthogonalize
 from lowrank_optax.recipes._recipe import (
     MatrixOptions,
     Period,
@@ -114,6 +112,7 @@ def soap(
     b2: float = 0.95,
     eps: float = 1e-8,
     update_every: int = 10,
+    one_sided: bool = False,
     largest: int | None = None,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
@@ -157,6 +156,8 @@ def soap(
       b2: decay of the second moment and of ``L`` and ``R``, in [0, 1).
       eps: number added to the root, in units of the gradient.
       update_every: number of steps from one turn of the bases to the next.
+      one_sided: whether the shorter side alone has a basis, as in the paper's section on cost;
+        ``False`` by default.
       largest: longest side that has a basis, by default 10,000; matrices of which no side has one
         go through Adam.
       weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
@@ -186,7 +187,7 @@ def soap(
         keywords = with_defaults(options, update_every=update_every, complement=quiet)
     return _matrix_recipe(
         learning_rate,
-        (side, side, inners.Adam(b1, b2, eps)),
+        (side, None if one_sided else side, inners.Adam(b1, b2, eps)),
         optax.scale_by_adam(b1, b2, eps),
         weight_decay,
         mask,
@@ -196,55 +197,50 @@ def soap(
 
 
 @collects
-def soap_muon(
+def shampoo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    b1: float = 0.95,
-    b2: float = 0.95,
-    eps: float = 1e-8,
+    b1: float = 0.9,
+    beta: float = 0.99,
+    power: float = -0.25,
+    eig_tol: float = 1e-6,
     update_every: int = 10,
-    rms: float = 0.2,
     largest: int | None = None,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     **options: Unpack[MatrixOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SOAP's step made orthogonal as Muon's is: for networks, the best recipe measured here.
+    r"""Shampoo: the momentum between two roots of the sides' covariances.
 
-    `soap` with Nesterov's momentum, then `orthogonalize`:
+    ``FullMatrix(beta)`` on both sides × ``(EMA(b1), LPower(2 power))``:
 
-    .. math:: X \leftarrow X - \eta\,\rho\,\sqrt{\max(a, b)}\;
-              \mathrm{polar}\bigl(Q_L\,\mathrm{NAdam}(Q_L^T G\,Q_R)\,Q_R^T\bigr)
+    .. math:: X \leftarrow X - \eta\,L^{p} M R^{p},\quad
+              L \leftarrow \beta L + (1-\beta) G G^T,\ R \leftarrow \beta R + (1-\beta) G^T G
 
-    Muon makes the momentum itself orthogonal, noise included. Here the momentum along every pair of
-    eigendirections is first divided by the root mean square of the gradients there. The letters are
-    those of SOAP's paper: ``L`` and ``R`` are the left and the right side. The first step only
-    fills the bases: matrices get their weight decay, and no other update. Leaves that are not
-    matrices, such as biases and scales, go through Adam with optax's decays.
+    Two things differ from the paper: sums are averages, and a pseudo-inverse takes the place of
+    ``epsilon``: directions below ``eig_tol`` of the largest eigenvalue get no step. Leaves that are
+    not matrices go through Adam.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
-      >>> tx = lro.soap_muon(optax.linear_schedule(1.0, 0.0, 200))
+      >>> tx = lro.shampoo(optax.linear_schedule(0.5, 0.0, 200))
       >>> loss = lambda x: jnp.sum((x - jnp.outer(jnp.arange(3.0), jnp.arange(4.0))) ** 2)
       >>> x = jnp.zeros((3, 4)); state = tx.init(x); update = jax.jit(tx.update)
       >>> for _ in range(200):
       ...     updates, state = update(jax.grad(loss)(x), state, x)
       ...     x = optax.apply_updates(x, updates)
-      >>> bool(loss(x) < 1e-2)
+      >>> bool(loss(x) < 1e-1)
       True
 
     Args:
-      learning_rate: schedule that falls, since steps do not shrink by themselves, or a number.
-        Updates have the size of Adam's: start from 1e-2 for networks, and elsewhere from 1e-2 times
-        the distance that parameters have to go.
-      b1: decay of the mean, in [0, 1).
-      b2: decay of the second moment and of the matrices of both sides, in [0, 1).
-      eps: number added to the root, in units of the gradient.
-      update_every: number of steps from one turn of the bases to the next. 3 was better on deep
-        narrow networks, at about twice the time.
-      rms: positive root mean square of the update of a matrix at learning rate 1.
-      largest: longest side that has a basis, by default 1024, less than that of most embeddings;
-        matrices of which no side has one go through Adam and are then made orthogonal.
+      learning_rate: number or schedule.
+      b1: decay of the momentum, in [0, 1).
+      beta: decay of both covariances, in [0, 1).
+      power: of both sides, ``p``: -1/4 in the paper (the default), -1/2 in later versions.
+      eig_tol: eigenvalues below this share of the largest are left out.
+      update_every: number of steps from one turn of the bases to the next.
+      largest: longest side that has a basis, by default 10,000; matrices of which no side has one
+        go through Adam.
       weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
         default.
       mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
@@ -255,31 +251,25 @@ def soap_muon(
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: for a decay, ``eps``, ``rms`` or number of steps out of range.
+      ValueError: for a decay, power or number of steps out of range.
 
-    Cost: that of `soap` and of `orthogonalize`.
+    Cost: that of `scale_by_matrix_lre`; a matrix ``(a, b)`` has ``2 a² + 2 b² + a b`` numbers of
+    state.
 
-    Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024; Jordan et al.,
-    "Muon", 2024.
+    Source: Gupta, Koren and Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization",
+    ICML 2018; the power -1/2 and the averages: Shi et al., "A Distributed Data-Parallel PyTorch
+    Implementation of the Distributed Shampoo Optimizer", 2023.
     """
-    # Eigenvalues are not read, so no direction is dropped for having a small one.
-    side = bases.FullMatrix(b2, update_every=update_every, eig_tol=0.0)
-    # optax's Adam has Nesterov's momentum, which `inner.Adam` does not.
-    laws: Any = optax.ScaleByAdamState(
-        SCALAR,  # pyright: ignore[reportArgumentType]
-        VECTOR,  # pyright: ignore[reportArgumentType]
-        SECOND_MOMENT,  # pyright: ignore[reportArgumentType]
-    )
-    inner = inners.Optax(optax.scale_by_adam(b1, b2, eps, nesterov=True), laws=laws)
+    side = bases.FullMatrix(beta, update_every=update_every, eig_tol=eig_tol)
+    inner = inners.EMA(b1, debias=True), inners.LPower(2 * power)
     return _matrix_recipe(
         learning_rate,
         (side, side, inner),
-        optax.scale_by_adam(eps=eps),
+        optax.scale_by_adam(b1),
         weight_decay,
         mask,
-        then=orthogonalize(rms, view=options.get("view")),
-        largest=or_default(largest, 1024),
-        **with_defaults(options, warmup_steps=1),
+        largest=or_default(largest, 10_000),
+        **with_defaults(options, update_every=1),
     )
 
 
