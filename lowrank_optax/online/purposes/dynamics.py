@@ -1,6 +1,7 @@
 """Dynamics: the next vector is to be predicted from the code of this one."""
 
 import dataclasses
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -18,10 +19,12 @@ class Lagged(NamedTuple):
     Attributes:
       past: second moments ``E z z^T`` of the sources, ``(r, r)``.
       lag: moments ``E z' z^T`` between what follows and the sources, ``(r, r)``.
+      whole: ``E v'^T v``, inside the subspace and outside, a number.
     """
 
     past: jax.Array
     lag: jax.Array
+    whole: Any = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +39,14 @@ class Dynamics(Purpose):
     pair ``(init, apply)``, learns any other ``f`` with the learner's optimizer; its gradient is
     ``-2 J_θ^T A e / E``.
 
-    Where nothing is predicted yet, there is hardly a gradient, because a direction enters the loss
-    with its fourth power. Three things let all directions be found sooner: batches of 50 vectors
-    and more; learning rates like Adam's 0.03 that fall later; a learner whose ``decay`` forgets
-    ``M`` within a few updates. `Reconstruction` as an anchor should come after that, by a schedule.
+    Where nothing is predicted yet, that loss has hardly a gradient, because a direction enters it
+    with its fourth power, and any loud direction is a trap. So ``f`` is lifted where the codes are
+    hardly correlated: ``f(z) = (M + τ s (I - K K^T / τ²)_+) z``, with their coherence ``K = E[z
+    z^T]^{-1/2} E[z' z^T] E[z z^T]^{-1/2}``, the lift ``τ`` and the sign ``s`` of what remains of
+    ``E v'^T v`` outside the subspace. For such a direction ``a`` the loss is that of a quadratic
+    form, ``a^T (τ² C_0 - 2 τ s C_1) a`` with ``C_0 = E v v^T`` and ``C_1 = E v' v^T``, which has
+    no traps. Directions with a coherence above ``τ`` are not lifted at all. `Reconstruction` as an
+    anchor would bring the traps back, so by default there is none.
 
     Vectors follow one another in the order in which they are passed, within a batch and across
     batches. Alternatively their successors are passed: ``update(state, v, next=v')``.
@@ -74,11 +81,14 @@ class Dynamics(Purpose):
 
     f: Any = None
     ridge: float = 1e-4
+    lift: float = 0.8
     pairs: ClassVar[bool] = True
+    alone: ClassVar[bool] = True
 
     def __post_init__(self):
         Purpose.__post_init__(self)
         check_least("Dynamics", "ridge", self.ridge)
+        check(0 <= self.lift <= 1, f"Dynamics: lift is {self.lift}; pass a number in [0, 1].")
         pair = isinstance(self.f, tuple) and len(self.f) == 2 and all(map(callable, self.f))
         check(
             self.f is None or pair or (hasattr(self.f, "init") and hasattr(self.f, "apply")),
@@ -92,7 +102,8 @@ class Dynamics(Purpose):
         return init(key, jnp.zeros(rank, dtype))
 
     def memory(self, rank: int, dtype: Any) -> Lagged:
-        return Lagged(jnp.zeros((rank, rank), dtype), jnp.zeros((rank, rank), dtype))
+        zeros = lambda *shape: jnp.zeros(shape, dtype)
+        return Lagged(zeros(rank, rank), zeros(rank, rank), zeros())
 
     def remember(self, memory: Lagged, view: View, rate: jax.Array) -> Lagged:
         pairs = pairs_of(view)
@@ -100,12 +111,18 @@ class Dynamics(Purpose):
         weighted = pairs.targets.weights[:, None] * pairs.codes
         some = rate * jnp.sum(pairs.targets.weights)
         blend = lambda old, new: (1 - some) * old + rate * new
+        whole = sum(
+            jnp.sum(pairs.targets.weights[:, None] * (a * b).astype(after.dtype))
+            for a, b in zip(pairs.sources, pairs.targets.columns, strict=True)
+        )
         return Lagged(
-            blend(memory.past, weighted.T @ pairs.codes), blend(memory.lag, after.T @ weighted)
+            blend(memory.past, weighted.T @ pairs.codes),
+            blend(memory.lag, after.T @ weighted),
+            blend(memory.whole, whole),
         )
 
     def move(self, memory: Lagged, c: jax.Array) -> Lagged:
-        return Lagged(c @ memory.past @ c.T, c @ memory.lag @ c.T)
+        return Lagged(c @ memory.past @ c.T, c @ memory.lag @ c.T, memory.whole)
 
     def linear(self, memory: Lagged, gram: jax.Array) -> jax.Array:
         """``M``, ``(r, r)``, the best linear map of codes for the moments."""
@@ -115,11 +132,25 @@ class Dynamics(Purpose):
         back = jnp.linalg.solve(shrunk, memory.lag.T).T
         return linalg.matrix_power(gram, -1.0, damping=0, rdamping=0) @ back
 
+    def lifted(self, memory: Lagged, gram: jax.Array) -> jax.Array:
+        """``M``, ``(r, r)``, lifted where codes are hardly correlated."""
+        m = self.linear(memory, gram)
+        if isinstance(self.lift, float | int) and self.lift == 0:
+            return m
+        root = partial(linalg.matrix_power, damping=0, rdamping=0)
+        white, back = root(memory.past, -0.5), root(gram, -0.5)
+        k = white @ memory.lag @ white
+        square, v = linalg.eigh(linalg.symmetrize(k @ k.T))
+        outside = memory.whole - jnp.trace(back @ memory.lag @ back)
+        size = jnp.where(outside < 0, -self.lift, self.lift)
+        more = (v.T * jnp.maximum(0, 1 - square / self.lift**2)) @ v
+        return m + size * back @ more @ back
+
     def terms(self, view: View, theta: Any) -> Terms:
         pairs = pairs_of(view)
         sources, codes, (targets, weights) = pairs
         if self.f is None:
-            theta = self.linear(view.memory, view.operator.gram)
+            theta = self.lifted(view.memory, view.operator.gram)
         fz, back = jax.vjp(self._predict, theta, codes)
         e = less(targets, view.operator.columns(fz))
         value = jnp.sum(weights * view.operator.layout.squares(e)) / view.energy
@@ -129,7 +160,11 @@ class Dynamics(Purpose):
         left = jnp.concatenate([scale[:, None] * fz, before])
         right = [jnp.concatenate(pair) for pair in zip(e, sources, strict=True)]
         inside = jnp.concatenate([within, codes])
-        return Terms(value, left, right, inside, () if self.f is None else bar)
+        if self.f is not None:
+            return Terms(value, left, right, inside, bar)
+        spread = jnp.trace(view.memory.past) / codes.shape[1]
+        bend = (fz.T * weights[None]) @ fz + spread * theta.T @ theta
+        return Terms(value, left, right, inside, curvature=2 * bend / view.energy)
 
     def _predict(self, theta: Any, codes: jax.Array) -> jax.Array:
         if self.f is None:
