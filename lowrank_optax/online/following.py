@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._core import linalg
+from lowrank_optax._core.checks import check_count, check_least
 
 # Steps are 3/n of a Newton step, moments average about n/2 vectors: what was learned before the
 # subspace had settled is forgotten with a power of n.
@@ -57,10 +58,10 @@ def following(every: int = 8, learning_rate: float = 1e-2) -> optax.GradientTran
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> learner = lro.online.learner(2)               # this is its optimizer
       >>> state = learner.init(jax.random.key(0), jnp.zeros(6))
-      >>> for i in range(4):
-      ...     state, _ = learner.update(state, jnp.ones((16, 6)))
-      >>> print(state.opt_state.memory)
-      64.0
+      >>> stream = jax.random.normal(jax.random.key(1), (50, 16, 6)) * jnp.arange(1., 7)
+      >>> state, _ = jax.lax.scan(learner.update, state, stream)
+      >>> print(state.opt_state.memory)                 # it stood still
+      800.0
 
     Args:
       every: number of vectors whose gradients make one step, at least 1, default 8.
@@ -69,74 +70,18 @@ def following(every: int = 8, learning_rate: float = 1e-2) -> optax.GradientTran
     Returns:
       A transformation for `learner`, which passes it ``curvature`` and ``count``.
 
+    Raises:
+      ValueError: for numbers out of range.
+
     Cost: memory ``2 r d``; ``6 r d + 2 r² d`` flops a step.
 
     Source: Yang, "Projection approximation subspace tracking", IEEE Transactions on Signal
     Processing 1995, for the step; the memory is this library's own.
     """
-    adam = optax.adam(learning_rate)
-
-    def init(params: Any) -> FollowingState:
-        rows, theta = params
-        leaves = jax.tree.leaves(rows)
-        r = leaves[0].shape[0] if leaves else 1
-        dtype = jnp.result_type(jnp.float32, *(x.dtype for x in leaves))
-        zeros = lambda *shape: jnp.zeros(shape, dtype)
-        blank = lambda: jax.tree.map(jnp.zeros_like, rows)
-        small = zeros(r, r), zeros(r, r), (zeros(), zeros() + 1), zeros()
-        first = zeros(), zeros(), (blank(), jax.tree.map(jnp.zeros_like, theta)), blank()
-        return FollowingState(*first, *small, adam.init(theta))
-
-    def update(
-        updates: Any,
-        state: FollowingState,
-        params: Any = None,
-        *,
-        curvature: jax.Array | None = None,
-        known: bool = False,
-        count: jax.Array | float = 1.0,
-        **extra: Any,
-    ) -> tuple[Any, FollowingState]:
-        count = jnp.asarray(count, state.memory.dtype)
-        add = lambda a, b: a + count.astype(a.dtype) * b
-        gathered = jax.tree.map(add, state.gathered, updates)
-        waiting, n = state.waiting + count, state.memory + count
-        given = 0 if curvature is None else curvature
-        rate = share(n, count)
-        b = (1 - rate) * state.curvature + rate * given
-        mean = jax.tree.map(lambda x: x / jnp.maximum(waiting, 1).astype(x.dtype), gathered)
-        due = waiting >= every
-        spread = (1 - rate) * state.spread + rate * _gram(updates[0], updates[0])
-        whole = b if known else b + linalg.matrix_power(spread, 0.5, damping=0, rdamping=0)
-        newton = _newton(whole, mean[0])
-        moved = _judge(state, newton, n, waiting)
-        step = jax.tree.map(lambda x: -moved.gain.astype(x.dtype) * x, newton)
-        theta, adam_state = adam.update(mean[1], state.theta, None if params is None else params[1])
-        turn = linalg.matrix_power(
-            jnp.eye(b.shape[0], dtype=b.dtype) + moved.gain**2 * moved.square,
-            -0.5,
-            damping=0,
-            rdamping=0,
-        )
-        done = FollowingState(
-            moved.memory,
-            jnp.zeros_like(waiting),
-            jax.tree.map(jnp.zeros_like, gathered),
-            moved.trend,
-            turn @ b @ turn,
-            turn @ spread @ turn,
-            moved.agreement,
-            moved.length,
-            adam_state,
-        )
-        wait = state._replace(
-            memory=n, waiting=waiting, gathered=gathered, curvature=b, spread=spread
-        )
-        pick = lambda yes, no: jnp.where(due, yes, no)
-        out = jax.tree.map(lambda x: jnp.where(due, x, 0), (step, theta))
-        return out, jax.tree.map(pick, done, wait)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    check_count("following", "every", every)
+    check_least("following", "learning_rate", learning_rate, strict=True)
+    rule = _Following(every, optax.adam(learning_rate))
+    return optax.GradientTransformationExtraArgs(rule.init, rule.update)
 
 
 def share(memory: jax.Array, count: jax.Array) -> jax.Array:
@@ -153,18 +98,20 @@ class _Move(NamedTuple):
     length: jax.Array
 
 
-def _judge(state: FollowingState, newton: Any, n: jax.Array, waiting: jax.Array) -> _Move:
+def _judge(state: FollowingState, newton: Any) -> _Move:
     """The gain of a Newton step, and the memory after it."""
-    r = state.curvature.shape[0]
+    r, n, waiting = state.curvature.shape[0], state.memory, state.waiting
     tiny = jnp.finfo(n.dtype).tiny
     square = _gram(newton, newton)
     length = jnp.trace(square)
     trend = _gram(state.trend, state.trend).trace()
     rate = jnp.minimum(1, TREND * waiting / jnp.maximum(n, 1))
     blend = lambda old, new: old + rate * (new - old)
-    cosine = _gram(newton, state.trend).trace() * jax.lax.rsqrt(
-        jnp.maximum(length, tiny)
-    ) * jax.lax.rsqrt(jnp.maximum(trend, tiny))
+    cosine = (
+        _gram(newton, state.trend).trace()
+        * jax.lax.rsqrt(jnp.maximum(length, tiny))
+        * jax.lax.rsqrt(jnp.maximum(trend, tiny))
+    )
     judged = trend > 0
     mean = jnp.where(judged, blend(state.agreement[0], cosine), state.agreement[0])
     second = jnp.where(judged, blend(state.agreement[1], cosine**2), state.agreement[1])
@@ -198,3 +145,78 @@ def _newton(b: jax.Array, gradient: Any) -> Any:
     """``B^{-1} G``; directions of no curvature have none."""
     inverse = linalg.matrix_power(b, -1.0, damping=0, rdamping=1e-6)
     return jax.tree.map(lambda g: inverse.astype(g.dtype) @ g, gradient)
+
+
+class _Following(NamedTuple):
+    """The two functions of `following`."""
+
+    every: int
+    adam: Any
+
+    def init(self, params: Any) -> FollowingState:
+        rows, theta = params
+        leaves = jax.tree.leaves(rows)
+        r = leaves[0].shape[0] if leaves else 1
+        dtype = jnp.result_type(jnp.float32, *(x.dtype for x in leaves))
+        zeros = lambda *shape: jnp.zeros(shape, dtype)
+        blank = lambda: jax.tree.map(jnp.zeros_like, rows)
+        small = zeros(r, r), zeros(r, r), (zeros(), zeros() + 1), zeros()
+        first = zeros(), zeros(), (blank(), jax.tree.map(jnp.zeros_like, theta)), blank()
+        return FollowingState(*first, *small, self.adam.init(theta))
+
+    def update(
+        self,
+        updates: Any,
+        state: FollowingState,
+        params: Any = None,
+        *,
+        curvature: jax.Array | None = None,
+        known: bool = False,
+        count: jax.Array | float = 1.0,
+        **extra: Any,
+    ) -> tuple[Any, FollowingState]:
+        state = self._gather(updates, state, curvature, jnp.asarray(count, state.memory.dtype))
+        out, done = self._step(state, params, known)
+        due = state.waiting >= self.every
+        out = jax.tree.map(lambda x: jnp.where(due, x, 0), out)
+        return out, jax.tree.map(lambda yes, no: jnp.where(due, yes, no), done, state)
+
+    def _gather(self, updates, state: FollowingState, curvature, count) -> FollowingState:
+        """The state with one more gradient and its curvature."""
+        add = lambda a, b: a + count.astype(a.dtype) * b
+        n = state.memory + count
+        rate = share(n, count)
+        blend = lambda old, new: (1 - rate) * old + rate * new
+        return state._replace(
+            memory=n,
+            waiting=state.waiting + count,
+            gathered=jax.tree.map(add, state.gathered, updates),
+            curvature=blend(state.curvature, 0 if curvature is None else curvature),
+            spread=blend(state.spread, _gram(updates[0], updates[0])),
+        )
+
+    def _step(self, state: FollowingState, params: Any, known: bool):
+        """The step that is due, and the state after it."""
+        many, b = jnp.maximum(state.waiting, 1), state.curvature
+        gradient, own = jax.tree.map(lambda x: x / many.astype(x.dtype), state.gathered)
+        root = lambda a, power: linalg.matrix_power(a, power, damping=0, rdamping=0)
+        newton = _newton(b if known else b + root(state.spread, 0.5), gradient)
+        move = _judge(state, newton)
+        step = jax.tree.map(lambda x: -move.gain.astype(x.dtype) * x, newton)
+        theta, adam_state = self.adam.update(
+            own, state.theta, None if params is None else params[1]
+        )
+        # The rows' polar factor turns codes by (I + S S^T)^{-1/2}.
+        turn = root(jnp.eye(b.shape[0], dtype=b.dtype) + move.gain**2 * move.square, -0.5)
+        done = FollowingState(
+            move.memory,
+            jnp.zeros_like(state.waiting),
+            jax.tree.map(jnp.zeros_like, state.gathered),
+            move.trend,
+            turn @ b @ turn,
+            turn @ state.spread @ turn,
+            move.agreement,
+            move.length,
+            adam_state,
+        )
+        return (step, theta), done

@@ -18,6 +18,7 @@ from lowrank_optax._core.precision import full_precision
 from lowrank_optax._core.rows import orthonormal, random_rows, rewrite
 from lowrank_optax._core.states import check_fits, check_kind
 from lowrank_optax._core.types import Columns
+from lowrank_optax.online._batches import clean, equal
 from lowrank_optax.online._rounding import rounded
 from lowrank_optax.online.following import FollowingState, following, share
 from lowrank_optax.online.loss import composite, curvature
@@ -94,8 +95,7 @@ class Learner:
       purposes: the purposes, reconstruction first where it has a weight.
       optimizer: the optax transformation that moves ``A``.
       orthonormal: whether ``A`` has orthonormal rows.
-      decay: decay ``β`` of the running averages per update; ``None`` for that of the optimizer's
-        memory.
+      decay: decay ``β`` of the running averages per update; ``None`` follows the optimizer's.
       relative: whether losses are divided by ``E‖v‖²``.
       dtype: dtype of the stored rows; ``None`` for that of the vectors.
 
@@ -233,8 +233,8 @@ class Learner:
     ) -> tuple[LearnerState, Info]:
         """`update` for vectors given as columns; ``on``, ``(k,)``, says which of them count."""
         old, layout = state.operator, state.operator.layout
-        stream, fine = _clean(layout, columns, on)
-        others = {name: _clean(layout, c) for name, c in extra.items()}
+        stream, fine = clean(layout, columns, on)
+        others = {name: clean(layout, c) for name, c in extra.items()}
         lost = [~fine if on is None else on & ~fine, *(~ok for _, ok in others.values())]
         some = jnp.any(fine)
         rate = self._rate(state, jnp.sum(fine))
@@ -243,7 +243,9 @@ class Learner:
         pairs = self._successors(state, stream, fine, after)
         extra_streams = {name: s for name, (s, _) in others.items()}
         scale = jnp.where(energy > 0, energy, 1) if self.relative else jnp.ones_like(energy)
-        view = View(old, stream, old.codes(stream.columns), pairs, extra_streams, scale, (), self.relative)
+        view = View(
+            old, stream, old.codes(stream.columns), pairs, extra_streams, scale, (), self.relative
+        )
         loss, values, steps, opt_state, size, sound = self._descend(state, view, jnp.sum(fine))
         ok = some & sound
         memory = tuple(
@@ -304,8 +306,8 @@ class Learner:
         if isinstance(state.opt_state, FollowingState):
             b, known = curvature(self.purposes, weights, state.theta, view, state.memory)
             extra = {"curvature": b, "known": known, "count": count}
-        params = (wide, state.theta)
-        steps, opt_state = self.optimizer.update(grads, state.opt_state, params, **extra)
+        given = grads, state.opt_state, (wide, state.theta)
+        steps, opt_state = self.optimizer.update(*given, **extra)
         size = sum(jnp.sum(jnp.square(x.astype(dtype))) for x in jax.tree.leaves(steps))
         sound = jnp.isfinite(loss) & jnp.isfinite(size) & jnp.isfinite(optax.tree.norm(grads))
         return _Descent(loss, values, steps, opt_state, size, sound)
@@ -322,7 +324,7 @@ class Learner:
             return None
         operator, layout = state.operator, state.operator.layout
         if after is not None:
-            targets, known = _clean(layout, after)
+            targets, known = clean(layout, after)
             sources, both = stream.columns, fine & known
         else:
             first = layout.leaves(state.previous)
@@ -333,7 +335,7 @@ class Learner:
             targets = stream
         # A weight of zero is not enough, because the prediction from a huge vector may overflow.
         sources = [jnp.where(both[:, None], c, 0) for c in sources]
-        targets = Stream(targets.columns, _mean(both, layout.dtype))
+        targets = Stream(targets.columns, equal(both, layout.dtype))
         return Pairs(sources, operator.codes(sources), targets)
 
     def _retract(self, old: Operator, steps: Columns, moved: jax.Array, salt: jax.Array):
@@ -399,9 +401,8 @@ def learner(
               H \leftarrow \beta H + (1 - \beta)\, z z^T, \quad z = A v
 
     Every update takes the gradient of the composite loss in closed form and hands it to an
-    optimizer, by default `following`, which finds its rate and its memory from the stream: steps of
-    Newton's kind, with an average over all vectors while the stream stands still and over the last
-    few while it turns. Orthonormal rows get gradients tangent to them and are made orthonormal
+    optimizer, by default `following`, whose rate and memory come from the stream: all vectors while
+    it stands still, the last few while it turns. Orthonormal rows get gradients tangent to them and are made orthonormal
     again by ``(A A^T)^{-1/2}``. When ``A`` moves, so does ``H <- C H C^T`` with ``C = A_new
     A_old^+``. Rows of 16 bits are rounded at random, so that small steps add up.
 
@@ -423,9 +424,8 @@ def learner(
       rank: number ``r`` of codes, at least 1.
       purposes: what the subspace is for, a sequence of purposes such as `Dynamics`. A function of
         ``(operator, batch)``, or a pair of a weight and such a function, stands for `Custom`.
-      optimizer: an optax transformation or `optax.MultiSteps`; default ``following()``. Before
-        version 1.1 it was ``optax.MultiSteps(optax.adam(1e-2), 8)``, whose steps grow with the
-        number of dimensions and never become smaller.
+      optimizer: an optax transformation or `optax.MultiSteps`; default ``following()``. It was
+        ``optax.MultiSteps(optax.adam(1e-2), 8)``, whose steps grow with ``d`` and never shrink.
       reconstruction: weight ``w_0`` of the first term, a number of at least 0 or a schedule. By
         default 1, and 0 if a purpose is `alone`, such as `Dynamics`, which reconstruction would
         keep from finding anything.
@@ -489,21 +489,6 @@ def _purpose(p: Any) -> Purpose:
 
 def _nonzero(weight: Any) -> bool:
     return callable(weight) or isinstance(weight, jax.Array) or weight != 0
-
-
-def _clean(
-    layout: Layout, columns: Columns, on: jax.Array | None = None
-) -> tuple[Stream, jax.Array]:
-    """A stream whose vectors are set to zero where not finite or not ``on``; which ones remain."""
-    fine = jnp.stack([jnp.all(jnp.isfinite(c), axis=1) for c in columns]).all(axis=0)
-    fine = fine if on is None else fine & on
-    columns = [jnp.where(fine[:, None], c, 0) for c in columns]
-    return Stream(columns, _mean(fine, layout.dtype)), fine
-
-
-def _mean(some: jax.Array, dtype: Any) -> jax.Array:
-    """Equal weights with sum one for those that are true."""
-    return some.astype(dtype) / jnp.maximum(1, jnp.sum(some))
 
 
 def _widened(rows: Any, dtype: Any) -> Any:

@@ -6,10 +6,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_optax._core import linalg
 from lowrank_optax._core.checks import check, check_least
 from lowrank_optax._core.precision import callers_precision
+from lowrank_optax.online.operator import Operator
 from lowrank_optax.online.purposes._purpose import Purpose, Terms, View, less, pairs_of
 
 
@@ -131,6 +133,33 @@ class Dynamics(Purpose):
         shrunk = memory.past + jnp.where(ridge > 0, ridge, 1) * jnp.eye(r, dtype=gram.dtype)
         back = jnp.linalg.solve(shrunk, memory.lag.T).T
         return linalg.matrix_power(gram, -1.0, damping=0, rdamping=0) @ back
+
+    def modes(self, operator: Operator, memory: Lagged) -> tuple[np.ndarray, Any]:
+        """Online dynamic mode decomposition: eigenpairs of ``v -> A^T M A v``, outside of ``jit``.
+
+        Args:
+          operator: the learner's operator.
+          memory: this purpose's memory in the learner's state.
+
+        Returns:
+          Eigenvalues ``(r,)``, complex, the largest first, and modes of length one as leaves
+          ``(r, *shape)``. A mode oscillates with the angle of its eigenvalue per vector and decays
+          with its modulus.
+
+        Raises:
+          ValueError: for a purpose with an ``f`` of its own.
+        """
+        check(self.f is None, "Dynamics.modes: f is not linear; pass Dynamics() without f.")
+        gram = np.asarray(operator.gram, float)
+        m = np.asarray(self.linear(memory, operator.gram), float)
+        lam, w = np.linalg.eig(m @ gram)
+        # A mode A^T w has the squared length w^* S w, and A A^T w = S w.
+        w = w / np.sqrt(np.real(np.einsum("ij,ik,kj->j", w.conj(), gram, w)))
+        order = np.argsort(-np.abs(lam))
+        decode = lambda z: operator.decode(jnp.asarray(z, operator.gram.dtype))
+        real, imaginary = decode(w.real.T[order]), decode(w.imag.T[order])
+        join = lambda a, b: np.asarray(a) + 1j * np.asarray(b)
+        return lam[order], jax.tree.map(join, real, imaginary)
 
     def lifted(self, memory: Lagged, gram: jax.Array) -> jax.Array:
         """``M``, ``(r, r)``, lifted where codes are hardly correlated."""

@@ -163,7 +163,8 @@ class EditLocality(Scaled):
 
     .. math:: L = E_k \frac{k_⊥^T C k_⊥}{(k_⊥^T k)^2} \frac{E‖k‖^2}{E‖x‖^2}, \qquad
               \frac{\partial L}{\partial k_⊥} =
-              \Big(\frac{2 C k_⊥}{s^2} - \frac{2 q}{s^3} k\Big) \frac{E‖k‖^2}{E‖x‖^2}, \quad q = k_⊥^T C k_⊥, \; s = k_⊥^T k
+              \Big(\frac{2 C k_⊥}{s^2} - \frac{2 q}{s^3} k\Big) \frac{E‖k‖^2}{E‖x‖^2}, \quad
+              q = k_⊥^T C k_⊥, \; s = k_⊥^T k
 
     Example:
       >>> import lowrank_optax as lro

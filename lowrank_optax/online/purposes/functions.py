@@ -64,6 +64,7 @@ class Activation(Purpose):
     def terms(self, view: View, theta: Any) -> Terms:
         layout, (columns, weights) = view.operator.layout, view.stream
         logits = lambda x: jax.vmap(callers_precision(self.head))(layout.vectors(x))
+
         def loss(x):
             gap = target - jax.nn.log_softmax(logits(x))
             return jnp.sum(weights * jnp.sum(jnp.exp(target) * gap, axis=-1))
