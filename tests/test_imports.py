@@ -29,6 +29,7 @@ EXTRAS = {
     "plot": {"matplotlib"},
     "spectral.networks": {"flax"},
     "spectral.estimator": {"sklearn"},
+    "online.estimator": {"sklearn"},
 }
 APPLICATIONS = {"__main__", "demo"}
 """Programs on top of everything, which no module imports but they each other."""

@@ -10,6 +10,7 @@ gradients. Both give an `Operator`; `streams` gives vectors of a model for eithe
 
 from lowrank_optax.online import streams, trackers
 from lowrank_optax.online.basis import Learned
+from lowrank_optax.online.following import FollowingState, following
 from lowrank_optax.online.learner import Info, Learner, LearnerState, learner
 from lowrank_optax.online.loss import composite
 from lowrank_optax.online.operator import Operator, merge, signed_pca
@@ -23,6 +24,7 @@ from lowrank_optax.online.purposes import (
     Entropy,
     OldTask,
     Pairs,
+    Profile,
     Purpose,
     Reconstruction,
     Stream,
@@ -39,6 +41,7 @@ __all__ = [
     "Dynamics",
     "EditLocality",
     "Entropy",
+    "FollowingState",
     "Info",
     "Learned",
     "Learner",
@@ -46,6 +49,7 @@ __all__ = [
     "Operator",
     "OldTask",
     "Pairs",
+    "Profile",
     "Purpose",
     "Reconstruction",
     "Stream",
@@ -53,6 +57,7 @@ __all__ = [
     "View",
     "Whitening",
     "composite",
+    "following",
     "learner",
     "merge",
     "signed_pca",

@@ -17,6 +17,7 @@ functions on batches; the trackers here turn stored rows. What both do is the sa
 from lowrank_optax.online.trackers._tracker import OnRows, Tracker, TrackerState
 from lowrank_optax.online.trackers.bases import (
     FromBasis,
+    OwnMoments,
     ada_oja,
     brand,
     frequent_directions,
@@ -35,6 +36,7 @@ __all__ = [
     "FromBasis",
     "NoisyPower",
     "OnRows",
+    "OwnMoments",
     "PAST",
     "PETRELS",
     "Sanger",

@@ -74,6 +74,9 @@ class PETRELS(Forgetting):
     .. math:: a = \arg\min_a ‖P (v - W^T a)‖, \quad R_j \leftarrow \beta R_j + a a^T, \quad
               w_j \leftarrow w_j + R_j^{-1} a\, (v_j - w_j \cdot a)
 
+    With forgetting, rows and codes are rebalanced when the rows' lengths have left [1/2, 2], and
+    every ``R_j^{-1}`` is kept symmetric, which its recursion alone is not for long.
+
     A coordinate forgets only when it is seen (in the paper it forgets at all times), and never more
     than it knew at first. If the stream spans fewer than ``rank`` dimensions, some rows stay
     undetermined.
@@ -144,12 +147,14 @@ class PETRELS(Forgetting):
         x = linalg.safe_divide(a, jnp.sqrt(unit))
         leaves = zip(rows, inverse, v, there, strict=True)
         done = [self._coordinates(*leaf, a, x, unit) for leaf in leaves]
-        rows = [d[0] for d in done]
+        rows, inverse = [d[0] for d in done], [d[1] for d in done]
+        if self.beta is not None:
+            rows, inverse, a = self._balanced(layout, rows, inverse, a)
         # Moments are in the vectors' units, because codes shrink as rows grow, by any factor. The
         # new rows give the lengths, so that an overflow in them shows.
         along = a * _lengths(layout, rows)
         moments = self.decay * moments + jnp.outer(along, along)
-        return (rows, [d[1] for d in done]), (moments, unit)
+        return (rows, inverse), (moments, unit)
 
     def _coordinates(self, w, inverse, v, there, a, x, unit):
         """One leaf's rows ``(r, size)`` and inverses ``(size, r, r)`` after codes ``a``."""
@@ -159,7 +164,31 @@ class PETRELS(Forgetting):
         gain = px / (decay + px @ x.astype(w.dtype)[:, None])
         rest = there * (v - a.astype(w.dtype) @ w)
         step = gain * rest[:, None] * linalg.safe_divide(1.0, jnp.sqrt(unit)).astype(w.dtype)
-        return w + step.T, (inverse - gain[:, :, None] * px[:, None]) / decay[:, :, None]
+        new = (inverse - gain[:, :, None] * px[:, None]) / decay[:, :, None]
+        # Forgetting divides what is not symmetric by the decay, again and again: without this it
+        # grows like ``β^-t`` and destroys the inverse after some hundred vectors.
+        return w + step.T, (new + jnp.swapaxes(new, 1, 2)) / 2
+
+    def _balanced(self, layout, rows, inverse, a):
+        """Orthonormal rows and codes of their size, once a row is twice too long or too short.
+
+        Only the product of rows and codes is determined. With forgetting nothing holds either.
+        """
+        gram = layout.gram(rows)[0]
+        size = jnp.diagonal(gram)
+        off = (jnp.max(size) > 4) | (jnp.min(size) < 0.25)
+
+        def body(_, carry):
+            rows, inverse, a = carry
+            lam, v = linalg.eigh(linalg.symmetrize(gram))
+            # Rows that hold no direction of their own are not blown up to one.
+            lam = jnp.maximum(lam, 1e-4 * jnp.max(lam))
+            t = (v.T / jnp.sqrt(lam)) @ v
+            rows = [t.astype(w.dtype) @ w for w in rows]
+            inverse = [jnp.einsum("ab,jbc,cd->jad", t, p, t).astype(p.dtype) for p in inverse]
+            return rows, inverse, (v.T * jnp.sqrt(lam)) @ v @ a
+
+        return now_and_then(off, body, (rows, inverse, a))
 
     def read(self, layout, rows, small, weight):
         one = linalg.safe_divide(1.0, _lengths(layout, rows[0]))[:, None]
