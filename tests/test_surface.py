@@ -150,8 +150,9 @@ REASONS = {
     },
     "diagnose": {
         "what an optimizer is made of": "parts",
-        "what it keeps and did": "matrices operator summary MatricesSummary "
+        "what it keeps and did": "matrices operator scalars summary MatricesSummary "
         "OperatorSummary Summary",
+        "what it will need": "Memory memory",
         "single figures of it": "effective_rank find orthogonality_error",
     },
     "experimental": {
@@ -185,7 +186,7 @@ REASONS = {
         "a basis as a tracker": "FromBasis",
         "to write one": "OnRows Tracker TrackerState",
     },
-    "plot": {"a picture each": "accuracy captured_energy loss spectrum"},
+    "plot": {"a picture each": "accuracy captured_energy loss spectrum training"},
     "spectral": {
         "to run": "Decomposition Network fit",
         "methods by their published names": "ALLO DPNet ExcitedStates Krasulina LowRankProduct "
