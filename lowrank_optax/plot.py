@@ -1,7 +1,7 @@
 """Pictures of a run, with matplotlib: `pip install 'lowrank_optax[plot]'`.
 
-Every function but `training` draws into ``ax``, or into a new figure without it, and returns the
-axes; `training` draws all that a log holds into one figure.
+Functions draw into ``ax``, or into a new figure without it, and return the axes; `training` draws
+all that a log holds into one figure.
 """
 
 from collections.abc import Mapping, Sequence
@@ -297,6 +297,37 @@ def _curves(curves: Mapping[str, Mapping[str, Any]], x: str, y: str, ax: Any):
     if curves:
         ax.legend(frameon=False)
     return _finish(ax, x, y)
+
+
+def label_ends(ax: Any, ends: Sequence[tuple[str, float, float, Any]], gap: float = 0.055) -> None:
+    """Writes the names of curves beside their ends, moved apart where they would overlap.
+
+    Args:
+      ax: matplotlib axes, whose scales and limits are final.
+      ends: name, x, y and colour of the end of every curve.
+      gap: least distance between two names, as a share of the axes' height, 0.055 by default.
+
+    Returns:
+      Nothing.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> from matplotlib.figure import Figure
+      >>> ax = Figure().subplots(); _ = ax.plot([0, 1], [1.0, 0.5])
+      >>> lro.plot.label_ends(ax, [("ours", 1.0, 0.5, "C0")])
+      >>> [text.get_text() for text in ax.texts]
+      ['ours']
+    """
+    at = lambda x, y: ax.transAxes.inverted().transform(ax.transData.transform((x, y)))
+    placed = sorted((float(at(x, y)[1]), name, x, y, color) for name, x, y, color in ends)
+    heights = [min(max(each[0], 0.02), 0.98) for each in placed]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    over = max(heights[-1] - 0.98, 0.0) if heights else 0.0
+    for height, (_, name, x, y, color) in zip(heights, placed, strict=True):
+        where = (float(at(x, y)[0]) + 0.015, height - over)
+        style = {"color": color, "fontsize": 9, "va": "center", "annotation_clip": False}
+        ax.annotate(name, where, xycoords="axes fraction", **style)
 
 
 def _axes(ax: Any):

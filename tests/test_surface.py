@@ -186,7 +186,10 @@ REASONS = {
         "a basis as a tracker": "FromBasis",
         "to write one": "OnRows Tracker TrackerState",
     },
-    "plot": {"a picture each": "accuracy captured_energy loss spectrum training"},
+    "plot": {
+        "a picture each": "accuracy captured_energy loss spectrum training",
+        "names beside curves": "label_ends",
+    },
     "spectral": {
         "to run": "Decomposition Network fit",
         "methods by their published names": "ALLO DPNet ExcitedStates Krasulina LowRankProduct "
