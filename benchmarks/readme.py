@@ -218,9 +218,9 @@ def step_cost() -> str:
 def step_cost_bases() -> str:
     """Every basis over two passes, and what its flop count predicts."""
     lines = [
-        [f"`{row['basis']}`", f"{row['ratio']:.2f}", f"{row['predicted']:.2f}"]
+        [f"`{row['basis']}`"] + [f"{row[k]:.2f}" if row[k] else "–" for k in ("ratio", "predicted")]
         for row in rows("step_cost_bases")
-        if row["dtype"] == "float32"
+        if row.get("dtype") == "float32"
     ]
     return markdown(["basis", "step over two passes", "predicted"], lines)
 
