@@ -1,4 +1,4 @@
-"""Renders the README's tables of optimizers from the JSON in ``results``, and nothing else.
+"""Renders the tables of the README and of docs/ from the JSON in ``results``, and nothing else.
 
 Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands what the function of that name makes of
 the figures on disk.
@@ -8,14 +8,16 @@ the figures on disk.
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -70,6 +72,26 @@ def across(
             line.append(text)
         lines.append(line)
     return markdown(["task", *methods], lines)
+
+
+def main_job() -> str:
+    """The task of the command line's default, from what that command wrote."""
+    from lowrank_optax.demo.report import seconds_to
+
+    result = json.loads((RESULTS / "main_job" / "results.json").read_text())
+    best = min(row["held_out_loss"]["median"] for row in result["methods"].values())
+    lines = []
+    for name, row in result["methods"].items():
+        loss, seconds = row["held_out_loss"]["median"], seconds_to(result, name)
+        text = f"**{loss:.3f}**" if loss == best else f"{loss:.3f}"
+        cells = (
+            f"`{name}`" if row["ours"] and " " not in name else name,
+            f"{row['learning_rate']:g}",
+        )
+        tail = f"{row['ms_per_step']:.1f}", f"{row['state_bytes'] / 1e6:.1f}"
+        lines.append([*cells, text, "–" if math.isnan(seconds) else f"{seconds:.1f}", *tail])
+    head = ["method", "rate", "held-out loss", "seconds to AdamW's", "ms a step", "state, MB"]
+    return markdown(head, lines)
 
 
 def optimizers() -> str:
@@ -169,6 +191,63 @@ def least_squares() -> str:
     return markdown(head, lines)
 
 
+def milliseconds(x: float) -> str:
+    """A time with three digits."""
+    return f"{x:#.3g}".rstrip(".")
+
+
+def step_cost() -> str:
+    """A step over two passes over its rows: sizes and ranks down, bases across."""
+    found = rows("step_cost")
+    at = {(r["d"], r.get("rank"), r["basis"], r.get("dtype")): r for r in found}
+    lines = []
+    for d, rank in dict.fromkeys((r["d"], r["rank"]) for r in found if r["basis"] == "GGT"):
+        line = [f"{d:.0e}".replace("e+0", "e"), str(rank)]
+        for basis in ("GGT", "Eigen"):
+            row = at.get((d, rank, basis, "float32"))
+            cells = ("passes_ms", "step_ms", "ratio") if basis == "GGT" else ("step_ms", "ratio")
+            line += [milliseconds(row[c]) if row else "–" for c in cells]
+        keys = (d, None, "optax adam", None), (d, rank, "torchzero GGT", "float32")
+        others = [at.get(key) for key in keys]
+        lines.append(line + [milliseconds(row["step_ms"]) if row else "–" for row in others])
+    head = ["d", "rank", "two passes, ms", "GGT, ms", "ratio", "Eigen, ms", "ratio"]
+    head += ["optax Adam, ms", "torchzero GGT, ms"]
+    return markdown(head, lines)
+
+
+def step_cost_bases() -> str:
+    """Every basis over two passes, and what its flop count predicts."""
+    lines = [
+        [f"`{row['basis']}`"] + [f"{row[k]:.2f}" if row[k] else "–" for k in ("ratio", "predicted")]
+        for row in rows("step_cost_bases")
+        if row.get("dtype") == "float32"
+    ]
+    return markdown(["basis", "step over two passes", "predicted"], lines)
+
+
+def trackers() -> str:
+    """Share of the energy of an offline SVD, and the time for a vector."""
+    found = rows("trackers")
+    at = {(row["stream"], row["tracker"]): row for row in found}
+    streams = list(dict.fromkeys(row["stream"] for row in found))
+    names = dict.fromkeys(row["tracker"] for row in found if row["tracker"] != "floor")
+    long = [stream for stream in streams if stream not in ("spiked", "digits")]
+    lines = []
+    for name in names:
+        spiked, digits = at["spiked", name], at["digits", name]
+        line = [name, f"{spiked['energy']:.4f}", f"{digits['energy']:.4f}"]
+        line += [f"{spiked['angle']:.1f}°", milliseconds(spiked["us"])]
+        for stream in long:
+            row = at.get((stream, name))
+            line += [milliseconds(row["us"]), f"{row['floors']:.1f}"] if row else ["–", "–"]
+        lines.append(
+            [cell.replace("0.", ".", 1) if cell.startswith("0.") else cell for cell in line]
+        )
+    head = ["tracker", "spiked", "digits", "largest angle, spiked", "µs, d=500"]
+    head += [cell for _ in long for cell in ("µs, d=1e5", "passes, d=1e5")]
+    return markdown(head, lines)
+
+
 def sweeps() -> str:
     """Many runs as one vmapped step over the same one by one: sizes down, optimizers across."""
     found = json.loads((RESULTS / "load.json").read_text())["sweeps"]
@@ -201,6 +280,10 @@ def faults() -> str:
 TABLES = {
     f.__name__: f
     for f in (
+        main_job,
+        step_cost,
+        step_cost_bases,
+        trackers,
         optimizers,
         optimizers_spread,
         optimizers_seconds,
@@ -233,9 +316,7 @@ def render(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
-    parser.add_argument(
-        "files", nargs="*", type=Path, default=[README, Path(__file__).with_name("README.md")]
-    )
+    parser.add_argument("files", nargs="*", type=Path, default=PAGES)
     args = parser.parse_args()
     stale = []
     for path in args.files:

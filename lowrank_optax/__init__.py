@@ -54,7 +54,7 @@ from lowrank_optax.recipes.vectors import full_matrix_adam, ggt, lre, whiten, wh
 if typing.TYPE_CHECKING:
     from lowrank_optax import online, spectral
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MATRIX",

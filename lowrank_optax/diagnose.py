@@ -1,15 +1,37 @@
-"""Functions of a state that show the spectrum and what becomes of the gradient in it.
+"""Functions that show what an optimizer keeps, what it did, and how much memory it needs.
 
-They take any state that contains a `ScaleByLREState`, including a chain's and a TrainState's
-``opt_state``; `operator` takes an online operator. All of them run inside jit. ``n`` is the number
-of groups of parameters, ``r`` the number of coordinates, ``m`` the number of stored rows.
+They take any state that contains one of this library, including a chain's and a TrainState's
+``opt_state``; `operator` takes an online operator, `memory` an optimizer before it has a state. All
+that return arrays run inside jit. ``n`` is the number of groups of parameters, ``r`` the number of
+coordinates, ``m`` the number of stored rows.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
+
+from lowrank_optax._core.memory import Memory, memory
+
+__all__ = [
+    "MatricesSummary",
+    "Memory",
+    "OperatorSummary",
+    "Summary",
+    "effective_rank",
+    "find",
+    "matrices",
+    "memory",
+    "operator",
+    "orthogonality_error",
+    "parts",
+    "scalars",
+    "summary",
+]
 
 from lowrank_optax.engine.axes import MatrixAxes
 from lowrank_optax.engine.views import View, see
@@ -153,14 +175,13 @@ def matrices(state: Any) -> dict[str, MatricesSummary]:
       >>> print((seen.short / seen.short[:, :1]).round(2), seen.captured_energy.round(2))
       [[1.   0.25]] [1.]
     """
-    is_engine = lambda x: hasattr(x, "matrices")
-    for leaf in jax.tree.leaves(state, is_leaf=is_engine):
-        if is_engine(leaf):
-            return {name: _of_matrices(each) for name, each in leaf.matrices.items()}
-    raise ValueError(
-        f"diagnose: {type(state).__name__} holds no state of scale_by_matrix_lre; pass the "
-        "state of soap_muon or soap, or of a chain that contains one."
-    )
+    found = next(_inside(state, lambda x: hasattr(x, "matrices")), None)
+    if found is None:
+        raise ValueError(
+            f"diagnose: {type(state).__name__} holds no state of scale_by_matrix_lre; pass the "
+            "state of soap_muon or soap, or of a chain that contains one."
+        )
+    return {name: _of_matrices(each) for name, each in found.matrices.items()}
 
 
 def _of_matrices(state: Any) -> MatricesSummary:
@@ -337,14 +358,21 @@ def find(state: Any) -> Any:
       >>> type(lro.diagnose.find(state)).__name__
       'ScaleByLREState'
     """
-    is_engine = lambda x: hasattr(x, "basis") and hasattr(x, "metrics")
-    for leaf in jax.tree.leaves(state, is_leaf=is_engine):
-        if is_engine(leaf):
-            return leaf
-    raise ValueError(
-        f"diagnose: {type(state).__name__} holds no state of scale_by_lre; pass the "
-        "state of lre, of scale_by_lre, or of a chain that contains one."
-    )
+    is_engine = lambda x: hasattr(x, "complement") and hasattr(x, "basis")
+    found = next(_inside(state, is_engine), None)
+    if found is None:
+        raise ValueError(
+            f"diagnose: {type(state).__name__} holds no state of scale_by_lre; pass the state of "
+            "lre, of scale_by_lre, or of a chain that contains one. For soap_muon and other "
+            "recipes of matrices there is lro.diagnose.matrices."
+        )
+    return found
+
+
+def _inside(state: Any, wanted: Any) -> Iterator[Any]:
+    """The states inside a tree that are wanted, in its order."""
+    leaves = jax.tree.leaves(state, is_leaf=wanted)
+    return (leaf for leaf in leaves if wanted(leaf))
 
 
 def effective_rank(lam: jax.Array) -> jax.Array:
@@ -406,3 +434,79 @@ def orthogonality_error(state: Any) -> jax.Array:
     )
     eye = jax.vmap(jnp.diag)((basis.lam != 0).astype(product.dtype))
     return jnp.max(jnp.abs(product - eye), axis=(1, 2), initial=0.0)
+
+
+def scalars(state: Any) -> dict[str, float]:
+    """Figures of every state of this library inside a state, for TensorBoard, W&B or any logger.
+
+    A figure of several groups or matrices has three entries, ``/mean``, ``/min`` and ``/max``;
+    counts of dropped steps are sums. Not for use inside jit: numbers are read from the device.
+
+    Args:
+      state: the state of an optimizer, of a chain, or a TrainState, that holds states of
+        `scale_by_lre`, `scale_by_matrix_lre` or `levenberg_marquardt`.
+
+    Returns:
+      Numbers by names such as ``"lre/captured_energy"``, ``"matrices/64x256/dropped"`` or
+      ``"levenberg_marquardt/damping"``; a second state of a kind is ``"lre_1/..."``.
+
+    Raises:
+      ValueError: where no state of this library is found, or inside jit.
+
+    Cost: that of `orthogonality_error`, and one transfer of small arrays from the device.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.whitened_adam(1e-2, 4); state = tx.init(jnp.zeros(3))
+      >>> _, state = tx.update(jnp.array([1.0, 2.0, 2.0]), state)
+      >>> logged = lro.diagnose.scalars(state)
+      >>> logged["lre/captured_energy"], logged["lre/dropped"]
+      (1.0, 0.0)
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
+        raise ValueError(
+            "diagnose.scalars: the state is traced; call it outside of jit, or return "
+            "diagnose.summary(state) from the compiled step."
+        )
+    out: dict[str, float] = {}
+    for name, figures in _figures(state):
+        for key, value in jax.device_get(figures).items():
+            values = np.asarray(value, np.float64)
+            if key == "dropped":
+                out[f"{name}/dropped"] = float(values.sum())
+            elif values.size == 1:
+                out[f"{name}/{key}"] = float(values.reshape(()))
+            elif values.size:
+                for by in (np.mean, np.min, np.max):
+                    out[f"{name}/{key}/{by.__name__}"] = float(by(values))
+    if not out:
+        raise ValueError(
+            f"diagnose: {type(state).__name__} holds no state of this library; pass the state of "
+            "one of its optimizers, or of a chain that contains one."
+        )
+    return out
+
+
+def _figures(state: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Arrays by name of every state of this library, each kind under a prefix of its own."""
+    is_vectors = lambda x: hasattr(x, "complement") and hasattr(x, "basis")
+    for i, each in enumerate(_inside(state, is_vectors)):
+        seen = summary(each)._asdict()
+        dropped = sum(seen.pop(reason) for reason in each.events._fields)
+        lam = seen.pop("spectrum")
+        seen |= {"largest_eigenvalue": lam.max(1), "dropped": dropped}
+        yield ("lre" if i == 0 else f"lre_{i}"), seen
+    for i, each in enumerate(_inside(state, lambda x: hasattr(x, "matrices"))):
+        prefix = "matrices" if i == 0 else f"matrices_{i}"
+        for shape, found in matrices(each).items():
+            sides = {"short": found.short, "long": found.long}
+            sides = {k: lam for k, lam in sides.items() if lam is not None}
+            seen = {f"effective_rank_{k}": effective_rank(lam) for k, lam in sides.items()}
+            seen |= {f"largest_eigenvalue_{k}": lam.max(1) for k, lam in sides.items()}
+            figures = {"captured_energy": found.captured_energy, "dropped": found.dropped}
+            yield f"{prefix}/{shape}", seen | figures
+        yield f"{prefix}/rest", {"dropped": each.dropped}
+    for i, each in enumerate(_inside(state, lambda x: hasattr(x, "refused"))):
+        figures = {key: getattr(each, key) for key in ("loss", "damping", "relative")}
+        figures |= {"refused": each.refused, "dropped": each.nonfinite}
+        yield "levenberg_marquardt" + (f"_{i}" if i else ""), figures

@@ -1,15 +1,17 @@
 """Pictures of a run, with matplotlib: `pip install 'lowrank_optax[plot]'`.
 
-Every function draws into ``ax``, or into a new figure without it, and returns the axes.
+Functions draw into ``ax``, or into a new figure without it, and return the axes; `training` draws
+all that a log holds into one figure.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 # Told apart with any kind of colour vision, and by their grey values in print (Okabe and Ito).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+_MISSING = "lowrank_optax.plot draws with matplotlib: pip install 'lowrank_optax[plot]'"
 
 
 def spectrum(history: Any, ax: Any = None, *, steps: Sequence[int] | None = None, group: int = 0):
@@ -166,6 +168,113 @@ def accuracy(curves: Mapping[str, Mapping[str, Any]], x: str = "steps", ax: Any 
     return _curves(curves, x, "accuracy", ax)
 
 
+def training(
+    history: Any,
+    *,
+    losses: Sequence[float] | None = None,
+    steps: Sequence[int] | None = None,
+    views: Any = None,
+    group: Any = 0,
+):
+    """One figure of a run: loss, spectrum, captured energy, steps, and how leaves are seen.
+
+    What is not there is not drawn. Steps are the drift of the basis, the angle between gradient and
+    update, and the share of steps dropped so far.
+
+    Args:
+      history: the stacked records of a run, with a leading axis of time: a `diagnose.Summary`, or
+        for matrices the dictionary of `diagnose.matrices`.
+      losses: the losses, ``(t,)``; by default (``None``) there is no panel of them.
+      steps: step numbers of the records, ``(t,)``; by default they are counted from 0.
+      views: text to set below, or anything that prints as a table of how leaves are seen; none by
+        default (``None``).
+      group: index of the group of parameters whose spectrum is drawn, or, for matrices, the name of
+        the shape; the first by default.
+
+    Returns:
+      The matplotlib figure.
+
+    Raises:
+      ValueError: for records without a time axis, a group that is not there, or steps that do not
+        match the records.
+      ImportError: where matplotlib is not installed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.lre(1.0, basis=lro.basis.GGT(2)); state = tx.init(jnp.zeros(3))
+      >>> def step(state, g):
+      ...     _, state = tx.update(g, state)
+      ...     return state, lro.diagnose.summary(state)
+      >>> _, history = jax.lax.scan(step, state, jnp.eye(3))
+      >>> figure = lro.plot.training(history, losses=[3.0, 2.0, 1.0])
+      >>> [ax.get_ylabel() for ax in figure.axes[:4]]
+      ['loss', 'eigenvalue', 'gradient in the basis', 'share']
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+    seen = _of_shapes(history, group) if isinstance(history, Mapping) else history
+    panels = ["loss"] * (losses is not None) + ["spectrum", "energy"]
+    panels += ["steps"] * hasattr(seen, "drift")
+    columns = 2 if len(panels) == 4 else len(panels)
+    height = 3.2 * (len(panels) // columns)
+    below = 0.0 if views is None else 0.2 + 0.16 * (str(views).count("\n") + 1)
+    figure = Figure(figsize=(4.6 * columns, height + below), dpi=120, layout="constrained")
+    parts = figure.subfigures(
+        1 + (below > 0), squeeze=False, height_ratios=[height, below][: 1 + (below > 0)]
+    )[:, 0]
+    grid = parts[0].subplots(len(panels) // columns, columns, squeeze=False).ravel()
+    axes = dict(zip(panels, grid, strict=True))
+    if losses is not None:
+        values = np.asarray(losses, float)
+        axes["loss"].plot(_steps(steps, len(values)), values, color=_COLORS[0], lw=1.2)
+        axes["loss"].set_yscale("log" if np.nanmin(values) > 0 else "linear")
+        _finish(axes["loss"], "step", "loss")
+    spectrum(seen, axes["spectrum"], steps=steps, group=0 if seen is not history else group)
+    captured_energy(seen, axes["energy"], steps=steps)
+    if "steps" in axes:
+        _taken(seen, axes["steps"], steps)
+    for part in parts[1:]:
+        part.text(0.01, 0.98, str(views), family="monospace", fontsize=8, va="top")
+    return figure
+
+
+class _Shape(NamedTuple):
+    """Records of the matrices of one shape, as of one group each."""
+
+    spectrum: Any
+    captured_energy: Any
+
+
+def _of_shapes(history: Mapping[str, Any], group: Any) -> _Shape:
+    names = list(history)
+    name: Any = group
+    if isinstance(group, int) and -len(names) <= group < len(names):
+        name = names[group]
+    if name not in history:
+        raise ValueError(f"group is {group!r}; the history has the shapes {', '.join(names)}.")
+    found = history[name]
+    lam = found.short if found.short is not None else found.long
+    return _Shape(np.asarray(lam), np.asarray(found.captured_energy))
+
+
+def _taken(seen: Any, ax: Any, steps: Sequence[int] | None) -> None:
+    """Drift, cosine and dropped steps of a `diagnose.Summary`: medians over the groups."""
+    drift, cosine = (_records(k, getattr(seen, k), 2) for k in ("drift", "cosine"))
+    times = _steps(steps, len(drift))
+    lost = sum(np.asarray(getattr(seen, k), float) for k in ("nonfinite", "zero", "eigh", "inner"))
+    curves = {
+        "drift of the basis": np.median(drift, 1),
+        "cosine to the gradient": np.median(cosine, 1),
+        "steps dropped": np.max(lost, 1) / np.maximum(times - times[0] + 1, 1),
+    }
+    for color, (name, values) in zip(_COLORS, curves.items(), strict=False):
+        ax.plot(times, values, color=color, lw=1.2, label=name)
+    ax.legend(frameon=False, fontsize=8)
+    _finish(ax, "step", "share")
+
+
 def _curves(curves: Mapping[str, Mapping[str, Any]], x: str, y: str, ax: Any):
     if x not in ("steps", "seconds"):
         raise ValueError(f"x is {x!r}; pass 'steps' or 'seconds'.")
@@ -190,15 +299,44 @@ def _curves(curves: Mapping[str, Mapping[str, Any]], x: str, y: str, ax: Any):
     return _finish(ax, x, y)
 
 
+def label_ends(ax: Any, ends: Sequence[tuple[str, float, float, Any]], gap: float = 0.055) -> None:
+    """Writes the names of curves beside their ends, moved apart where they would overlap.
+
+    Args:
+      ax: matplotlib axes, whose scales and limits are final.
+      ends: name, x, y and colour of the end of every curve.
+      gap: least distance between two names, as a share of the axes' height, 0.055 by default.
+
+    Returns:
+      Nothing.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> from matplotlib.figure import Figure
+      >>> ax = Figure().subplots(); _ = ax.plot([0, 1], [1.0, 0.5])
+      >>> lro.plot.label_ends(ax, [("ours", 1.0, 0.5, "C0")])
+      >>> [text.get_text() for text in ax.texts]
+      ['ours']
+    """
+    at = lambda x, y: ax.transAxes.inverted().transform(ax.transData.transform((x, y)))
+    placed = sorted((float(at(x, y)[1]), name, x, y, color) for name, x, y, color in ends)
+    heights = [min(max(each[0], 0.02), 0.98) for each in placed]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    over = max(heights[-1] - 0.98, 0.0) if heights else 0.0
+    for height, (_, name, x, y, color) in zip(heights, placed, strict=True):
+        where = (float(at(x, y)[0]) + 0.015, height - over)
+        style = {"color": color, "fontsize": 9, "va": "center", "annotation_clip": False}
+        ax.annotate(name, where, xycoords="axes fraction", **style)
+
+
 def _axes(ax: Any):
     if ax is not None:
         return ax
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError(
-            "lowrank_optax.plot draws with matplotlib: pip install 'lowrank_optax[plot]'"
-        ) from error
+        raise ImportError(_MISSING) from error
     return plt.subplots(figsize=(6, 3.6), layout="constrained")[1]
 
 

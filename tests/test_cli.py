@@ -48,6 +48,7 @@ def check_settings(result):
     assert result["machine"]["cores"] == os.cpu_count()
     rates = result["settings"]["learning_rates"]
     assert list(result["methods"]) == list(rates) == [m.name for m in runs.METHODS]
+    assert [row["ours"] for row in result["methods"].values()] == [m.ours for m in runs.METHODS]
     tried = {(r["method"], r["learning_rate"], r["seed"]) for r in result["runs"]}
     assert tried == {(m, r, s) for m in rates for r in rates[m] for s in (0, 1)}
     assert len(result["runs"]) == len(tried)
@@ -88,34 +89,64 @@ def check_fairness(result):
     np.testing.assert_allclose(first, np.broadcast_to(first[0], np.shape(first)), rtol=1e-5)
     parameter_bytes = 4 * result["settings"]["parameters"]
     state = {name: row["state_bytes"] for name, row in result["methods"].items()}
-    assert 2 * parameter_bytes <= state["Adam"] < 1.01 * 2 * parameter_bytes
+    assert 2 * parameter_bytes <= state["AdamW"] < 1.01 * 2 * parameter_bytes
     sides, biases = [(64, 128), (128, 128), (10, 128)], 266
     matrices = sum(2 * a * a + 2 * b * b + 2 * a * b for a, b in sides)
     assert 4 * (matrices + 2 * biases) <= state["soap_muon"] < 1.2 * 4 * (matrices + 2 * biases)
 
 
 def test_table_names_the_methods(capsys):
-    run = runs.Run("Adam", 0.1, 0, False, 8, [2], [0.1], [math.nan], [math.nan], [math.nan])
+    run = runs.Run("AdamW", 0.1, 0, False, 8, [2], [0.1], [math.nan], [math.nan], [math.nan])
     result = {
         "settings": {"task": "digits", "parameters": 1, "steps": 2, "seeds": [0]},
         "complete": False,
-        "methods": {"Adam": report.summary(runs.METHODS[0], [run])},
+        "methods": {"AdamW": report.summary(runs.METHODS[0], [run])},
     }
     report.print_table(result)
     printed = capsys.readouterr().out
-    assert "Adam" in printed
+    assert "AdamW" in printed
     assert "stopped early" in printed
 
 
 def test_best_rate_ignores_diverged_and_unfinished_runs():
     def run(rate, loss, complete=True):
-        return runs.Run("Adam", rate, 0, complete, 8, [2], [0.1], [loss], [0.0], [0.0])
+        return runs.Run("AdamW", rate, 0, complete, 8, [2], [0.1], [loss], [0.0], [0.0])
 
     tried = [run(0.1, math.nan), run(0.2, 3.0), run(0.3, 2.0), run(0.4, 1.0, complete=False)]
     assert report.best_runs(runs.METHODS[0], tried) == [tried[2]]
     assert report.best_runs(runs.METHODS[0], tried[3:]) == [tried[3]]
     assert report.best_runs(runs.METHODS[0], tried[:1]) == [tried[0]]
     assert report.best_runs(runs.METHODS[1], tried) == []
+
+
+def test_seconds_to_the_loss_of_adamw():
+    def rows(seconds, loss):
+        curves = {"seconds": [seconds], "held_out_loss": [loss]}
+        return {"curves": curves, "held_out_loss": {"median": loss[-1]}}
+
+    result = {
+        "methods": {
+            "AdamW": rows([1.0, 2.0, 3.0], [4.0, 3.0, 2.0]),
+            "fast": rows([1.0, 3.0, 5.0], [3.0, 1.0, 0.5]),
+            "slow": rows([1.0, 2.0, 3.0], [4.0, 3.5, 3.0]),
+        }
+    }
+    assert report.seconds_to(result, "AdamW") == 3.0
+    assert report.seconds_to(result, "fast") == 2.0
+    assert math.isnan(report.seconds_to(result, "slow"))
+
+
+def test_picture_labels_every_curve(tmp_path):
+    from matplotlib.figure import Figure
+
+    from lowrank_optax import plot
+
+    ax = Figure().subplots()
+    ax.plot([0, 1], [0, 1])
+    plot.label_ends(ax, [("a", 1, 0.5, "C0"), ("b", 1, 0.5, "C1"), ("c", 1, 1.0, "C2")])
+    heights = sorted(text.xy[1] for text in ax.texts)
+    assert min(b - a for a, b in zip(heights, heights[1:], strict=False)) > 0.05
+    assert {text.get_text() for text in ax.texts} == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("steps", [40, 43])
@@ -273,11 +304,12 @@ def test_start_imports_the_core_alone():
 
 
 def test_ctrl_c_keeps_finished_runs(tmp_path):
-    arguments = ["train", "--steps", "40", "--seeds", "0", "--out", str(tmp_path)]
+    arguments = ["train", "--task", "digits", "--steps", "40", "--seeds", "0"]
+    arguments += ["--out", str(tmp_path)]
     command = [sys.executable, "-c", INTERRUPTIBLE, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     with process:
-        assert process.stdout.readline().startswith("Adam, rate 0.003, seed 0: loss")
+        assert process.stdout.readline().startswith("AdamW, rate 0.003, seed 0: held-out loss")
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
     assert process.returncode == 130
@@ -286,7 +318,7 @@ def test_ctrl_c_keeps_finished_runs(tmp_path):
     assert result["complete"] is False
     assert result["runs"][0]["complete"] is True
     assert result["runs"][0]["steps"] == 40
-    assert len(result["methods"]["Adam"]["curves"]["steps"]) == 20
+    assert len(result["methods"]["AdamW"]["curves"]["steps"]) == 20
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -305,7 +337,8 @@ def test_ctrl_c_in_the_first_run(monkeypatch, tmp_path, points):
         yield show
 
     monkeypatch.setattr(runs, "progress", impatient)
-    assert cli.main(["train", "--steps", "40", "--out", str(tmp_path)]) == 130
+    arguments = ["train", "--task", "digits", "--steps", "40", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 130
     result = json.loads((tmp_path / "results.json").read_text())
     assert [run["complete"] for run in result["runs"]] == [False] * points
     assert len(result["methods"]) == points
@@ -343,11 +376,58 @@ def test_task(name, data_dir):
     loss, grads = jax.jit(jax.value_and_grad(task.loss))(params, batch)
     assert np.isfinite(loss)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    batch = batch if task.residuals is None else task.held_out
     measured, accuracy = jax.jit(task.measure)(params, batch)
-    np.testing.assert_allclose(measured, loss, rtol=1e-5)
+    if task.residuals is None:
+        np.testing.assert_allclose(measured, loss, rtol=1e-5)
     assert np.isnan(accuracy) if task.correct is None else 0 <= accuracy <= 1
     losses = jax.eval_shape(lambda: task.losses(task.outputs(params, batch[0]), batch[1]))
     assert losses.shape == (len(batch[0]),)
+
+
+def test_source_holds_every_tenth_module_out(monkeypatch, tmp_path):
+    for i in range(30):
+        (tmp_path / f"m{i:02}.py").write_text(f"{chr(97 + i % 26)}\n" * 500)
+    monkeypatch.setattr(tasks.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    task = tasks.source()
+    held_out = {chr(32 + c) for c in np.unique(task.held_out[0]) if c < 95}
+    assert held_out == {"a", "k", "u"}  # files 0, 10 and 20
+    assert len(task.train[0]) == 27 * 1000
+    (tmp_path / "m00.py").rename(tmp_path / "m00.txt")
+    for path in sorted(tmp_path.glob("*.py"))[15:]:
+        path.unlink()
+    with pytest.raises(tasks.DataError, match="15 modules"):
+        tasks.source()
+
+
+def test_poisson_is_least_squares():
+    """The exact solution has no residuals, and Levenberg-Marquardt is run with them."""
+    task = tasks.poisson()
+    assert runs.methods(task)[-1].name == "levenberg_marquardt"
+    assert runs.methods(tasks.digits()) == runs.METHODS
+    params = task.init(jax.random.key(0))
+    residuals = task.residuals(params, task.train)
+    np.testing.assert_allclose(
+        task.loss(params, task.train), 0.5 * jnp.sum(residuals**2), rtol=1e-5
+    )
+    exact = lambda x: jnp.prod(jnp.sin(jnp.pi * x), -1, keepdims=True)
+
+    class Exact:
+        apply = staticmethod(lambda _, x: exact(x))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "Perceptron", lambda *_: Exact)
+        solved = tasks.poisson()
+    assert float(jnp.max(jnp.abs(solved.residuals({}, solved.train)))) < 1e-4
+
+
+def test_least_squares_leave_results_and_a_picture(tmp_path, capsys):
+    arguments = ["--steps", "2", "--seeds", "0", "--out", str(tmp_path)]
+    assert cli.main(["train", "--task", "poisson", *arguments]) == 0
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["methods"]["levenberg_marquardt"]["learning_rate"] is None
+    assert len([r for r in result["runs"] if r["method"] == "levenberg_marquardt"]) == 1
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_mnist_reads_the_files_as_they_are(data_dir):
@@ -364,7 +444,7 @@ def test_text_targets_are_the_next_characters(data_dir):
     task = tasks.text(data_dir)
     inputs, targets = task.sample(jax.random.key(0), task.train)
     np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
-    np.testing.assert_array_equal(task.held_out[0].ravel()[1:], task.held_out[1].ravel()[:-1])
+    np.testing.assert_array_equal(task.held_out[0][:, 1:], task.held_out[1][:, :-1])
     # Nothing held out is trained on.
     assert len(task.train[0]) + task.held_out[0].size <= 5000
 

@@ -27,6 +27,7 @@ CORE = {"jax", "optax", "numpy", "chex"}
 EXTRAS = {
     "training": {"flax"},
     "plot": {"matplotlib"},
+    "spectral._progress": {"rich"},
     "spectral.networks": {"flax"},
     "spectral.estimator": {"sklearn"},
     "online.estimator": {"sklearn"},

@@ -69,6 +69,53 @@ def test_captured_energy(ax, groups, lines, bands):
     assert (ax.get_legend() is None) == (groups == 1)
 
 
+class Steps(NamedTuple):
+    """All fields of `diagnose.Summary` that a figure of a run draws."""
+
+    spectrum: np.ndarray
+    captured_energy: np.ndarray
+    drift: np.ndarray
+    cosine: np.ndarray
+    nonfinite: np.ndarray
+    zero: np.ndarray
+    eigh: np.ndarray
+    inner: np.ndarray
+
+
+class Sides(NamedTuple):
+    """The fields of `diagnose.MatricesSummary` that are drawn."""
+
+    short: np.ndarray | None
+    long: np.ndarray | None
+    captured_energy: np.ndarray
+
+
+def test_training_draws_what_there_is():
+    seen, share = history(), np.full((12, 1), 0.5)
+    run = Steps(*seen, share, share, *[np.zeros((12, 1))] * 4)
+    figure = plot.training(run, losses=np.arange(12.0, 0, -1), steps=range(0, 24, 2), views="a\nb")
+    labels = [ax.get_ylabel() for ax in figure.axes[:4]]
+    assert labels == ["loss", "eigenvalue", "gradient in the basis", "share"]
+    assert figure.axes[0].lines[0].get_xdata()[-1] == 22
+    lower = figure.subfigs[1]
+    assert [text.get_text() for text in lower.texts] == ["a\nb"]
+    figure.canvas.draw()
+    assert len(plot.training(seen).subfigs) == 1
+
+
+def test_training_of_matrices_draws_one_shape():
+    seen, other = history(), history(rank=3)
+    shapes = {
+        "4x5": Sides(seen.spectrum, None, seen.captured_energy),
+        "3x9": Sides(None, other.spectrum, other.captured_energy),
+    }
+    for group, lines in (("4x5", 5), ("3x9", 3), (0, 5)):
+        axes = plot.training(shapes, group=group).axes
+        assert len(axes[0].collections[0].get_segments()) == lines
+    with pytest.raises(ValueError, match="'2x2'.*4x5, 3x9"):
+        plot.training(shapes, group="2x2")
+
+
 CURVES = {
     "one": {"steps": [1, 2], "seconds": [[1, 3], [2, 4], [3, 8]], "loss": [[4, 2], [5, 1], [9, 3]]},
     "other": {"steps": [1, 2], "seconds": [5, 6], "loss": [3, np.nan]},

@@ -1,4 +1,4 @@
-"""Situations that users of optimizers report, each a short loop: see docs/reliability.md.
+"""Situations that users of optimizers report, each a short loop: see docs/guides/reliability.md.
 
 Whole loops in a few recipes at tiny shapes. What is a matter of types alone is traced and not run.
 """

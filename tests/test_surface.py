@@ -152,8 +152,9 @@ REASONS = {
     },
     "diagnose": {
         "what an optimizer is made of, and how it sees leaves": "parts views LeafView LeafViews",
-        "what it keeps and did": "matrices operator summary MatricesSummary "
+        "what it keeps and did": "matrices operator scalars summary MatricesSummary "
         "OperatorSummary Summary",
+        "what it will need": "Memory memory",
         "single figures of it": "effective_rank find orthogonality_error",
     },
     "experimental": {
@@ -188,7 +189,10 @@ REASONS = {
         "a basis as a tracker, and its rule": "FromBasis OwnMoments",
         "to write one": "OnRows Tracker TrackerState",
     },
-    "plot": {"a picture each": "accuracy captured_energy loss spectrum"},
+    "plot": {
+        "a picture each": "accuracy captured_energy loss spectrum training",
+        "names beside curves": "label_ends",
+    },
     "spectral": {
         "to run": "Decomposition Network fit",
         "methods by their published names": "ALLO DPNet ExcitedStates Krasulina LowRankProduct "

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,25 +20,59 @@ import lowrank_optax as lro
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """An optimizer as a function of its learning-rate schedule, and the peaks to try."""
+    """An optimizer as a function of its learning-rate schedule, and the peaks to try.
+
+    Attributes:
+      ours: whether it is of this library.
+      tuned: whether it has a rate at all; ``rates`` is a placeholder where it has none.
+    """
 
     name: str
     make: Callable[[optax.Schedule], optax.GradientTransformation]
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    ours: bool = False
+    tuned: bool = True
+
+
+def muon(rate: optax.Schedule) -> optax.GradientTransformation:
+    """Optax's Muon with updates of Adam's size; heads, tables and vectors stay with Adam."""
+    known = inspect.signature(optax.contrib.muon).parameters
+    options: dict[str, Any] = {
+        "consistent_rms": 0.2,
+        "muon_weight_dimension_numbers": _muon_dimensions,
+    }
+    return optax.contrib.muon(rate, **{k: v for k, v in options.items() if k in known})
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Attention's kernels of three axes as matrices, as users of Muon see them."""
+    axes = optax.contrib.MuonDimensionNumbers
+
+    def of(path: Any, x: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        if x.ndim == 3:
+            return axes((0, 1), (2,)) if "'out'" in name else axes((0,), (1, 2))
+        return axes() if x.ndim == 2 and "embedding" not in name else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 METHODS = (
-    Method("Adam", optax.adam, (0.003, 0.01, 0.03)),
-    Method("soap_muon", lro.soap_muon, (0.003, 0.01, 0.03)),
+    Method("AdamW", optax.adamw),
+    Method("Muon", muon),
     Method(
-        "whitening + Adam",
-        lambda rate: optax.chain(
-            lro.scale_by_lre(lro.curvature.Covariance(), lro.basis.GGT(20), lro.inner.LInvSqrt()),
-            optax.adam(rate),
-        ),
-        (0.003, 0.01, 0.03),
+        "whitening + AdamW", lambda rate: optax.chain(lro.whiten(), optax.adamw(rate)), ours=True
     ),
+    Method("soap_muon", lro.soap_muon, ours=True),
 )
+LEAST_SQUARES = Method(
+    "levenberg_marquardt", lambda rate: lro.levenberg_marquardt(), (1.0,), ours=True, tuned=False
+)
+
+
+def methods(task: Any) -> tuple[Method, ...]:
+    """The methods that a task is run with: where there are residuals, one that knows them too."""
+    return METHODS if task.residuals is None else (*METHODS, LEAST_SQUARES)
 
 
 @dataclasses.dataclass
@@ -73,12 +109,14 @@ class Run:
 
 def compare(task: Any, steps: int, seeds: Sequence[int], runs: list[Run]) -> None:
     """Appends to ``runs`` one run of every method, learning rate and seed, methods alternating."""
-    trainers = {method.name: trainer(task, method, steps) for method in METHODS}
-    grid = list(zip(*(method.rates for method in METHODS), strict=True))
-    with progress(len(grid) * len(seeds) * steps) as show:
+    tried = methods(task)
+    trainers = {method.name: trainer(task, method, steps) for method in tried}
+    with progress({m.name: len(m.rates) * len(seeds) * steps for m in tried}) as show:
         for seed in seeds:
-            for rates in grid:
-                for method, rate in zip(METHODS, rates, strict=True):
+            for rates in itertools.zip_longest(*(method.rates for method in tried)):
+                for method, rate in zip(tried, rates, strict=True):
+                    if rate is None:
+                        continue
                     runs.append(Run(method.name, rate, seed))
                     for length in trainers[method.name](runs[-1]):
                         show(runs[-1], length)
@@ -110,7 +148,10 @@ def trainer(task: Any, method: Method, steps: int) -> Callable[[Run], Iterator[i
             batch = task.sample(jax.random.fold_in(key, state.step), data)
             value_fn = functools.partial(task.loss, batch=batch)
             value, grads = jax.value_and_grad(value_fn)(state.params)
-            return state.apply_gradients(grads=grads, value=value, value_fn=value_fn), value
+            known = {"value": value, "value_fn": value_fn}
+            if task.residuals is not None:
+                known["residuals_fn"] = functools.partial(task.residuals, batch=batch)
+            return state.apply_gradients(grads=grads, **known), value
 
         return jax.lax.scan(step, state, length=length)
 
@@ -149,8 +190,8 @@ def trainer(task: Any, method: Method, steps: int) -> Callable[[Run], Iterator[i
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[Run, int], None]]:
-    """A bar of ``total`` steps for every method; without a terminal, a line for every run."""
+def progress(totals: dict[str, int]) -> Iterator[Callable[[Run, int], None]]:
+    """A bar of so many steps for every method; without a terminal, a line for every run."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -164,10 +205,11 @@ def progress(total: int) -> Iterator[Callable[[Run, int], None]]:
         TextColumn("{task.fields[note]}", style="dim"),
     )
     with Progress(*columns, console=console, disable=not live) as bars:
-        rows = {m.name: bars.add_task(m.name, total=total, note="compiling") for m in METHODS}
+        rows = {n: bars.add_task(n, total=total, note="waiting") for n, total in totals.items()}
 
         def show(run: Run, length: int) -> None:
-            note = f"rate {run.learning_rate:g}, seed {run.seed}: loss {run.loss[-1]:.3g}"
+            note = f"rate {run.learning_rate:g}, seed {run.seed}: "
+            note += f"held-out loss {run.held_out_loss[-1]:.3g}"
             bars.update(rows[run.method], advance=length, note=note)
             if run.complete and not live:
                 print(f"{run.method}, {note}, {run.ms_per_step:.2f} ms/step", flush=True)

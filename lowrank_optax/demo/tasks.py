@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import math
+import sysconfig
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,9 @@ class Task:
       correct: ``(outputs, targets) ->`` fraction of right answers of every example; ``None`` where
         the task has no such notion.
       steps: a run long enough to tell optimizers apart.
+      seeds: how many seeds tell them apart.
+      residuals: ``(params, batch) -> (k,)`` where the loss is half their squared norm, else
+        ``None``.
     """
 
     model: nn.Module
@@ -47,6 +51,8 @@ class Task:
     losses: Callable[[jax.Array, jax.Array], jax.Array]
     correct: Callable[[jax.Array, jax.Array], jax.Array] | None
     steps: int
+    seeds: int = 5
+    residuals: Callable[[Any, Batch], jax.Array] | None = None
 
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters."""
@@ -57,7 +63,9 @@ class Task:
         return self.model.apply({"params": params}, inputs)
 
     def loss(self, params: Any, batch: Batch) -> jax.Array:
-        """Mean loss over a batch."""
+        """Mean loss over a batch; of residuals, half their squared norm."""
+        if self.residuals is not None:
+            return 0.5 * jnp.sum(jnp.square(self.residuals(params, batch)))
         return self.losses(self.outputs(params, batch[0]), batch[1]).mean()
 
     def measure(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -66,6 +74,61 @@ class Task:
         outputs = self.outputs(params, inputs)
         accuracy = jnp.nan if self.correct is None else self.correct(outputs, targets).mean()
         return self.losses(outputs, targets).mean(), jnp.asarray(accuracy)
+
+
+def source(data_dir: Path | None = None) -> Task:
+    """Predict the next character of Python's standard library: 2 layers of width 64.
+
+    The modules of one folder in the order of their names; every tenth is held out. Another version
+    of Python has other files, so that figures compare on one machine alone.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(folder.glob("*.py"))
+    if len(files) < 20:
+        raise DataError(f"{folder} has {len(files)} modules as files; this task needs 20")
+    # Printable characters and the end of a line; what is neither has one character for itself.
+    codes = np.full(256, 96, np.int32)
+    codes[32:127] = np.arange(95)
+    codes[10] = 95
+    texts = [codes[np.frombuffer(file.read_bytes(), np.uint8)] for file in files]
+    training = np.concatenate([text for i, text in enumerate(texts) if i % 10])
+    return _characters(training, np.concatenate(texts[::10]), 97, windows=96, steps=300, seeds=1)
+
+
+def poisson(data_dir: Path | None = None) -> Task:
+    r"""Solve Poisson's equation on a square by a network, as a least-squares problem.
+
+    Residuals of ``Δu = -2π² sin(πx) sin(πy)`` at 144 points and of ``u = 0`` at 48 of the boundary,
+    all in every step; the held-out loss is the mean square of ``u - sin(πx) sin(πy)`` on a grid.
+    """
+    inside = (np.arange(12) + 0.5) / 12
+    points = np.stack(np.meshgrid(inside, inside), -1).reshape(-1, 2)
+    ends, side = np.repeat([0.0, 1.0], 12), np.tile(inside, 2)
+    walls = np.concatenate([np.stack([ends, side], 1), np.stack([side, ends], 1)])
+    line = np.linspace(0.0, 1.0, 41)
+    grid = jnp.asarray(np.stack(np.meshgrid(line, line), -1).reshape(-1, 2), jnp.float32)
+    exact = lambda x: jnp.prod(jnp.sin(jnp.pi * x), -1, keepdims=True)
+    model = Perceptron((16, 16, 1), nn.tanh)
+
+    def residuals(params: Any, batch: Batch) -> jax.Array:
+        u = lambda x: model.apply({"params": params}, x)[0]
+        laplacian = jax.vmap(lambda x: jnp.trace(jax.hessian(u)(x)))(batch[0])
+        wanted = -2 * jnp.pi**2 * exact(batch[0])[:, 0]
+        edge = jax.vmap(u)(batch[1])
+        weigh = lambda r: r / jnp.sqrt(len(r))
+        return jnp.concatenate([weigh(laplacian - wanted), 10 * weigh(edge)])
+
+    return Task(
+        model=model,
+        train=(jnp.asarray(points, jnp.float32), jnp.asarray(walls, jnp.float32)),
+        held_out=(grid, exact(grid)),
+        sample=lambda key, data: data,
+        losses=lambda outputs, targets: jnp.sum((outputs - targets) ** 2, axis=-1),
+        correct=None,
+        steps=400,
+        seeds=3,
+        residuals=residuals,
+    )
 
 
 def digits(data_dir: Path | None = None) -> Task:
@@ -124,29 +187,40 @@ def text(data_dir: Path | None = None) -> Task:
     raw = _read(data_dir, ("tinyshakespeare.txt.gz", "input.txt"), f"{folder}/input.txt")
     alphabet, characters = np.unique(np.frombuffer(raw, np.uint8), return_inverse=True)
     characters = characters.astype(np.int32)
-    length, end = 64, int(0.9 * len(characters))
-    training = jnp.asarray(characters[:end])
+    end = int(0.9 * len(characters))
+    return _characters(characters[:end], characters[end:], len(alphabet), windows=512, steps=1000)
+
+
+def _characters(
+    training: np.ndarray, rest: np.ndarray, alphabet: int, windows: int, **options: Any
+) -> Task:
+    """The next character of one text, held-out loss on windows of another, all over it."""
+    length = 64
     # Enough to tell optimizers apart, and little beside the cost of training.
-    windows = min((len(characters) - 1 - end) // length, 512)
-    tail = jnp.asarray(characters[end : end + windows * length + 1])
+    windows = min((len(rest) - 1) // length, windows)
+    start = np.linspace(0, len(rest) - 1 - length, windows).astype(int)[:, None]
+    tail = jnp.asarray(rest[start + np.arange(length + 1)])
+    training = jnp.asarray(training)
     return Task(
-        model=CharTransformer(len(alphabet), width=64, layers=2, heads=4, length=length),
+        model=CharTransformer(alphabet, width=64, layers=2, heads=4, length=length),
         train=(training, training),
-        held_out=(tail[:-1].reshape(windows, length), tail[1:].reshape(windows, length)),
+        held_out=(tail[:, :-1], tail[:, 1:]),
         sample=_windows(16, length),
         losses=lambda outputs, targets: optax.softmax_cross_entropy_with_integer_labels(
             outputs, targets
         ).mean(-1),
         correct=lambda outputs, targets: _hits(outputs, targets).mean(-1),
-        steps=1000,
+        **options,
     )
 
 
 TASKS: dict[str, Callable[[Path | None], Task]] = {
+    "source": source,
     "digits": digits,
     "autoencoder": autoencoder,
     "mnist": mnist,
     "text": text,
+    "poisson": poisson,
 }
 
 

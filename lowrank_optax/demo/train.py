@@ -16,12 +16,12 @@ from lowrank_optax.demo.command import (
     versions,
     write_json,
 )
-from lowrank_optax.demo.runs import METHODS, Run, compare
+from lowrank_optax.demo.runs import Run, compare, methods
 
 
 def add(commands: Any) -> None:
     """Adds the command to those of the parser."""
-    summary = "train a small network with Adam, with soap_muon, and with whitening in front of Adam"
+    summary = "train a small network with AdamW, Muon, soap_muon and whitening before AdamW"
     parser = commands.add_parser(
         "train",
         help=summary,
@@ -29,15 +29,19 @@ def add(commands: Any) -> None:
         "and decay, and for each the best learning rate of a grid of the same size. "
         "Writes results.json and curves.png.",
     )
-    parser.add_argument("--task", default="digits", help="digits, autoencoder, mnist or text")
+    parser.add_argument(
+        "--task",
+        default="source",
+        help="source (a transformer on Python's own standard library, the default), digits, "
+        "autoencoder, mnist, text, or poisson (least squares)",
+    )
     parser.add_argument("--steps", type=positive, help="training steps (default: the task's)")
     parser.add_argument(
         "--seeds",
         type=int,
         nargs="+",
-        default=[0, 1, 2, 3, 4],
         metavar="SEED",
-        help="default: 0 to 4",
+        help="default: as many from 0 as the task needs",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/TASK")
     parser.add_argument(
@@ -59,17 +63,19 @@ def run(args: argparse.Namespace) -> int:
     task = _task(args.task, args.data_dir)
     out = args.out or Path("runs", args.task)
     check_writable(out)
-    steps = args.steps or task.steps
+    steps, seeds = args.steps or task.steps, args.seeds or list(range(task.seeds))
     runs: list[Run] = []
     try:
-        compare(task, steps, args.seeds, runs)
+        compare(task, steps, seeds, runs)
         stopped = False
     except KeyboardInterrupt:
         stopped = True
     result = {
-        "settings": report.settings(args.task, task, steps, args.seeds),
+        "settings": report.settings(args.task, task, steps, seeds),
         "complete": not stopped,
-        "methods": {m.name: report.summary(m, runs) for m in METHODS if report.best_runs(m, runs)},
+        "methods": {
+            m.name: report.summary(m, runs) for m in methods(task) if report.best_runs(m, runs)
+        },
         "runs": [each.final() for each in runs if each.steps],
         "versions": versions(),
         "machine": machine(),

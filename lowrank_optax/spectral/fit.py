@@ -19,6 +19,7 @@ from jax.experimental.shard_alike import shard_alike
 from lowrank_optax._core.checks import check, check_count, check_decay
 from lowrank_optax._core.devices import everywhere, mesh_of, split_over_devices
 from lowrank_optax.spectral._fingerprint import fingerprint
+from lowrank_optax.spectral._progress import watching
 from lowrank_optax.spectral.decomposition import (
     Decomposition,
     functions_of,
@@ -77,7 +78,7 @@ def fit(
     ema: float = 0.99,
     evaluate_every: int | None = None,
     evaluate_batches: int = 16,
-    progress: Callable[[dict[str, Any]], Any] | None = None,
+    progress: Callable[[dict[str, Any]], Any] | bool | None = None,
     checkpoint: str | None = None,
     patience: int | None = None,
 ) -> Decomposition:
@@ -102,7 +103,9 @@ def fit(
         default; 0 for none.
       evaluate_every: number of steps between evaluations; a tenth of ``steps`` by default.
       evaluate_batches: number of batches of an evaluation, 16 by default.
-      progress: function that is called with the record of every evaluation, such as `print`.
+      progress: function that is called with the record of every evaluation, such as `print`. By
+        default (``None``) a bar and, at the end, a table of the modes on a terminal where rich is
+        installed, and nothing elsewhere; ``False`` for nothing, ``True`` for both at any rate.
       checkpoint: path of an ``.npz`` that is written at every evaluation. Where it exists, the fit
         goes on from there, as if it had never stopped. A fit is recognised by the numbers and data
         within operator, networks and optimizer, and by the names of functions, not by their code.
@@ -162,26 +165,30 @@ def fit(
     found = programs.read(state)
     bound = _bound(history[0]["norm"] if history else _norm(found))
     message = "finished"
-    while int(state.step) < steps:
-        length = min(every - int(state.step) % every, steps - int(state.step))
-        state = programs.advance(state, length)
-        latest = programs.read(state)
-        fault = _fault(int(state.faults), _norm(latest), bound)
-        found = found if fault and not _norm(latest) <= bound else latest
-        if fault:
-            message = f"stopped at step {int(state.step)}: {fault}; these are the parameters of "
-            message += f"step {found.step}."
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-            break
-        history.append(_record(operator, state, found, begin + time.perf_counter() - start))
-        if checkpoint is not None:
-            _save(checkpoint, programs.gather(state), history, identity)
-        if progress is not None:
-            progress(history[-1])
-        if patience is not None and _stalled(history, patience):
-            message = f"no better for {patience} evaluations"
-            break
-    return dataclasses.replace(found, message=message, history=tuple(history))
+    with watching(progress, steps) as show:
+        while int(state.step) < steps:
+            length = min(every - int(state.step) % every, steps - int(state.step))
+            state = programs.advance(state, length)
+            latest = programs.read(state)
+            fault = _fault(int(state.faults), _norm(latest), bound)
+            found = found if fault and not _norm(latest) <= bound else latest
+            if fault:
+                message = (
+                    f"stopped at step {int(state.step)}: {fault}; these are the parameters of "
+                )
+                message += f"step {found.step}."
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+                break
+            history.append(_record(operator, state, found, begin + time.perf_counter() - start))
+            if checkpoint is not None:
+                _save(checkpoint, programs.gather(state), history, identity)
+            show.record(history[-1])
+            if patience is not None and _stalled(history, patience):
+                message = f"no better for {patience} evaluations"
+                break
+        found = dataclasses.replace(found, message=message, history=tuple(history))
+        show.result(found)
+    return found
 
 
 def _networks(operator: SampledOperator, network: Any) -> tuple[Any, ...]:

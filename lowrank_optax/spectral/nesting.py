@@ -70,7 +70,7 @@ class JointNesting(Nesting):
 
 @dataclasses.dataclass(frozen=True)
 class SequentialNesting(Nesting):
-    """Mode ``m`` sees modes ``1 .. m`` alone: ``v = 1``, and ``M`` is upper triangular with ones.
+    """Mode ``m`` sees modes 1 to ``m`` alone: ``v = 1``, and ``M`` is upper triangular with ones.
 
     The cotangent is that of one problem for each mode, with the gradient stopped at earlier modes.
     It is not the gradient of any one function.

@@ -13,7 +13,7 @@ from lowrank_optax.spectral.operators._operator import Function, SampledOperator
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matrix(SampledOperator):
-    """A symmetric matrix on functions of an index ``0 .. n-1``, each index with the weight ``1/n``.
+    """A symmetric matrix on functions of an index below ``n``, each of the weight ``1/n``.
 
     Args:
       matrix: the entries, ``(n, n)``, or a function of columns ``(n, L)`` that multiplies them.

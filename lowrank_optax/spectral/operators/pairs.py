@@ -278,8 +278,7 @@ def timescales(eigenvalues: Any, lag: float) -> np.ndarray:
 
     Returns:
       The time scales, ``(L,)``; infinite for eigenvalues at and above 1, ``nan`` at and below 0,
-        where
-      there is none.
+      where there is none.
 
     Raises:
       ValueError: for a lag that is not positive.

@@ -1,4 +1,4 @@
-"""README's tables of methods say what the recipes are made of."""
+"""The tables of docs/methods.md say what the recipes are made of."""
 
 import inspect
 import re
@@ -9,7 +9,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.inner import as_inner
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
 OPTIONS = ("update_every", "warmup_steps", "symmetrize")
 
 
@@ -18,7 +18,7 @@ def rows(heading, same):
 
     "the same" is the cell ``same(above, cells, i)``, such as that of the row above.
     """
-    lines = iter(README.split(heading)[1].splitlines()[2:])
+    lines = iter(PAGE.split(heading)[1].splitlines()[2:])
     found, above = [], None
     for line in lines:
         if not line.startswith("|"):
@@ -37,7 +37,7 @@ def code(cell):
 
 
 def made(name, **kwargs):
-    """The recipe's parts, and the names that README's expressions use."""
+    """The recipe's parts, and the names that the page's expressions use."""
     maker = getattr(lro, name)
     given = {n: p.default for n, p in inspect.signature(maker).parameters.items()}
     given = {n: x for n, x in given.items() if x is not inspect.Parameter.empty}
