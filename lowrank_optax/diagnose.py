@@ -265,7 +265,7 @@ def views(params: Any, view: View | None = None, *, tx: Any = None) -> LeafViews
     Cost: none; only shapes are read.
     """
     made = {} if tx is None else parts(tx)
-    if tx is not None and (view is not None or not {"short", "long"} & made.keys()):
+    if tx is not None and (view is not None or "basis" in made):  # which vectors have
         raise ValueError(
             f"diagnose.views: view is {view!r} and tx {tx!r}; pass one of them, and as tx an "
             "optimizer of matrices such as lro.soap_muon(1e-2)."
@@ -287,7 +287,8 @@ def _treated(path: str, shape: Any, axes: MatrixAxes | None, why: str, made: Any
         return LeafView(path, shape, None, None, why)
     sizes, bound = axes.sizes(shape), made.get("largest")
     pairs = zip(("short", "long"), sorted(sizes[1:]), strict=True)
-    sides = [size for name, size in pairs if not made or made.get(name) is not None]
+    told = {"short", "long"} & made.keys()
+    sides = [size for name, size in pairs if not told or made.get(name) is not None]
     long = [size for size in sides if bound is not None and size > bound]
     if long:
         why += "; " + "".join(f"{size} > " for size in reversed(long)) + f"largest={bound}"

@@ -525,7 +525,7 @@ def test_masks_and_partitions(x64):
         for g, w in zip(got, want, strict=True):
             ours, theirs = (
                 {side: x[side]["kernel"] for side in ("wide", "tall")}
-                for x in (g["ScanBlock_0"], together(w))
+                for x in (g["ScanBlock_0"], together(w)["ScanBlock_0"])
             )
             assert_same(ours, theirs, 1e-9)
 
