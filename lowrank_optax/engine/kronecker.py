@@ -77,7 +77,7 @@ def scale_by_kronecker(
     short, long orthogonal     inner                          is
     =========== ============== ============================== ===========================
     0, 0        a number       any                            Muon (`muon`)
-    None, 0     a number       root mean square               `soap_muon`
+    None, None  a number       root mean square               `soap_muon`
     None, None  ``None``       root mean square               `kl_soap`
     None, None  ``None``       LInvSqrt                       `kl_shampoo`
     =========== ============== ============================== ===========================
@@ -175,10 +175,15 @@ class KroneckerParts(NamedTuple):
 
     def ranks(self, *lengths: int) -> list[int]:
         """The number of directions of both sides."""
-        bound = math.inf if self.largest is None else self.largest
-        most = [d if d <= bound else MANY for d in lengths]
-        pairs = zip(lengths, (self.short, self.long), most, strict=True)
-        return [min(d if rank is None else rank, d, limit) for d, rank, limit in pairs]
+        return directions(self.short, self.long, self.largest, *lengths)
+
+
+def directions(short: int | None, long: int | None, largest: int | None, *lengths: int):
+    """How many directions sides of these lengths keep, ``a`` first: see `scale_by_kronecker`."""
+    bound = math.inf if largest is None else largest
+    most = [d if d <= bound else MANY for d in lengths]
+    pairs = zip(lengths, (short, long), most, strict=True)
+    return [min(d if rank is None else rank, d, limit) for d, rank, limit in pairs]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

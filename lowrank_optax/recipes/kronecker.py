@@ -60,17 +60,17 @@ def soap_muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Whitened momentum made orthogonal, as Muon does with the momentum itself: for networks.
 
-    `scale_by_kronecker` with all directions of the shorter side, none of the longer one, and a
-    polar factor behind:
+    `scale_by_kronecker` of both sides × ``RMSProp(b2)``, and a polar factor behind:
 
-    .. math:: X \leftarrow X - \eta\,\rho\,\sqrt{b}\;
-              \mathrm{polar}\bigl(Q_L\,D^{-1}\,Q_L^T M\bigr),\qquad
-              D_{ii}^2 = \mathrm{average\ of}\ \tfrac1b \bigl\|(Q_L^T M)_{i}\bigr\|^2
+    .. math:: X \leftarrow X - \eta\,\rho\,\sqrt{\max(a, b)}\;
+              \mathrm{polar}\bigl(Q_L\,\mathrm{RMSProp}(Q_L^T M\,Q_R)\,Q_R^T\bigr)
 
-    for matrices ``(a, b)``, ``a <= b``, with Nesterov's momentum ``M`` and eigenvectors ``Q_L`` of
-    the average of ``G G^T``. Muon makes the momentum orthogonal as it is, noise included. Here the
-    momentum along every eigendirection is first divided by its own root mean square. No step
-    factorises a matrix, and none has a product with the cube of the longer side.
+    for matrices ``(a, b)`` with Nesterov's momentum ``M`` and the eigenbases of KL-Shampoo. Muon
+    makes the momentum orthogonal as it is, noise included. Here the momentum along every pair of
+    eigendirections is first divided by its own root mean square. Sides of up to 128 have complete
+    bases; longer ones keep 64 directions, and what is outside is divided by its own root mean
+    square, one number for each direction of the other side. No step factorises a matrix, and none
+    has a product with the cube of a side longer than 128 but the polar factor's.
 
     The first step only fills the sides: matrices get their weight decay, and no other update.
     Leaves that are not matrices, such as biases and scales, go through Adam with optax's decays.
@@ -89,18 +89,17 @@ def soap_muon(
 
     Args:
       learning_rate: schedule that falls, since steps do not shrink by themselves, or a number.
-        Updates have the size of Adam's: start from 1e-2 for networks, and elsewhere from 1e-2 times
+        Updates have the size of Adam's: start from 2e-2 for networks, and elsewhere from 2e-2 times
         the distance that parameters have to go.
       rank: number of directions that either side keeps, beside one eigenvalue for all others;
-        ``None`` (the default) for all of the shorter side and none of the longer one.
+        ``None`` (the default) for as many as there are, see ``largest``.
       b1: decay of the momentum, in [0, 1).
       b2: decay of the second moment of the momentum's coordinates, in [0, 1).
       beta: decay of the sides' averages from one turn to the next, in [0, 1).
       eps: number added to the root, in units of the gradient.
       update_every: number of steps from one turn of a matrix's sides to the next, by default 3.
       rms: positive root mean square of the update of a matrix at learning rate 1.
-      largest: a shorter side longer than this keeps 64 directions in place of all; ``None`` (the
-        default) for no limit.
+      largest: sides longer than this keep 64 directions at most, by default 128.
       weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
         default.
       mask: tree of booleans, or a function of the parameters that returns one, true for the leaves
@@ -113,12 +112,13 @@ def soap_muon(
     Raises:
       ValueError: for a rank, decay, ``eps``, ``rms`` or number of steps out of range.
 
-    Cost: beside `orthogonalize`, ``4 a² b`` flops a step and ``4 a² b + 14 a³`` in every third;
-    ``a b + 2 a² + a`` numbers of state. With a rank ``8 r a b`` and as much in every third step,
-    and ``a b + r (a + b) + 3 r²`` numbers.
+    Cost: that of `scale_by_kronecker` and of `orthogonalize`; with ``r`` and ``s`` directions
+    ``a b + r (a + r) + s (b + s) + (r + 1) (s + 1)`` numbers of state, for 768 × 3072 a good half
+    of Adam's.
 
     Source: Jordan et al., "Muon", 2024; Vyas et al., "SOAP: Improving and Stabilizing Shampoo using
-    Adam", 2024; "Pro-KLShampoo", 2026 (arXiv 2605.06316), of whose sides these are cases.
+    Adam", 2024; Lin et al., 2025 (arXiv 2509.03378), for the sides; "Pro-KLShampoo", 2026 (arXiv
+    2605.06316), for the spike and the flat rest with a polar factor.
     """
     check_least("soap_muon", "rms", rms, strict=True)
     return _kronecker_recipe(
@@ -126,8 +126,8 @@ def soap_muon(
         weight_decay,
         mask,
         short=rank,
-        long=or_default(rank, 0),
-        largest=largest,
+        long=rank,
+        largest=or_default(largest, 128),
         inner=inners.RMSProp(b2, eps),
         b1=b1,
         beta=beta,
