@@ -305,7 +305,7 @@ class Learner:
         extra = {}
         if isinstance(state.opt_state, FollowingState):
             b, known = curvature(self.purposes, weights, state.theta, view, state.memory)
-            extra = {"curvature": b, "known": known, "count": count}
+            extra = {"curvature": b if old.layout.sizes else None, "known": known, "count": count}
         given = grads, state.opt_state, (wide, state.theta)
         steps, opt_state = self.optimizer.update(*given, **extra)
         size = sum(jnp.sum(jnp.square(x.astype(dtype))) for x in jax.tree.leaves(steps))
