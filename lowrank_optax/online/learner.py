@@ -435,8 +435,7 @@ def learner(
         memory of `following`; with another optimizer it is 0.99.
       relative: whether losses are divided by ``E‖v‖²``, which makes them free of units; default
         yes.
-      dtype: dtype of the stored rows, by default that of the vectors. The optimizer works in
-        float32 at least.
+      dtype: dtype of the stored rows, by default that of the vectors; optimizers see float32.
 
     Returns:
       A `Learner` with ``init(key, example)``, ``update(state, vectors, **streams)`` and
