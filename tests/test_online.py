@@ -719,7 +719,8 @@ def test_a_learned_basis_does_not_diverge_on_a_hessian():
     curved = jnp.geomspace(1.0, 100.0, 30)
     value_fn = lambda x: 0.5 * jnp.sum(curved * x**2)
     tx = lro.lre(
-        0.1,
+        1.0,
+        symmetrize=True,
         curvature=lro.curvature.HutchinsonHessian(),
         basis=online.Learned(online.learner(4)),
         inner=lro.inner.LInv(),

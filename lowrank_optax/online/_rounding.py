@@ -30,4 +30,4 @@ def _uniform(rows: int, at: jax.Array, salt: jax.Array) -> jax.Array:
     bits = bits ^ (salt.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return (bits ^ (bits >> 16)).astype(jnp.float32) / 2**32
+    return (bits ^ (bits >> 16)).astype(jnp.float32) / 2.0**32

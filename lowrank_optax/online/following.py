@@ -104,11 +104,11 @@ def _judge(state: FollowingState, newton: Any) -> _Move:
     tiny = jnp.finfo(n.dtype).tiny
     square = _gram(newton, newton)
     length = jnp.trace(square)
-    trend = _gram(state.trend, state.trend).trace()
+    trend = _dot(state.trend, state.trend)
     rate = jnp.minimum(1, TREND * waiting / jnp.maximum(n, 1))
     blend = lambda old, new: old + rate * (new - old)
     cosine = (
-        _gram(newton, state.trend).trace()
+        _dot(newton, state.trend)
         * jax.lax.rsqrt(jnp.maximum(length, tiny))
         * jax.lax.rsqrt(jnp.maximum(trend, tiny))
     )
@@ -139,6 +139,13 @@ def _gram(a: Any, b: Any) -> jax.Array:
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     parts = [x @ y.T for x, y in pairs]
     return sum(parts[1:], parts[0]) if parts else jnp.zeros((1, 1))
+
+
+def _dot(a: Any, b: Any) -> jax.Array:
+    """``tr(A B^T)``."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    parts = [jnp.sum(x * y) for x, y in pairs]
+    return sum(parts[1:], parts[0]) if parts else jnp.zeros(())
 
 
 def _newton(b: jax.Array, gradient: Any) -> Any:

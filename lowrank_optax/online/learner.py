@@ -305,7 +305,7 @@ class Learner:
         extra = {}
         if isinstance(state.opt_state, FollowingState):
             b, known = curvature(self.purposes, weights, state.theta, view, state.memory)
-            extra = {"curvature": b, "known": known, "count": count}
+            extra = {"curvature": b if old.layout.sizes else None, "known": known, "count": count}
         given = grads, state.opt_state, (wide, state.theta)
         steps, opt_state = self.optimizer.update(*given, **extra)
         size = sum(jnp.sum(jnp.square(x.astype(dtype))) for x in jax.tree.leaves(steps))
@@ -435,8 +435,7 @@ def learner(
         memory of `following`; with another optimizer it is 0.99.
       relative: whether losses are divided by ``E‖v‖²``, which makes them free of units; default
         yes.
-      dtype: dtype of the stored rows, by default that of the vectors. The optimizer works in
-        float32 at least.
+      dtype: dtype of the stored rows, by default that of the vectors; optimizers see float32.
 
     Returns:
       A `Learner` with ``init(key, example)``, ``update(state, vectors, **streams)`` and

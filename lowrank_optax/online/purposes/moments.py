@@ -81,7 +81,7 @@ class Profile(Purpose):
     Args:
       weight: share of the loss, a number of at least 0 or a schedule of the number of updates;
         default 1.
-      target: the profile: ``r`` variances, or an ``(r, r)`` covariance as a tuple of tuples; at
+      target: the profile: ``r`` variances, or an ``(r, r)`` covariance; at
         least 0, in squared units of the codes where ``relative`` is off.
       relative: whether the loss is the first form, which has no unit (the default), or the second.
 
@@ -106,6 +106,9 @@ class Profile(Purpose):
             sound and np.linalg.eigvalsh(np.diag(d) if d.ndim == 1 else d)[0] >= 0 and d.sum() > 0,
             f"Profile: target is {self.target!r}; pass r variances, or an (r, r) covariance.",
         )
+        rows = d.tolist()
+        frozen = tuple(rows) if d.ndim == 1 else tuple(map(tuple, rows))
+        object.__setattr__(self, "target", frozen)  # an array has no hash
 
     def terms(self, view: View, theta: Any) -> Terms:
         h = view.operator.h
