@@ -27,6 +27,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx-mathjax-offline",  # formulas without a network
     "api_tables",
 ]
 exclude_patterns = ["_extensions", "**/.ipynb_checkpoints"]
@@ -54,7 +55,7 @@ pygments_dark_style = "github-dark"
 
 # Notebooks --------------------------------------------------------------------------------------
 nb_execution_mode = "force"
-nb_execution_timeout = 180
+nb_execution_timeout = 900  # a cell takes a minute where other programs keep the cores busy
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 

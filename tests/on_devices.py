@@ -638,6 +638,22 @@ def init_places_the_state():
         assert memory.output_size_in_bytes < 8 * 512 * 4 + moments + 4000
 
 
+@check
+def memory_of_a_device():
+    """`diagnose.memory` says beforehand what each device will hold."""
+    mesh = mesh_of(AxisType.Auto)
+    split = NamedSharding(mesh, P(None, AXES))
+    params = {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=split)}
+    for tx in (optax.chain(lro.scale_by_lre(*PARTS), optax.adam(1e-2)), lro.soap_muon(1e-2)):
+        found = lro.diagnose.memory(params, tx)
+        places = lro.shardings(tx.init, params)
+        zeros = {"w": jnp.zeros((64, 64), jnp.float32)}
+        state = jax.jit(tx.init, out_shardings=places)(zeros)
+        arrays = jax.tree.leaves(state)
+        held = sum(x.addressable_shards[0].data.nbytes for x in arrays)
+        assert held == found.per_device < found.total == sum(x.nbytes for x in arrays)
+
+
 PARTS = lro.curvature.Covariance(), lro.basis.GGT(8), lro.inner.EMA(0.5)
 
 

@@ -36,6 +36,7 @@ EIGHT_DEVICES = (
     "exchange_ggt",
     "exchange_random",
     "init_places_the_state",
+    "memory_of_a_device",
     "types_of_the_state",
 )
 PROCESSES = {2: ("train_auto_fsdp", "spectral_fit"), 4: ("basis_eigen",)}

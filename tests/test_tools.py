@@ -1,5 +1,6 @@
 """What people look at while they train: scalars for a logger, memory beforehand, a fit's bar."""
 
+import collections
 import io
 import sys
 
@@ -98,6 +99,13 @@ class TestMemory:
         assert leaves == {"w": 2 * PARAMS["w"].nbytes, "b": 2 * PARAMS["b"].nbytes}
         leaves = lro.diagnose.memory(PARAMS, OPTIMIZERS["whitening"]).leaves
         assert leaves["w"] - leaves["b"] == (5 + 2) * (PARAMS["w"].nbytes - PARAMS["b"].nbytes)
+
+    def test_parts_end_where_parameters_begin(self):
+        layers = collections.namedtuple("Layers", "kernel bias")
+        params = {"dense": layers(jnp.ones((3, 4)), jnp.ones(4))}
+        parts = lro.diagnose.memory(params, optax.chain(lro.whiten(2), optax.adam(1e-2))).parts
+        assert {"0.basis.rows", "1.mu", "1.nu"} <= set(parts)
+        assert not [name for name in parts if "kernel" in name or "dense" in name]
 
     def test_where_no_leaf_goes_alone(self):
         tx = optax.masked(optax.adam(1.0), {"w": True, "b": False})

@@ -38,7 +38,8 @@ class Memory(NamedTuple):
         rows += [("total", self.total), ("on a device", self.per_device)]
         rows += [("Adam", self.adam), ("Adam, on a device", self.adam_per_device)]
         width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {size / 1e6:>12,.3f} MB" for name, size in rows]
+        unit, name_of = (1e3, "kB") if self.total < 1e7 else (1e6, "MB")
+        lines = [f"{name:<{width}}  {size / unit:>12,.1f} {name_of}" for name, size in rows]
         return "\n".join([*lines, f"{over:.2f} times Adam's"])
 
 
@@ -67,8 +68,9 @@ def memory(params: Any, tx: optax.GradientTransformation) -> Memory:
     state = jax.eval_shape(tx.init, params)
     adam = optax.adam(1.0)
     parts: dict[str, int] = {}
+    leaves = {path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0] if path}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        name = _part(path)
+        name = _part(path, leaves)
         parts[name] = parts.get(name, 0) + _bytes(leaf)
     return Memory(
         parts,
@@ -90,8 +92,12 @@ def _total(tree: Any) -> int:
     return sum(_bytes(x) for x in jax.tree.leaves(tree))
 
 
-def _part(path: Any) -> str:
-    """The place in a chain and the fields on the way to an array; for matrices also their shape."""
+def _part(path: Any, leaves: set[Any]) -> str:
+    """The place in a chain and the fields on the way to an array; for matrices also their shape.
+
+    What follows where the array belongs to a parameter is that parameter's own path.
+    """
+    path = next((path[:i] for i in range(len(path)) if path[i:] in leaves), path)
     names: list[str] = []
     for key in path:
         if hasattr(key, "name") or not names or names[-1] == "matrices":
