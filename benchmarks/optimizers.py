@@ -115,6 +115,7 @@ class Book:
         self.runs = [run for run in old["runs"] if run["task"] not in steps or same(run)]
         self.steps = old["steps"] | steps
         self.times = old.get("times", {})
+        self.tables = {name: old[name] for name in ("rows", "verdicts") if name in old}
 
     def find(self, **wanted: Any) -> list[dict[str, Any]]:
         return [run for run in self.runs if all(run[k] == v for k, v in wanted.items())]
@@ -124,10 +125,11 @@ class Book:
         gone = lambda run: run["task"] in tasks and run["method"] in methods
         self.runs = [run for run in self.runs if not gone(run)]
 
-    def save(self, **rest: Any) -> None:
+    def save(self, **tables: Any) -> None:
         """Writes to a file beside and renames it, so that a killed run leaves the old one whole."""
+        self.tables |= tables
         beside = self.path.with_suffix(".part")
-        report.save(beside, steps=self.steps, times=self.times, **rest, runs=self.runs)
+        report.save(beside, steps=self.steps, times=self.times, **self.tables, runs=self.runs)
         beside.replace(self.path)
 
     def best_rate(self, task: str, method: str, rates: list[float]) -> float | None:
