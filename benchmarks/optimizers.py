@@ -327,20 +327,24 @@ FINALS = {
 
 VERDICT = {
     "task": "task",
-    "aside": "",
-    "gradient_ms": "ms a gradient",
+    "aside": "kept",
     "final": "at the guidance",
     "seeds": "seeds",
     "peer": "best peer",
     "peer_final": "its final",
     "ratio": "ratio",
+}
+
+SECONDS = {
+    "task": "task",
+    "gradient_ms": "ms a gradient",
+    "seconds": "seconds to AdamW's",
+    "fast_peer": "fastest peer",
+    "peer_seconds": "its seconds",
     "best_rate": "best rate / guidance",
     "half": "at half / at one",
     "twice": "at twice / at one",
     "lost": "twice above AdamW",
-    "seconds": "seconds to AdamW's",
-    "fast_peer": "fastest peer",
-    "peer_seconds": "its seconds",
 }
 
 
@@ -405,6 +409,7 @@ def main() -> None:
     verdicts = [row for row in verdicts if row]
     if verdicts:
         report.show(f"{RECIPE} at its guidance's rate, peers tuned", verdicts, VERDICT)
+        report.show("Seconds to AdamW's best, and rates around the guidance", verdicts, SECONDS)
     book.save(rows=rows, verdicts=verdicts)
     draw(args.out / "optimizers.png", book, [row for row in rows if row["group"] == "methods"])
     print(f"written to {args.out}")
