@@ -100,23 +100,18 @@ class Variational(nn.Module):
         return nn.Dense(x.shape[-1])(h), mean, log_variance
 
 
-class Waves(nn.Module):
-    """Sines of sines (SIREN): coordinates in [-1, 1] to colours."""
+class Picture(nn.Module):
+    """Coordinates in [-1, 1] to colours: fixed sines and cosines of them, then dense layers."""
 
+    features: int
+    cycles: float
     widths: tuple[int, ...]
-    frequency: float
 
     @nn.compact
     def __call__(self, x):
-        uniform = lambda bound: (
-            lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-                key, shape, dtype, -bound, bound
-            )
-        )
-        for i, width in enumerate(self.widths[:-1]):
-            bound = 1 / x.shape[-1] if i == 0 else (6 / x.shape[-1]) ** 0.5 / self.frequency
-            x = jnp.sin(self.frequency * nn.Dense(width, kernel_init=uniform(bound))(x))
-        return nn.Dense(self.widths[-1])(x)
+        waves = jnp.pi * self.cycles * jax.random.normal(jax.random.key(12), (2, self.features))
+        x = jnp.concatenate([jnp.sin(x @ waves), jnp.cos(x @ waves)], -1)
+        return Perceptron(self.widths, nn.gelu)(x)
 
 
 class Convolution(nn.Module):

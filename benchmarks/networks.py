@@ -16,13 +16,13 @@ from models import (
     Denoiser,
     Experts,
     Messages,
+    Picture,
     Recurrent,
     Residual,
     Scanned,
     TwoTowers,
     Variational,
     VisionTransformer,
-    Waves,
 )
 from problems import CROSS_ENTROPY, Problem, minibatch, supervised, windows
 
@@ -109,13 +109,13 @@ def vae() -> Problem:
 
 
 def image() -> Problem:
-    """A photograph as a network of sines from coordinates to colours; squared error."""
+    """A photograph as a network from sines of coordinates to colours; squared error."""
     side = 64
     colours = jnp.asarray(datasets.picture(side)).reshape(-1, 3)
     line = (jnp.arange(side) + 0.5) * 2 / side - 1
     at = jnp.stack(jnp.meshgrid(line, line, indexing="ij"), -1).reshape(-1, 2)
     error = lambda outputs, targets: jnp.mean((outputs - targets) ** 2, -1)
-    model = Waves((64, 64, 64, 3), 15.0)
+    model = Picture(64, 5.0, (64, 64, 64, 3))
     return supervised(model, ((at, colours),) * 2, minibatch(512), error, 500)
 
 
