@@ -7,12 +7,13 @@ downloaded: where a file is missing, one sentence says which, and where it can b
 import gzip
 import math
 import os
+import sysconfig
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
 
 Batch = tuple[jax.Array, jax.Array]
 """Inputs and targets, examples along the first axis."""
@@ -101,3 +102,57 @@ def adult(part: str) -> Batch:
             at, value = feature.split(":")
             x[i, int(at) - 1] = float(value)
     return jnp.asarray(x), jnp.asarray(y)
+
+
+def standard_library() -> tuple[np.ndarray, np.ndarray, int]:
+    """Python's own modules of 10 to 100 kB as numbers of characters, to train on and held out.
+
+    Every tenth file of the sorted names is held out. The alphabet is printable ASCII, the end of a
+    line, and one number for the rest. Other versions of Python have other texts.
+    """
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    files = [path for path in files if 10_000 <= path.stat().st_size <= 100_000]
+    numbers = np.full(256, 96, np.uint8)
+    numbers[32:127] = np.arange(95)
+    numbers[ord("\n")] = 95
+    read = lambda paths: numbers[np.frombuffer(b"".join(p.read_bytes() for p in paths), np.uint8)]
+    return read([p for i, p in enumerate(files) if i % 10]), read(files[::10]), 97
+
+
+def picture(side: int) -> np.ndarray:
+    """A square of scikit-learn's photograph of a flower, ``(side, side, 3)``, in [-1, 1]."""
+    photograph = np.asarray(load_sample_image("flower.jpg"), np.float32)
+    middle = photograph[13:413, 170:570]
+    cell = 400 // side
+    middle = middle[: cell * side, : cell * side].reshape(side, cell, side, cell, 3)
+    return middle.mean((1, 3)) / 127.5 - 1
+
+
+def graphs(count: int, nodes: int = 24) -> tuple[np.ndarray, np.ndarray]:
+    """Random geometric graphs with one number per node, and that number spread by a random walk.
+
+    Inputs are ``(count, nodes, nodes + 1)``: the walk's matrix ``P`` and the numbers ``x``. Targets
+    are ``(I - .9 P)^-1 x``, of unit variance.
+    """
+    rng = np.random.default_rng(5)
+    at = rng.random((count, nodes, 2))
+    near = np.linalg.norm(at[:, :, None] - at[:, None], axis=-1) < 0.3
+    walk = near / near.sum(-1, keepdims=True)
+    x = rng.normal(size=(count, nodes, 1))
+    spread = np.linalg.solve(np.eye(nodes) - 0.9 * walk, x)[..., 0]
+    inputs = np.concatenate([walk, x], -1)
+    return inputs.astype(np.float32), (spread / spread.std()).astype(np.float32)
+
+
+def ratings(count: int, users: int, items: int) -> tuple[np.ndarray, np.ndarray]:
+    """Who rated what, ``(count, 2)``, and how: a product of hidden vectors, and noise.
+
+    Users and items are drawn by Zipf's law, so most rows of a table are rare.
+    """
+    rng = np.random.default_rng(6)
+    draw = lambda n: rng.choice(n, count, p=(z := 1 / np.arange(1, n + 1)) / z.sum())
+    pairs = np.stack([draw(users), draw(items)], -1)
+    a, b = rng.normal(size=(users, 6)), rng.normal(size=(items, 6))
+    product = np.sum(a[pairs[:, 0]] * b[pairs[:, 1]], -1)
+    rated = np.tanh(product / 2) + 0.3 * rng.normal(size=count)
+    return pairs.astype(np.int32), rated.astype(np.float32)

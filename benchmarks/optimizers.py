@@ -2,17 +2,22 @@
 
 Every method has the same model, data, batches, number of steps and linear decay to zero, and tunes
 its learning rate on a grid of the same size (a factor √10 apart) with seed 0; the best one runs the
-other seeds. Tasks are in `tasks.py`, the references for SOAP and PSGD in `peers.py`. Runs are
-written as they end and not repeated; `--time` then measures milliseconds a step, every method
-beside AdamW in turns, on a machine that should have nothing else to do.
+other seeds. Tasks are in `tasks.py`, methods in `methods.py`, references for SOAP, KL-SOAP and PSGD
+in `peers.py`. Runs are written as they end and not repeated, unless ``--again`` forgets them.
 
-    python benchmarks/optimizers.py [--tasks NAME ...] [--methods NAME ...] [--data DIR]
-    python benchmarks/optimizers.py --time
+The library's methods also run at half, one and two times the rate of their guidance, and there with
+every seed: the last table sets that one setting beside the best tuned peer. On the four tasks that
+are kept aside they run only with ``--kept-aside``.
+
+``--time`` measures milliseconds a step, and of a gradient alone, in turns, on a machine that should
+have nothing else to do. ``--core`` keeps the program to one core.
+
+    python benchmarks/optimizers.py [--tasks NAME ...] [--methods NAME ...] [--data DIR] [--core 1]
+    python benchmarks/optimizers.py --time [--tasks NAME ...] [--methods NAME ...] [--core 1]
     python benchmarks/optimizers.py --quick          # two minutes, writes to a temporary folder
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -29,143 +34,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peers
 import report
 from matplotlib.figure import Figure
-from tasks import EASY, TASKS, UNITS, Problem
-
-import lowrank_optax as lro
+from methods import CURVATURES, EVERY, METHODS, PEERS, RECIPE, Method
+from tasks import EASY, KEPT_ASIDE, TASKS, UNITS, Problem
 
 POINTS = 50
 """Evaluations of a run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """An optimizer as a function of its learning-rate schedule, and the middle of its grid.
-
-    Attributes:
-      make: schedule to transformation.
-      middle: of the grid, in the task's unit of learning rates.
-      ours: whether it is one of the library's.
-      above: the peer that whitening stands in front of.
-      scaled: whether rates have that unit; those of Newton's methods have none.
-    """
-
-    make: Callable[[optax.Schedule], optax.GradientTransformation]
-    middle: float = 1e-2
-    ours: bool = False
-    above: str | None = None
-    scaled: bool = True
-
-    def centre(self, unit: float) -> float:
-        """The middle of the grid on a task of that unit."""
-        return self.middle * (unit if self.scaled else 1)
-
-    def rates(self, unit: float, size: int) -> list[float]:
-        """The grid, a factor √10 apart."""
-        steps = range(-(size // 2), size - size // 2)
-        return [float(f"{self.centre(unit) * 10 ** (k / 2):.3g}") for k in steps]
-
-
-def muon_dimensions(params: Any) -> Any:
-    """Attention's kernels of three axes as matrices; vectors, tables and heads stay with Adam."""
-    spec = optax.contrib.MuonDimensionNumbers
-
-    def of(path, x):
-        name = jax.tree_util.keystr(path)
-        if x.ndim == 3:
-            return spec((0, 1), (2,)) if "'out'" in name else spec((0,), (1, 2))
-        return spec() if x.ndim == 2 and "embedding" not in name else None
-
-    return jax.tree_util.tree_map_with_path(of, params)
-
-
-def muon(rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon with updates of Adam's size (Liu et al. 2025), as one rate serves both its parts."""
-    return optax.contrib.muon(
-        rate, consistent_rms=0.2, muon_weight_dimension_numbers=muon_dimensions
-    )
-
-
-def before(make: Any, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Whitening with its one default setting in front of a peer."""
-    return optax.chain(lro.whiten(), make(rate))
-
-
-def sophia(rate: optax.Schedule) -> optax.GradientTransformation:
-    """Sophia with Hutchinson's estimate, the Hessian's diagonal in the parameters' coordinates."""
-    tx = optax.contrib.sophia(rate)
-
-    def update(updates, state, params=None, *, value_fn, **extra):
-        return tx.update(updates, state, params, obj_fn=value_fn)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-def lbfgs(rate: optax.Schedule) -> optax.GradientTransformation:
-    """L-BFGS with its line search, which has no rate and takes no arguments but its own."""
-    tx = optax.lbfgs()
-
-    def update(updates, state, params=None, *, value, grad, value_fn, **extra):
-        return tx.update(updates, state, params, value=value, grad=grad, value_fn=value_fn)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-def original(rate: optax.Schedule) -> optax.GradientTransformation:
-    """The parts of the original LRE."""
-    return lro.lre(rate, basis=lro.basis.GGT(100))
-
-
-METHODS: dict[str, Method] = {
-    "AdamW": Method(optax.adamw),
-    "Muon": Method(muon),
-    "SOAP": Method(peers.soap),
-    "PSGD-Kron": Method(peers.kron),
-    "whitening + AdamW": Method(partial(before, optax.adamw), ours=True, above="AdamW"),
-    "whitening + Muon": Method(partial(before, muon), ours=True, above="Muon"),
-    "whitening + SOAP": Method(partial(before, peers.soap), ours=True, above="SOAP"),
-    "soap_muon": Method(lro.soap_muon, ours=True),
-    "soap_muon, every 3": Method(partial(lro.soap_muon, update_every=3), ours=True),
-    "original LRE": Method(original, 1.0, True),
-}
-"""Those that every task is run with."""
-
-CURVATURES: dict[str, Method] = {
-    "L-BFGS (optax)": Method(lbfgs, scaled=False),
-    "Sophia (optax)": Method(sophia),
-    "BFGS": Method(lambda rate: lro.lowrank_newton(rate, rank=20), 1.0, True, scaled=False),
-    "SR1": Method(
-        lambda rate: lro.lowrank_newton(rate, rank=20, curvature=lro.curvature.SR1()),
-        1.0,
-        True,
-        scaled=False,
-    ),
-    "AdaHessian in a subspace": Method(lambda rate: lro.adahessian(rate, rank=20), 1e-1, True),
-    "Sophia-H in a subspace": Method(
-        lambda rate: lro.sophia_h(rate, rank=20, complement=optax.scale_by_adam()), ours=True
-    ),
-    "Hessian whitening + AdamW": Method(
-        lambda rate: optax.chain(
-            lro.scale_by_lre(
-                lro.curvature.HutchinsonHessian(),
-                lro.basis.Eigen(20),
-                lro.inner.LPower(-0.25),
-                update_every=10,
-                complement=1.0,
-            ),
-            optax.adamw(rate),
-        ),
-        ours=True,
-    ),
-    "natural gradient": Method(
-        lambda rate: lro.natural_gradient(rate, rank=20, damping=1.0, complement=1.0), 1.0, True
-    ),
-}
-"""Hessian and Fisher curvatures, run where they are asked for by ``--methods``."""
-
-EVERY = METHODS | CURVATURES
 
 
 # One run ----------------------------------------------------------------------------------------
@@ -201,8 +76,11 @@ def runner(
 
         def chunk(carry, i):
             carry = jax.lax.fori_loop(i * steps // points, (i + 1) * steps // points, step, carry)
+            found = problem.measure(carry[0], data)
+            if problem.held_out is problem.measure:
+                return carry, (found, found)
             held_out = problem.held_out or (lambda params, data: jnp.nan)
-            return carry, (problem.measure(carry[0], data), held_out(carry[0], data))
+            return carry, (found, held_out(carry[0], data))
 
         return jax.lax.scan(chunk, (params, tx.init(params)), jnp.arange(points))[1]
 
@@ -237,12 +115,22 @@ class Book:
         self.runs = [run for run in old["runs"] if run["task"] not in steps or same(run)]
         self.steps = old["steps"] | steps
         self.times = old.get("times", {})
+        self.tables = {name: old[name] for name in ("rows", "verdicts") if name in old}
 
     def find(self, **wanted: Any) -> list[dict[str, Any]]:
         return [run for run in self.runs if all(run[k] == v for k, v in wanted.items())]
 
-    def save(self, **rest: Any) -> None:
-        report.save(self.path, steps=self.steps, times=self.times, **rest, runs=self.runs)
+    def forget(self, tasks: list[str], methods: list[str]) -> None:
+        """Drops stored runs, of methods that have changed."""
+        gone = lambda run: run["task"] in tasks and run["method"] in methods
+        self.runs = [run for run in self.runs if not gone(run)]
+
+    def save(self, **tables: Any) -> None:
+        """Writes to a file beside and renames it, so that a killed run leaves the old one whole."""
+        self.tables |= tables
+        beside = self.path.with_suffix(".part")
+        report.save(beside, steps=self.steps, times=self.times, **self.tables, runs=self.runs)
+        beside.replace(self.path)
 
     def best_rate(self, task: str, method: str, rates: list[float]) -> float | None:
         """The rate of the lowest final measure with seed 0."""
@@ -252,13 +140,18 @@ class Book:
 
 
 def tune(book: Book, task: str, name: str, problem: Problem, grid: int, seeds: int) -> None:
-    """All runs of one method on one task that are missing."""
+    """All runs of one method on one task that are missing; one compilation serves them all."""
     method = EVERY[name]
-    rates = method.rates(UNITS.get(task, 1.0), grid)
+    unit = UNITS.get(task, 1.0)
+    rates = method.rates(unit, grid)
     run = None
     for seed in range(seeds):
-        best = rates if seed == 0 else [book.best_rate(task, name, rates)]
-        for rate in best:
+        if seed == 0:
+            wanted = rates + (method.around(unit) if name == RECIPE and problem.network else [])
+        else:
+            guided = [method.around(unit)[1]] if name == RECIPE and problem.network else []
+            wanted = [book.best_rate(task, name, rates), *guided]
+        for rate in wanted:
             if rate is None or book.find(task=task, method=name, rate=rate, seed=seed):
                 continue
             run = run or runner(problem, method, book.steps[task])
@@ -279,8 +172,9 @@ def tune(book: Book, task: str, name: str, problem: Problem, grid: int, seeds: i
 def step_times(
     problem: Problem, methods: dict[str, Method], unit: float, steps: int = 40
 ) -> dict[str, float]:
-    """Milliseconds a step, all methods in turns, the least of five rounds."""
+    """Milliseconds a step, and a gradient alone, in turns, the least of five rounds."""
     runs = {}
+    methods = {"gradient": Method(optax.sgd), **methods}
     for name, method in methods.items():
         # Evaluated once, at the end: that is in the figures, a fortieth of it in each step's.
         runs[name] = run = runner(problem, method, steps, 1)
@@ -314,6 +208,7 @@ def summary(book: Book, task: str, name: str, unit: float, grid: int) -> dict[st
         "centre": EVERY[name].centre(unit),
         "guided": at_centre(book, task, name, EVERY[name].centre(unit)),
         "edge": rate in (rates[0], rates[-1]),
+        "gradient_ms": book.times.get(task, {}).get("gradient"),
         "seeds": len(runs),
         "final": statistics.median(finals),
         "low": min(finals),
@@ -338,6 +233,52 @@ def at_centre(book: Book, task: str, name: str, centre: float) -> float | None:
     """The result of seed 0 at the grid's middle, what one has who tunes nothing."""
     found = book.find(task=task, method=name, rate=float(f"{centre:.3g}"), seed=0)
     return found[0]["final"] if found else None
+
+
+def verdict(book: Book, task: str, rows: list[dict[str, Any]], unit: float) -> dict | None:
+    """The recipe at its guidance's rate beside the best tuned peer, at equal steps and in seconds.
+
+    ``ratio`` is its median over the best peer's; ``best_rate`` its best rate over the guidance, of
+    all that ran with seed 0; ``half`` and ``twice`` its results there over that at the guidance;
+    ``lost`` whether twice the guidance ends above the best tuned AdamW.
+    """
+    found = {row["method"]: row for row in rows if row["task"] == task}
+    peers = {name: found[name] for name in PEERS if name in found}
+    half, one, two = EVERY[RECIPE].around(unit)
+    runs = {run["rate"]: run["final"] for run in book.find(task=task, method=RECIPE, seed=0)}
+    if not {half, one, two} <= runs.keys() or "AdamW" not in peers:
+        return None
+    finals = [r["final"] for r in book.find(task=task, method=RECIPE, rate=one)]
+    worst = lambda x: np.inf if x is None else x
+    at = {rate: worst(final) for rate, final in runs.items()}
+    first = min(peers, key=lambda name: peers[name]["final"])
+    mine = statistics.median(map(worst, finals))
+    target = peers["AdamW"]["final"]
+    out = {
+        "task": task,
+        "aside": "aside" if task in KEPT_ASIDE else "",
+        "gradient_ms": book.times.get(task, {}).get("gradient"),
+        "final": mine,
+        "seeds": len(finals),
+        "peer": first,
+        "peer_final": peers[first]["final"],
+        "ratio": mine / peers[first]["final"],
+        "best_rate": min(at, key=lambda rate: at[rate]) / one,
+        "half": at[half] / at[one],
+        "twice": at[two] / at[one],
+        "lost": "yes" if at[two] > target else "no",
+    }
+    curves = [r["curve"] for r in book.find(task=task, method=RECIPE, rate=one)]
+    reached = [first for first in (_first(curve, target) for curve in curves) if first is not None]
+    ms = book.times.get(task, {}).get(RECIPE)
+    if ms is not None and len(reached) * 2 > len(curves):
+        share = statistics.median((x + 1) / len(curves[0]) for x in reached)
+        out["seconds"] = share * book.steps[task] * ms / 1e3
+    others = {name: row["seconds"] for name, row in peers.items() if "seconds" in row}
+    if others:
+        out["fast_peer"] = min(others, key=lambda name: others[name])
+        out["peer_seconds"] = others[out["fast_peer"]]
+    return out
 
 
 def _first(curve: list[float | None], target: float) -> int | None:
@@ -370,59 +311,106 @@ def draw(path: Path, book: Book, rows: list[dict[str, Any]]) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
+FINALS = {
+    "task": "task",
+    "method": "method",
+    "rate": "rate",
+    "seeds": "seeds",
+    "final": "final",
+    "low": "lowest",
+    "high": "highest",
+    "steps": "steps to AdamW's",
+    "ms": "ms a step",
+    "gradient_ms": "ms a gradient",
+    "seconds": "seconds to AdamW's",
+}
+
+VERDICT = {
+    "task": "task",
+    "aside": "kept",
+    "final": "at the guidance",
+    "seeds": "seeds",
+    "peer": "best peer",
+    "peer_final": "its final",
+    "ratio": "ratio",
+}
+
+SECONDS = {
+    "task": "task",
+    "gradient_ms": "ms a gradient",
+    "seconds": "seconds to AdamW's",
+    "fast_peer": "fastest peer",
+    "peer_seconds": "its seconds",
+    "best_rate": "best rate / guidance",
+    "half": "at half / at one",
+    "twice": "at twice / at one",
+    "lost": "twice above AdamW",
+}
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     every = TASKS | EASY
     parser.add_argument("--tasks", nargs="+", default=list(every), choices=every, metavar="NAME")
     parser.add_argument(
         "--methods", nargs="+", default=list(METHODS), choices=EVERY, metavar="NAME"
     )
+    parser.add_argument("--kept-aside", action="store_true", help="ours on the tasks kept aside")
+    parser.add_argument("--again", action="store_true", help="forget stored runs of these first")
     parser.add_argument("--grid", type=int, default=6, help="learning rates")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--time", action="store_true", help="measure milliseconds a step")
+    parser.add_argument("--core", type=int, help="the one core to run on; all of them by default")
     parser.add_argument("--quick", action="store_true", help="two minutes, to see that it works")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--data", help="folder of the data, see datasets.py")
     args = parser.parse_args()
-    if args.data:
-        os.environ["LOWRANK_OPTAX_DATA"] = args.data
     if args.quick:
         args.tasks, args.methods = ["digits", "rosenbrock"], ["AdamW", "whitening + AdamW"]
         args.grid, args.seeds, args.out = 2, 1, Path(tempfile.mkdtemp())
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    if args.data:
+        os.environ["LOWRANK_OPTAX_DATA"] = args.data
+    if args.core is not None:  # before JAX starts its threads
+        os.sched_setaffinity(0, {args.core})
+    every = TASKS | EASY
     problems = {name: every[name]() for name in args.tasks}
     steps = {name: problem.steps for name, problem in problems.items()}
     if args.quick:
         steps = {name: 30 for name in steps}
     book = Book(args.out / "optimizers.json", steps)
     for task in args.tasks:
+        mine = lambda name, task=task: EVERY[name].ours and task in KEPT_ASIDE
+        methods = [name for name in args.methods if args.kept_aside or not mine(name)]
+        if len(methods) < len(args.methods):
+            print(f"{task} is kept aside: only peers run without --kept-aside", flush=True)
+        if args.again and not args.time:
+            book.forget([task], methods)
         if args.time:
-            chosen = {name: EVERY[name] for name in args.methods}
             times = book.times.setdefault(task, {})
+            chosen = {name: EVERY[name] for name in methods}
             times.update(step_times(problems[task], chosen, UNITS.get(task, 1.0)))
             print(task, {name: f"{ms:.3g} ms" for name, ms in times.items()}, flush=True)
             book.save()
             continue
-        for name in args.methods:
+        for name in methods:
             tune(book, task, name, problems[task], args.grid, args.seeds)
     # Everything that is on disk is summed up, not only what was asked for now.
     known = [t for t in every if book.find(task=t)]
     found = [summary(book, t, m, UNITS.get(t, 1.0), args.grid) for t in known for m in EVERY]
     rows = [row for row in found if row]
-    columns = {
-        "task": "task",
-        "method": "method",
-        "rate": "rate",
-        "seeds": "seeds",
-        "final": "final",
-        "low": "lowest",
-        "high": "highest",
-        "steps": "steps to AdamW's",
-        "ms": "ms a step",
-        "seconds": "seconds to AdamW's",
-    }
     shown = [row for row in rows if row["task"] in args.tasks and row["method"] in args.methods]
-    report.show("Final results at equal steps", shown, columns)
-    book.save(rows=rows)
+    report.show("Final results at equal steps", shown, FINALS)
+    verdicts = [verdict(book, task, rows, UNITS.get(task, 1.0)) for task in known]
+    verdicts = [row for row in verdicts if row]
+    if verdicts:
+        report.show(f"{RECIPE} at its guidance's rate, peers tuned", verdicts, VERDICT)
+        report.show("Seconds to AdamW's best, and rates around the guidance", verdicts, SECONDS)
+    book.save(rows=rows, verdicts=verdicts)
     draw(args.out / "optimizers.png", book, [row for row in rows if row["group"] == "methods"])
     print(f"written to {args.out}")
 

@@ -1,4 +1,4 @@
-"""SOAP and PSGD-Kron, for which no JAX package works with current optax: references for benchmarks.
+"""SOAP, KL-SOAP and PSGD-Kron, for which no JAX package works with current optax: references.
 
 Written from the papers and the authors' published defaults; they stand in for the originals and are
 not part of the library.
@@ -9,6 +9,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
+
+def _gram(g: jax.Array, axis: int) -> jax.Array:
+    """``G G^T`` of one axis, summed over all others."""
+    rest = [i for i in range(g.ndim) if i != axis]
+    return jnp.tensordot(g, g, (rest, rest))
+
+
+def _turn(x: jax.Array, bases: list[Any], back: bool = False) -> jax.Array:
+    """``Q^T`` applied along every axis that has a basis, or ``Q``."""
+    for axis, q in enumerate(bases):
+        if q is not None:
+            x = jnp.moveaxis(jnp.tensordot(x, q, ([axis], [1 if back else 0])), -1, axis)
+    return x
+
+
+def _eigenvectors(k: jax.Array) -> jax.Array:
+    """Eigenvectors as columns, the largest eigenvalue first."""
+    return jnp.linalg.eigh(k)[1][:, ::-1]
 
 
 class SOAPState(NamedTuple):
@@ -41,19 +60,6 @@ def scale_by_soap(
     def axes(x) -> list[bool]:
         return [x.ndim > 1 and n <= largest for n in x.shape]
 
-    def gram(g: jax.Array, axis: int) -> jax.Array:
-        rest = [i for i in range(g.ndim) if i != axis]
-        return jnp.tensordot(g, g, (rest, rest))
-
-    def turn(x: jax.Array, bases: list[Any], back: bool = False) -> jax.Array:
-        for axis, q in enumerate(bases):
-            if q is not None:
-                x = jnp.moveaxis(jnp.tensordot(x, q, ([axis], [1 if back else 0])), -1, axis)
-        return x
-
-    def eigenvectors(k: jax.Array) -> jax.Array:
-        return jnp.linalg.eigh(k)[1][:, ::-1]
-
     def init(params: Any) -> SOAPState:
         square = lambda x: [
             jnp.zeros((n, n)) if on else None for n, on in zip(x.shape, axes(x), strict=True)
@@ -65,7 +71,7 @@ def scale_by_soap(
         return SOAPState(jnp.zeros((), jnp.int32), zeros, zeros, grams, bases)
 
     def refresh(m, v, grams, bases):
-        m = turn(m, bases, back=True)
+        m = _turn(m, bases, back=True)
         fresh = []
         for axis, (k, q) in enumerate(zip(grams, bases, strict=True)):
             if q is not None:
@@ -73,7 +79,7 @@ def scale_by_soap(
                 v = jnp.take(v, order, axis)
                 q = jnp.linalg.qr(k @ q[:, order])[0]
             fresh.append(q)
-        return turn(m, fresh), v, fresh
+        return _turn(m, fresh), v, fresh
 
     def update(updates: Any, state: SOAPState, params: Any = None):
         leaves, tree = jax.tree.flatten(updates)
@@ -83,17 +89,17 @@ def scale_by_soap(
         for g, m, v, grams, bases in zip(
             leaves, state.m, state.v, state.grams, state.bases, strict=True
         ):
-            u = turn(g, bases)
+            u = _turn(g, bases)
             m1 = jnp.where(first, m, b1 * m + (1 - b1) * u)
             v1 = jnp.where(first, v, b2 * v + (1 - b2) * u**2)
             scale = jnp.sqrt(1 - b2**t) / jnp.where(first, 1, 1 - b1**t)
-            step = turn(m1 / (jnp.sqrt(v1) + eps) * scale, bases, back=True)
+            step = _turn(m1 / (jnp.sqrt(v1) + eps) * scale, bases, back=True)
             steps.append(jnp.where(first, 0, step))
             grams = [
-                None if k is None else b2 * k + (1 - b2) * gram(g, i) for i, k in enumerate(grams)
+                None if k is None else b2 * k + (1 - b2) * _gram(g, i) for i, k in enumerate(grams)
             ]
             if any(k is not None for k in grams):
-                start = lambda m, v, grams, bases: (m, v, jax.tree.map(eigenvectors, grams))
+                start = lambda m, v, grams, bases: (m, v, jax.tree.map(_eigenvectors, grams))
                 keep = lambda m, v, grams, bases: (m, v, bases)
                 branch = jnp.where(first, 0, jnp.where(state.count % frequency == 0, 1, 2))
                 m1, v1, bases = jax.lax.switch(branch, (start, refresh, keep), m1, v1, grams, bases)
@@ -115,6 +121,122 @@ def soap(
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+class KLSOAPState(NamedTuple):
+    """Moments in the eigenbasis, and per leaf and axis ``S``, its basis, and ``1 / sqrt(lam)``."""
+
+    count: jax.Array
+    m: Any
+    v: Any
+    grams: Any
+    bases: Any
+    roots: Any
+
+
+def scale_by_klsoap(
+    b1: float = 0.95,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    frequency: int = 10,
+    start: float = 0.1,
+    largest: int = 10000,
+) -> optax.GradientTransformation:
+    """KL-SOAP: SOAP whose statistics of each side are of the gradient whitened by the others.
+
+    ``L <- b2 L + (1 - b2) G R^-1 G^T / columns``, ``R <- b2 R + (1 - b2) G^T L^-1 G / rows``, where
+    the inverses have the bases ``Q`` and eigenvalues that are averaged by themselves, from
+    ``start``; their inverse roots are cut at the side, at least 10 and at most 4000. As in the
+    authors' program the first step only starts the bases (from ``G G^T``), Adam corrects no bias,
+    statistics follow the step, one power iteration and a QR decomposition turn the bases every
+    ``frequency`` steps, and the second moment stays as it is then. Vectors are Adam's.
+
+    Source: Lin et al., "Understanding and Improving Shampoo and SOAP via Kullback-Leibler
+    Minimization", ICLR 2026 (arXiv 2509.03378); defaults as in the program, with SOAP's decays.
+    """
+
+    def init(params: Any) -> KLSOAPState:
+        def sides(x, make):
+            return [make(n) if x.ndim > 1 and n <= largest else None for n in x.shape]
+
+        leaves = jax.tree.leaves(params)
+        zeros = [jnp.zeros_like(x) for x in leaves]
+        grams = [sides(x, lambda n: jnp.zeros((n, n))) for x in leaves]
+        bases = [sides(x, jnp.eye) for x in leaves]
+        roots = [sides(x, lambda n: jnp.full(n, start**-0.5)) for x in leaves]
+        return KLSOAPState(jnp.zeros((), jnp.int32), zeros, zeros, grams, bases, roots)
+
+    def whitened(g, bases, roots, skip):
+        """The gradient in the bases of all axes but one, divided by the roots there."""
+        scaled = [
+            None if q is None or axis == skip else q * r
+            for axis, (q, r) in enumerate(zip(bases, roots, strict=True))
+        ]
+        return _turn(g, scaled)
+
+    def learn(g, grams, bases, roots):
+        new_grams, new_roots = [], []
+        for axis, (k, q, r) in enumerate(zip(grams, bases, roots, strict=True)):
+            if q is not None:
+                w = whitened(g, bases, roots, axis)
+                k = b2 * k + (1 - b2) * _gram(w, axis) * len(q) / g.size
+                w = jnp.moveaxis(jnp.tensordot(w, q, ([axis], [0])), -1, axis)
+                found = jnp.mean(w**2, [i for i in range(g.ndim) if i != axis])
+                root = 1 / jnp.sqrt(b2 / r**2 + (1 - b2) * found)
+                r = jnp.minimum(root, max(10, min(len(q), 4000)))
+            new_grams.append(k)
+            new_roots.append(r)
+        return new_grams, new_roots
+
+    def refresh(m, grams, bases):
+        m = _turn(m, bases, back=True)
+        bases = jax.tree.map(lambda k, q: jnp.linalg.qr(k @ q)[0], grams, bases)
+        return _turn(m, bases), bases
+
+    def update(updates: Any, state: KLSOAPState, params: Any = None):
+        leaves, tree = jax.tree.flatten(updates)
+        first = state.count == 0
+        t = jnp.maximum(state.count, 1).astype(jnp.float32)
+        columns: list[list[Any]] = [[] for _ in range(6)]
+        for g, m, v, grams, bases, roots in zip(leaves, *state[1:], strict=True):
+            u = _turn(g, bases)
+            m1 = jnp.where(first, m, b1 * m + (1 - b1) * u)
+            v1 = jnp.where(first, v, b2 * v + (1 - b2) * u**2)
+            step = _turn(m1 / (jnp.sqrt(v1) + eps), bases, back=True)
+            if g.ndim < 2:
+                step = step * jnp.sqrt(1 - b2**t) / (1 - b1**t)
+            elif any(q is not None for q in bases):
+                begun = [
+                    None if k is None else (1 - b2) * _gram(g, i) * len(k) / g.size
+                    for i, k in enumerate(grams)
+                ]
+                learnt = learn(g, grams, bases, roots)
+                grams, roots = jax.tree.map(
+                    lambda x, y: jnp.where(first, x, y), (begun, roots), learnt
+                )
+                branch = jnp.where(first, 0, jnp.where(state.count % frequency == 0, 1, 2))
+                m1, bases = jax.lax.switch(
+                    branch,
+                    (
+                        lambda m, grams, bases: (m, jax.tree.map(_eigenvectors, grams)),
+                        refresh,
+                        lambda m, grams, bases: (m, bases),
+                    ),
+                    m1,
+                    grams,
+                    bases,
+                )
+            kept = jnp.where(first, 0, step), m1, v1, grams, bases, roots
+            for column, new in zip(columns, kept, strict=True):
+                column.append(new)
+        return tree.unflatten(columns[0]), KLSOAPState(state.count + 1, *columns[1:])
+
+    return optax.GradientTransformation(init, update)
+
+
+def klsoap(learning_rate: optax.ScalarOrSchedule, **options: Any) -> optax.GradientTransformation:
+    """`scale_by_klsoap` and a learning rate."""
+    return optax.chain(scale_by_klsoap(**options), optax.scale_by_learning_rate(learning_rate))
 
 
 class KronState(NamedTuple):

@@ -1,115 +1,23 @@
-"""The tasks that optimizers are compared on: nine, and two more that are too easy to count.
+"""The tasks that optimizers are compared on, and two more that are too easy to count.
 
-Each has parameters, batches, a loss, and one number that an optimizer is judged by. Some read files
-of a folder, see `datasets.py`.
+Each has parameters, batches, a loss, and one number that an optimizer is judged by, see
+`problems.py`. The smaller networks and the functions are here, the rest in `networks.py`. Some read
+files of a folder, see `datasets.py`.
 """
 
-import dataclasses
 import functools
+import random
 from collections.abc import Callable
-from typing import Any
 
 import datasets
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import optax
-from datasets import Batch
 from models import CharTransformer, ConvNet, Perceptron
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Problem:
-    """What is minimised, and what it is judged by.
-
-    Attributes:
-      init: ``key -> params``.
-      data: arrays that `batch` and `measure` read; arguments of the compiled run, not constants.
-      batch: ``(key, data) -> batch`` of a step.
-      losses: ``(params, batch) -> (examples,)``; their mean is the loss.
-      measure: ``(params, data) -> scalar``, lower is better.
-      quantity: what that is.
-      steps: a run's length.
-      deterministic: whether all batches are the same one.
-      held_out: ``(params, data) -> scalar``, reported beside, where there is data for it.
-    """
-
-    init: Callable[[jax.Array], Any]
-    data: Any
-    batch: Callable[[jax.Array, Any], Any]
-    losses: Callable[[Any, Any], jax.Array]
-    measure: Callable[[Any, Any], jax.Array]
-    quantity: str
-    steps: int
-    deterministic: bool = False
-    held_out: Callable[[Any, Any], jax.Array] | None = None
-
-    def loss(self, params: Any, batch: Any) -> jax.Array:
-        """Mean loss of a batch."""
-        return jnp.mean(self.losses(params, batch))
-
-
-def supervised(
-    model: nn.Module,
-    parts: tuple[Batch, Batch],
-    draw: Callable[[jax.Array, Batch], Batch],
-    losses: Callable[[jax.Array, jax.Array], jax.Array],
-    steps: int,
-    judged: str = "train",
-    most: int | None = None,
-) -> Problem:
-    """A network on inputs and targets.
-
-    Args:
-      model: the network.
-      parts: examples to train on and held-out ones.
-      draw: ``(key, training examples) -> batch`` of a step.
-      losses: ``(outputs, targets) -> (examples,)``.
-      steps: a run's length.
-      judged: the part that the loss is measured on, "train" or "held-out".
-      most: the number of examples that it is measured on; ``None`` for all.
-    """
-    first = lambda batch: jax.tree.map(lambda x: x[:most], batch)
-    each = lambda params, batch: losses(model.apply({"params": params}, batch[0]), batch[1])
-    whole = {
-        "train": lambda params, data: each(params, first(data[0])).mean(),
-        "held-out": lambda params, data: each(params, first(data[1])).mean(),
-    }
-    return Problem(
-        init=lambda key: model.init(key, parts[1][0][:1])["params"],
-        data=parts,
-        batch=lambda key, data: draw(key, data[0]),
-        losses=each,
-        measure=whole[judged],
-        quantity="training loss" if judged == "train" else "held-out loss",
-        steps=steps,
-        held_out=whole["held-out"],
-    )
-
-
-def minibatch(size: int) -> Callable[[jax.Array, Batch], Batch]:
-    """Draws examples at random."""
-
-    def draw(key, data):
-        index = jax.random.randint(key, (size,), 0, len(data[0]))
-        return data[0][index], data[1][index]
-
-    return draw
-
-
-def windows(size: int, length: int) -> Callable[[jax.Array, Batch], Batch]:
-    """Draws pieces of a text, and the characters that follow."""
-
-    def draw(key, data):
-        start = jax.random.randint(key, (size, 1), 0, len(data[0]) - length)
-        window = data[0][start + jnp.arange(length + 1)]
-        return window[:, :-1], window[:, 1:]
-
-    return draw
-
-
-CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
+from problems import CROSS_ENTROPY, Problem, minibatch, supervised, windows
 
 
 def digits() -> Problem:
@@ -262,6 +170,7 @@ def function(f: Callable[..., jax.Array], start: list[float], steps: int) -> Pro
         quantity="value",
         steps=steps,
         deterministic=True,
+        network=False,
     )
 
 
@@ -291,6 +200,7 @@ def quadratic() -> Problem:
         quantity="value",
         steps=500,
         deterministic=True,
+        network=False,
     )
 
 
@@ -332,6 +242,7 @@ def logistic() -> Problem:
         measure=lambda w, data: jnp.mean(losses(w, data)) - least,
         quantity="loss above the optimum",
         steps=1000,
+        network=False,
     )
 
 
@@ -343,6 +254,7 @@ TASKS: dict[str, Callable[[], Problem]] = {
     "text": text,
     "pinn": pinn,
     "xor": xor,
+    **networks.TASKS,
     "rosenbrock": rosenbrock,
     "logistic": logistic,
 }
@@ -353,3 +265,6 @@ EASY = {"booth": booth, "quadratic": quadratic}
 
 UNITS = {"rosenbrock": 10**1.5, "logistic": 10.0, "booth": 10**2.5, "quadratic": 10**1.5}
 """Units of learning rates: how far parameters have to go, relative to a network's weights (1)."""
+
+KEPT_ASIDE = tuple(random.Random(20261126).sample(sorted(networks.TASKS), 4))
+"""New tasks that nobody tunes on: the library's methods run on them once, when all is decided."""
