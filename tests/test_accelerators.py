@@ -60,12 +60,12 @@ def test_steps_lower_for_accelerators(name, platform):
     """Float32 products of the library are float32 there, too; factorisations are the platform's."""
     text, rows = lowered(name, platform)
     calls = set(re.findall(r"custom_call @(\w+)", text))
-    assert calls == FACTORISATIONS[platform]
+    assert calls == (set() if name == "soap_muon" else FACTORISATIONS[platform])
     theirs = [line for line, exact in dots(text) if not exact]
     if name == "hessian":  # a product in the loss, in its gradient, and in the derivative of that
         assert theirs and all("12x31" in line or "31x12" in line for line in theirs)
-    elif name == "soap_muon":  # Newton and Schulz's iteration, a loop, is meant to be rough
-        assert len(theirs) == 3
+    elif name == "soap_muon":  # the polar factor is meant to be rough, the bases are not
+        assert 0 < len(theirs) < len(dots(text)) / 2
     else:
         assert not theirs
     for line in text.splitlines():

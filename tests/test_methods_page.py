@@ -63,6 +63,10 @@ VECTORS = rows(
 MATRICES = rows(
     "| method | short side | long side | inner | then |", lambda _, cells, i: cells[i - 1]
 )
+KRONECKER = rows(
+    "| method | directions | inner | root mean square of orthogonal updates | turn every |",
+    lambda above, _, i: above[i],
+)
 
 
 def test_every_recipe_has_its_row():
@@ -72,7 +76,7 @@ def test_every_recipe_has_its_row():
         for name in lro.__all__
         if "lowrank_optax.recipes" in getattr(getattr(lro, name), "__module__", "")
     }
-    assert {name for name, _ in VECTORS + MATRICES} - special == recipes
+    assert {name for name, _ in VECTORS + MATRICES + KRONECKER} - special == recipes
 
 
 @pytest.mark.parametrize("name, cells", VECTORS, ids=lambda x: x if isinstance(x, str) else "")
@@ -104,3 +108,15 @@ def test_rows_of_matrices(name, cells):
         kept = kept.parts[0] if isinstance(kept, lro.inner.Chain) else kept
         assert eval(code(inner)[0], dict(names)) == kept
     assert options(cells, names) == {n: x for n, x in parts.items() if n in OPTIONS}
+
+
+@pytest.mark.parametrize("name, cells", KRONECKER, ids=lambda x: x if isinstance(x, str) else "")
+def test_rows_of_momentum(name, cells):
+    parts, names = made(name, **{"rank": 5} if name not in ("muon", "normuon") else {})
+    read = lambda cell: eval(code(cell)[0], dict(names) | {"rank": 5}) if cell else None
+    directions, inner, orthogonal, turns = cells
+    assert (read(directions),) * 2 == (parts["short"], parts["long"])
+    assert as_inner(read(inner)) == parts["inner"]
+    assert read(orthogonal) == parts.get("orthogonal")
+    assert (read(turns) or 1) == parts.get("update_every", 1)
+    assert ("128" in directions) == (parts.get("largest") == 128)
