@@ -3,10 +3,12 @@
 Synthetic, rank 4: 200 dimensions hold 4 predictable ones (two rotations damped by ρ = 0.985,
 variance 0.97) under 12 of white noise (variance 6.25) and a floor of variance 0.01. PCA sees the
 loud noise. The learner minimises ``E‖v' - A^T M A v‖²`` over chunks of 64 consecutive vectors,
-``M`` in closed form from running moments. The defaults lift ``M`` where nothing is predicted yet and
-see the stream once; the other rows do without, with a rate that was tuned. Reported is the share of the predictable subspace that
-lies in the span. With an anchor, reconstruction of weight 1 beside dynamics of weight λ, there are
-two thresholds. Below ``λ = (σ²_n - σ²_p)/(ρ² σ²_p)``, here 5.6, the noise has the lower loss. And a
+``M`` in closed form from running moments. The defaults lift ``M`` where nothing is predicted yet
+and see the stream once; the other rows do without, with a rate that was tuned. Reported is the
+share of the predictable subspace that lies in the span.
+
+With an anchor, reconstruction of weight 1 beside dynamics of weight λ, there are two thresholds.
+Below ``λ = (σ²_n - σ²_p)/(ρ² σ²_p)``, here 5.6, the noise has the lower loss. And a
 direction turned by θ out of the predictable ones loses ``λ ρ² (σ²_n + σ²_p) θ²`` of prediction and
 wins ``(σ²_n - σ²_p) θ²`` of energy: above ``λ = (σ²_n - σ²_p)/(ρ² (σ²_n + σ²_p))``, here 0.75, what
 was found is at least a local optimum. So is the noise for every λ, as prediction grows with the

@@ -46,6 +46,7 @@ def scale_by_kronecker(
     update_every: int = 1,
     warmup_steps: int = 1,
     largest: int | None = None,
+    aspect: float | None = None,
     groups: Callable[[Any], Hashable] | None = None,
     view: View | None = None,
     rest: optax.GradientTransformation | None = None,
@@ -115,6 +116,8 @@ def scale_by_kronecker(
         all, but for the first ten.
       warmup_steps: number of first steps that build the sides and return zeros for the matrices.
       largest: sides longer than this keep 64 directions at most; ``None`` for no limit.
+      aspect: longer sides of more than this times the shorter one keep no directions; ``None`` for
+        no limit.
       groups: a function of a leaf's path to a label; matrices of one shape that share a label
         share their sides and are one problem. By default every matrix has its own.
       view: a function of a leaf's path and shape to the `MatrixAxes` it is seen by, or ``None`` to
@@ -152,6 +155,7 @@ def scale_by_kronecker(
         update_every=update_every,
         warmup_steps=warmup_steps,
         largest=largest,
+        aspect=aspect,
         groups=groups,
         view=view,
         rest=rest,
@@ -171,19 +175,23 @@ class KroneckerParts(NamedTuple):
     crosswise: bool
     update_every: int
     largest: int | None
+    aspect: float | None
     dtype: Any = None
 
-    def ranks(self, *lengths: int) -> list[int]:
+    def ranks(self, a: int, b: int) -> tuple[int, int]:
         """The number of directions of both sides."""
-        return directions(self.short, self.long, self.largest, *lengths)
+        return directions(self.short, self.long, self.largest, self.aspect, a, b)
 
 
-def directions(short: int | None, long: int | None, largest: int | None, *lengths: int):
-    """How many directions sides of these lengths keep, ``a`` first: see `scale_by_kronecker`."""
+def directions(
+    short: int | None, long: int | None, largest: int | None, aspect: float | None, a: int, b: int
+) -> tuple[int, int]:
+    """How many directions both sides of a matrix keep: see `scale_by_kronecker`."""
     bound = math.inf if largest is None else largest
-    most = [d if d <= bound else MANY for d in lengths]
-    pairs = zip(lengths, (short, long), most, strict=True)
-    return [min(d if rank is None else rank, d, limit) for d, rank, limit in pairs]
+    most = lambda d: d if d <= bound else MANY
+    kept = lambda rank, d: min(d if rank is None else rank, d, most(d))
+    narrow = aspect is None or b <= aspect * a
+    return kept(short, a), kept(long, b) if narrow else 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -246,6 +254,7 @@ class KroneckerSpace(Matrices):
             cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
             # The last block may overlap the one before it, whose groups are not its own.
             mine = cut(seen.due) & ((first + jnp.arange(size)) // size == number)
+            mine &= settling | (i == 0)  # under `jax.vmap` others may ask for more
             old = jax.tree.map(cut, carry)
             new = self._turned(old, cut(seen.g), cut(seen.square), cut(steps) == 0, mine)
             put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, 0)
@@ -361,6 +370,7 @@ class KroneckerEngine(MatricesEngine):
     crosswise: bool = True
     orthogonal: Any = None
     largest: int | None = None
+    aspect: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -369,6 +379,8 @@ class KroneckerEngine(MatricesEngine):
             size = getattr(self, name)
             if size is not None:
                 object.__setattr__(self, name, as_size(OWNER, name, size, least))
+        if self.aspect is not None:
+            check_least(OWNER, "aspect", self.aspect, 1)
         check_decay(OWNER, "b1", self.b1)
         check_decay(OWNER, "beta", self.beta)
         if self.orthogonal is not None:
@@ -392,6 +404,7 @@ class KroneckerEngine(MatricesEngine):
             self.crosswise,
             self.update_every,
             self.largest,
+            self.aspect,
         )
 
     def spaces(self, layout: Layout, state: Any) -> dict[str, Any]:

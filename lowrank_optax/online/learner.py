@@ -403,8 +403,13 @@ def learner(
     Every update takes the gradient of the composite loss in closed form and hands it to an
     optimizer, by default `following`, whose rate and memory come from the stream: all vectors while
     it stands still, the last few while it turns. Orthonormal rows get gradients tangent to them and
+    <<<<<<< HEAD
     are made orthonormal by ``(A A^T)^{-1/2}``. When ``A`` moves, so does ``H <- C H C^T`` with
     ``C = A_new A_old^+``. Rows of 16 bits are rounded at random, so that small steps add up.
+    =======
+    are made orthonormal again by ``(A A^T)^{-1/2}``. When ``A`` moves, so does ``H <- C H C^T``
+    with ``C = A_new A_old^+``. Rows of 16 bits are rounded at random: small steps add up.
+    >>>>>>> streams
 
     The gradient through ``H`` is that of an average over the whole stream, taken at the average
     before the batch. Differentiating one step of the running average would give ``1 - β`` times

@@ -52,7 +52,7 @@ def soap_muon(
     beta: float = 0.95,
     eps: float = 1e-8,
     update_every: int | None = None,
-    rms: float = 0.2,
+    rms: float | None = 0.2,
     largest: int | None = None,
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
@@ -68,7 +68,8 @@ def soap_muon(
     for matrices ``(a, b)`` with Nesterov's momentum ``M`` and the eigenbases of KL-Shampoo. Muon
     makes the momentum orthogonal as it is, noise included. Here the momentum along every pair of
     eigendirections is first divided by its own root mean square. Sides of up to 128 have complete
-    bases; longer ones keep 64 directions, and what is outside is divided by its own root mean
+    bases, longer ones keep 64 directions, and those of more than four times the other side, as
+    embeddings and first layers have them, none. What is outside is divided by its own root mean
     square, one number for each direction of the other side. No step factorises a matrix, and none
     has a product with the cube of a side longer than 128 but the polar factor's.
 
@@ -89,16 +90,18 @@ def soap_muon(
 
     Args:
       learning_rate: schedule that falls, since steps do not shrink by themselves, or a number.
-        Updates have the size of Adam's: start from 2e-2 for networks, and elsewhere from 2e-2 times
-        the distance that parameters have to go.
+        Updates have the size of Adam's: start from 1.5e-2 for networks, and elsewhere from 1.5e-2
+        times the distance that parameters have to go.
       rank: number of directions that either side keeps, beside one eigenvalue for all others;
-        ``None`` (the default) for as many as there are, see ``largest``.
+        ``None`` (the default) for as many as is said above.
       b1: decay of the momentum, in [0, 1).
       b2: decay of the second moment of the momentum's coordinates, in [0, 1).
       beta: decay of the sides' averages from one turn to the next, in [0, 1).
       eps: number added to the root, in units of the gradient.
       update_every: number of steps from one turn of a matrix's sides to the next, by default 3.
-      rms: positive root mean square of the update of a matrix at learning rate 1.
+      rms: positive root mean square of the update of a matrix at learning rate 1. ``None`` leaves
+        the whitened momentum as it is: steps then shrink by themselves, which deterministic,
+        ill-conditioned problems such as physics-informed networks need; start from 3e-3 there.
       largest: sides longer than this keep 64 directions at most, by default 128.
       weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
         default.
@@ -120,7 +123,8 @@ def soap_muon(
     Adam", 2024; Lin et al., 2025 (arXiv 2509.03378), for the sides; "Pro-KLShampoo", 2026 (arXiv
     2605.06316), for the spike and the flat rest with a polar factor.
     """
-    check_least("soap_muon", "rms", rms, strict=True)
+    if rms is not None:
+        check_least("soap_muon", "rms", rms, strict=True)
     return _kronecker_recipe(
         learning_rate,
         weight_decay,
@@ -128,6 +132,7 @@ def soap_muon(
         short=rank,
         long=rank,
         largest=or_default(largest, 128),
+        aspect=4.0 if rank is None else None,
         inner=inners.RMSProp(b2, eps),
         b1=b1,
         beta=beta,
