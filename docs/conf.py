@@ -3,6 +3,7 @@
 Notebooks are run while the site is built; `-D nb_execution_mode=off` leaves that out.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -27,7 +28,6 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
-    "sphinx-mathjax-offline",  # formulas without a network
     "api_tables",
 ]
 exclude_patterns = ["_extensions", "**/.ipynb_checkpoints"]
@@ -37,7 +37,12 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 html_theme = "furo"
 html_title = f"lowrank_optax {release}"
 html_baseurl = os.environ.get("DOCS_BASE_URL", "")
-html_static_path = ["_static"]
+# Formulas without a network. The package is no more than the files to us: as an extension it
+# would not let pages be read in parallel.
+_mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
+assert _mathjax is not None and _mathjax.origin is not None
+mathjax_path = "mathjax/tex-chtml.js"
+html_static_path = ["_static", str(Path(_mathjax.origin).parent / "static")]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_theme_options = {

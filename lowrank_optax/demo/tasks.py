@@ -200,10 +200,10 @@ def _characters(
     windows = min((len(rest) - 1) // length, windows)
     start = np.linspace(0, len(rest) - 1 - length, windows).astype(int)[:, None]
     tail = jnp.asarray(rest[start + np.arange(length + 1)])
-    training = jnp.asarray(training)
+    text = jnp.asarray(training)
     return Task(
         model=CharTransformer(alphabet, width=64, layers=2, heads=4, length=length),
-        train=(training, training),
+        train=(text, text),
         held_out=(tail[:, :-1], tail[:, 1:]),
         sample=_windows(16, length),
         losses=lambda outputs, targets: optax.softmax_cross_entropy_with_integer_labels(
