@@ -64,8 +64,9 @@ def treated(path: str, shape: Any, axes: MatrixAxes | None, why: str, made: Any)
     sizes, bound = axes.sizes(shape), made.get("largest")
     given = [made[name] for name in ("short", "long") if name in made]
     if given and all(x is None or isinstance(x, int) for x in given):  # `scale_by_kronecker`
-        a, b = sorted(sizes[1:])
-        kept = zip(directions(*given, bound, made.get("aspect"), a, b), (a, b), strict=True)
+        (short, long), (a, b) = given, sorted(sizes[1:])
+        ranks = directions(short, long, bound, made.get("aspect"), a, b)
+        kept = zip(ranks, (a, b), strict=True)
         few = [f"{r} of {d} directions" for r, d in kept if r < d]
         return LeafView(path, shape, axes, sizes, "; ".join([why, *few]))
     pairs = zip(("short", "long"), sorted(sizes[1:]), strict=True)
