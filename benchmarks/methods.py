@@ -137,8 +137,7 @@ METHODS: dict[str, Method] = {
     "whitening + AdamW": Method(partial(before, optax.adamw), ours=True, above="AdamW"),
     "whitening + Muon": Method(partial(before, muon), ours=True, above="Muon"),
     "whitening + SOAP": Method(partial(before, peers.soap), ours=True, above="SOAP"),
-    "soap_muon": Method(lro.soap_muon, ours=True),
-    "soap_muon, every 3": Method(partial(lro.soap_muon, update_every=3), ours=True),
+    "soap_muon": Method(lro.soap_muon, 1.5e-2, ours=True),
     "original LRE": Method(original, 1.0, True),
 }
 """Those that every task is run with."""

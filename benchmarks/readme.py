@@ -129,21 +129,30 @@ def whitening() -> str:
 
 
 def guidance() -> str:
-    """Rates against the guidance, and what the guidance alone gives."""
-    found = {(row["task"], row["method"]): row for row in rows("optimizers")}
+    """The recipe at its guidance's rate, seeds and all, beside the best tuned peer."""
+    found = json.loads((RESULTS / "optimizers.json").read_text())["verdicts"]
     lines = []
-    for task in dict.fromkeys(task for task, _ in found):
-        ours, adam = found.get((task, "soap_muon")), found.get((task, "AdamW"))
-        if ours and adam:
-            cells = ours["rate"] / ours["centre"], ours["guided"], ours["final"], adam["final"]
-            lines.append([task, number(ours["centre"]), *(number(x) for x in cells)])
+    for row in found:
+        ratio = f"{row['ratio']:.3g}"
+        best = row["ratio"] <= 1
+        cells = (row[name] for name in ("best_rate", "half", "twice"))
+        lines.append(
+            [
+                row["task"] + (" (aside)" if row["aside"] else ""),
+                number(row["final"]),
+                f"{row['peer']} {number(row['peer_final'])}",
+                f"**{ratio}**" if best else ratio,
+                *(number(x) for x in cells),
+            ]
+        )
     head = [
         "task",
-        "guidance",
-        "best rate over it",
         "at the guidance",
-        "at the best",
-        "AdamW, best",
+        "best tuned peer",
+        "over it",
+        "best rate over the guidance",
+        "half the rate over it",
+        "twice the rate over it",
     ]
     return markdown(head, lines)
 

@@ -100,8 +100,9 @@ def soap_muon(
       eps: number added to the root, in units of the gradient.
       update_every: number of steps from one turn of a matrix's sides to the next, by default 3.
       rms: positive root mean square of the update of a matrix at learning rate 1. ``None`` leaves
-        the whitened momentum as it is: steps then shrink by themselves, which deterministic,
-        ill-conditioned problems such as physics-informed networks need; start from 3e-3 there.
+        the whitened momentum as it is, whose steps shrink by themselves; deterministic,
+        ill-conditioned problems such as physics-informed networks need that, and `soap` does it
+        better.
       largest: sides longer than this keep 64 directions at most, by default 128.
       weight_decay: strength of the decoupled weight decay, which the learning rate multiplies; 0 by
         default.
