@@ -582,7 +582,9 @@ MESSAGES = {
     "has shape (4,); pass (5,)": lambda: LEARN(2).update(STATE(), jnp.zeros(4)),
     "has shape (2, 4); pass (5,)": lambda: LEARN(2).update(STATE(), jnp.zeros((2, 4))),
     "structure is not that": lambda: operator()[0].encode({"a": jnp.zeros((2, 2))}),
-    "needs the stream `old`": lambda: LEARN(2, (online.OldTask(1.0),)).update(STATE(), jnp.ones(5)),
+    "needs the stream `old`": lambda: LEARN(2, (online.OldTask(1.0),)).update(
+        LEARN(2, (online.OldTask(1.0),)).init(jax.random.key(0), jnp.zeros(5)), jnp.ones(5)
+    ),
     "no purpose asks for old": lambda: LEARN(2).update(STATE(), jnp.ones(5), old=jnp.ones(5)),
     "next holds another number": lambda: LEARN(2).update(
         STATE(), jnp.ones(5), next=jnp.ones((2, 5))

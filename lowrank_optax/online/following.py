@@ -1,5 +1,6 @@
 """Following: the default optimizer of a `learner`, whose rate and memory come from the stream."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +82,8 @@ def following(every: int = 8, learning_rate: float = 1e-2) -> optax.GradientTran
     check_count("following", "every", every)
     check_least("following", "learning_rate", learning_rate, strict=True)
     rule = _Following(every, optax.adam(learning_rate))
-    return optax.GradientTransformationExtraArgs(rule.init, rule.update)
+    update: Any = rule.update
+    return optax.GradientTransformationExtraArgs(rule.init, update)
 
 
 def share(memory: jax.Array, count: jax.Array) -> jax.Array:
@@ -138,7 +140,7 @@ def _gram(a: Any, b: Any) -> jax.Array:
     """``A B^T``, ``(r, r)``."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     parts = [x @ y.T for x, y in pairs]
-    return sum(parts[1:], parts[0]) if parts else jnp.zeros((1, 1))
+    return functools.reduce(jnp.add, parts) if parts else jnp.zeros((1, 1))
 
 
 def _dot(a: Any, b: Any) -> jax.Array:

@@ -60,7 +60,9 @@ def curvature(
     views = [view._replace(memory=m) for m in memory]
     each = [p.terms(v, t).curvature for p, v, t in zip(purposes, views, theta, strict=True)]
     known = [w * b for w, b in zip(weights, each, strict=True) if b is not None]
-    total = sum(known[1:], known[0]) if known else jnp.zeros_like(view.operator.gram)
+    total = jnp.zeros_like(view.operator.gram)
+    for part in known:
+        total = total + part
     return total, len(known) == len(each)
 
 
