@@ -3,12 +3,9 @@
 Synthetic, rank 4: 200 dimensions hold 4 predictable ones (two rotations damped by ρ = 0.985,
 variance 0.97) under 12 of white noise (variance 6.25) and a floor of variance 0.01. PCA sees the
 loud noise. The learner minimises ``E‖v' - A^T M A v‖²`` over chunks of 64 consecutive vectors,
-``M`` in closed form from running moments. The defaults lift ``M`` where nothing is predicted yet
-and see the stream once; the other rows do without, with a rate that was tuned. Reported is the
-share of the predictable subspace that lies in the span.
-
-With an anchor, reconstruction of weight 1 beside dynamics of weight λ, there are two thresholds.
-Below ``λ = (σ²_n - σ²_p)/(ρ² σ²_p)``, here 5.6, the noise has the lower loss. And a
+``M`` in closed form from running moments. Reported is the share of the predictable subspace that
+lies in the span. With an anchor, reconstruction of weight 1 beside dynamics of weight λ, there are
+two thresholds. Below ``λ = (σ²_n - σ²_p)/(ρ² σ²_p)``, here 5.6, the noise has the lower loss. And a
 direction turned by θ out of the predictable ones loses ``λ ρ² (σ²_n + σ²_p) θ²`` of prediction and
 wins ``(σ²_n - σ²_p) θ²`` of energy: above ``λ = (σ²_n - σ²_p)/(ρ² (σ²_n + σ²_p))``, here 0.75, what
 was found is at least a local optimum. So is the noise for every λ, as prediction grows with the
@@ -74,19 +71,17 @@ def stream(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
 def synthetic(seed: int, chunks: int) -> dict:
     vectors, truth = stream(jax.random.key(seed), 64 * chunks)
     overlap = lambda op: float(jnp.sum(op.project(truth) ** 2) / PREDICTABLE)
-    names = {"defaults": (1.0, 0.0), "learned": (1.0, 0.0), "start": (8.0, 1.0)} | {
+    names = {"learned": (1.0, 0.0), "start": (8.0, 1.0)} | {
         f"anchored {w:g}": (w, lambda t: jnp.clip(t / chunks - 1, 0, 1)) for w in SWEEP
     }
     out = {"pca": {"overlap": overlap(pca(PREDICTABLE, vectors))}}
     for name, (weight, anchor) in names.items():
         learner = lro.online.learner(
             PREDICTABLE,
-            (lro.online.Dynamics(weight, lift=0.0),),
+            (lro.online.Dynamics(weight),),
             decaying(0.03, 4 * chunks),
             reconstruction=anchor,
         )
-        if name == "defaults":
-            learner = lro.online.learner(PREDICTABLE, (lro.online.Dynamics(),))
 
         @jax.jit
         def follow(state, learner=learner):
@@ -94,7 +89,7 @@ def synthetic(seed: int, chunks: int) -> dict:
             return jax.lax.scan(update, state, vectors.reshape(-1, 64, D))[0]
 
         state = learner.init(jax.random.key(seed + 1), vectors[0])
-        for _ in range(1 if name == "defaults" else 4):
+        for _ in range(4):
             state = follow(state)
         out[name] = {"overlap": overlap(learner.operator(state))}
     return out
@@ -191,11 +186,7 @@ def real(seed: int, steps: int) -> dict:
     }
     for name, weight in {"twin": 0.0, "learned": 1.0}.items():
         learner = lro.online.learner(
-            RANK,
-            (lro.online.Dynamics(weight, lift=0.0),),
-            optax.adam(1e-3),
-            reconstruction=1.0,
-            decay=0.97,
+            RANK, (lro.online.Dynamics(weight),), optax.adam(1e-3), decay=0.97
         )
         out[name] = r2(learned_predictions(learner, jax.random.key(seed + 1), g))
     return out
@@ -211,8 +202,7 @@ def main() -> None:
         runs,
         {
             "pca": "PCA",
-            "defaults": "learned: dynamics, defaults, one pass",
-            "learned": "learned: dynamics, tuned, four passes",
+            "learned": "learned: dynamics",
             "start": "8 dynamics + anchor from the start",
             **{f"anchored {w:g}": f"{w:g} dynamics, then anchor" for w in SWEEP},
         },

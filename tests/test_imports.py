@@ -30,7 +30,6 @@ EXTRAS = {
     "spectral._progress": {"rich"},
     "spectral.networks": {"flax"},
     "spectral.estimator": {"sklearn"},
-    "online.estimator": {"sklearn"},
 }
 APPLICATIONS = {"__main__", "demo"}
 """Programs on top of everything, which no module imports but they each other."""

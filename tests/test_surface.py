@@ -172,10 +172,9 @@ REASONS = {
     },
     "online": {
         "operators, and learning them": "Learned Operator composite learner merge signed_pca",
-        "purposes": "Activation Avoidance Custom Dynamics EditLocality Entropy OldTask Profile "
+        "purposes": "Activation Avoidance Custom Dynamics EditLocality Entropy OldTask "
         "Reconstruction Whitening",
-        "states and what they take": "Batch FollowingState Info Learner LearnerState",
-        "an optimizer that needs no rate": "following",
+        "states and what they take": "Batch Info Learner LearnerState",
         "to write a purpose": "Pairs Purpose Stream Terms View",
         "where vectors come from, and simpler rules": "streams trackers",
     },
@@ -186,7 +185,7 @@ REASONS = {
     "online.trackers": {
         "rules by their published names": "CCIPCA EigenGame NoisyPower PAST PETRELS Sanger ada_oja "
         "brand frequent_directions grouse history_pca krasulina oja opast",
-        "a basis as a tracker, and its rule": "FromBasis OwnMoments",
+        "a basis as a tracker": "FromBasis",
         "to write one": "OnRows Tracker TrackerState",
     },
     "plot": {

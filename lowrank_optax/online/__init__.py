@@ -10,7 +10,6 @@ gradients. Both give an `Operator`; `streams` gives vectors of a model for eithe
 
 from lowrank_optax.online import streams, trackers
 from lowrank_optax.online.basis import Learned
-from lowrank_optax.online.following import FollowingState, following
 from lowrank_optax.online.learner import Info, Learner, LearnerState, learner
 from lowrank_optax.online.loss import composite
 from lowrank_optax.online.operator import Operator, merge, signed_pca
@@ -24,7 +23,6 @@ from lowrank_optax.online.purposes import (
     Entropy,
     OldTask,
     Pairs,
-    Profile,
     Purpose,
     Reconstruction,
     Stream,
@@ -41,7 +39,6 @@ __all__ = [
     "Dynamics",
     "EditLocality",
     "Entropy",
-    "FollowingState",
     "Info",
     "Learned",
     "Learner",
@@ -49,7 +46,6 @@ __all__ = [
     "Operator",
     "OldTask",
     "Pairs",
-    "Profile",
     "Purpose",
     "Reconstruction",
     "Stream",
@@ -57,7 +53,6 @@ __all__ = [
     "View",
     "Whitening",
     "composite",
-    "following",
     "learner",
     "merge",
     "signed_pca",

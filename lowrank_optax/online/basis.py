@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core import linalg
-from lowrank_optax._core.checks import check, check_least
+from lowrank_optax._core.checks import check
 from lowrank_optax._core.layout import Layout
 from lowrank_optax._core.types import BasisUpdate, Columns, SymmetricCorrection, Vector
 from lowrank_optax.basis._basis import Regularized
@@ -54,7 +54,6 @@ class Learned(Regularized):
     Args:
       learner: learner of the operator, made by `learner`. Its purposes can look at the main stream
         alone, that of the corrections.
-      floor: least eigenvalue relative to the mean outside, without unit, at least 0, default 1.
 
     The remaining keywords are those of `lowrank_optax.basis.Regularized`.
 
@@ -68,11 +67,9 @@ class Learned(Regularized):
     """
 
     learner: Learner
-    floor: float = 1.0
 
     def __post_init__(self):
         Regularized.__post_init__(self)
-        check_least("Learned", "floor", self.floor)
         check(
             isinstance(self.learner, Learner),
             f"Learned: learner is {self.learner!r}; pass lro.online.learner(...).",
@@ -138,9 +135,6 @@ class Learned(Regularized):
         new, info = self.learner.step(state, columns, None, {}, on)
         op = new.operator
         lam, turned = op.eigenbasis()
-        left = max(1, sum(op.layout.sizes) - self.learner.rank)
-        outside = jnp.maximum(0, new.energy - jnp.sum(jnp.maximum(lam, 0))) / left
-        lam = jnp.maximum(lam, self.floor * outside)
         lam, live = self.stored.apply(lam, lam > 0)
         fine = linalg.finite(lam, turned)
         turned = jnp.where(fine, jnp.where(live[:, None], turned, 0), t)

@@ -18,10 +18,7 @@ from lowrank_optax._core.precision import full_precision
 from lowrank_optax._core.rows import orthonormal, random_rows, rewrite
 from lowrank_optax._core.states import check_fits, check_kind
 from lowrank_optax._core.types import Columns
-from lowrank_optax.online._batches import clean, equal
-from lowrank_optax.online._rounding import rounded
-from lowrank_optax.online.following import FollowingState, following, share
-from lowrank_optax.online.loss import composite, curvature
+from lowrank_optax.online.loss import composite
 from lowrank_optax.online.operator import Operator
 from lowrank_optax.online.purposes import (
     Custom,
@@ -95,7 +92,7 @@ class Learner:
       purposes: the purposes, reconstruction first where it has a weight.
       optimizer: the optax transformation that moves ``A``.
       orthonormal: whether ``A`` has orthonormal rows.
-      decay: decay ``β`` of the running averages per update; ``None`` follows the optimizer's.
+      decay: decay ``β`` of the running averages per update.
       relative: whether losses are divided by ``E‖v‖²``.
       dtype: dtype of the stored rows; ``None`` for that of the vectors.
 
@@ -108,7 +105,7 @@ class Learner:
     purposes: tuple[Purpose, ...]
     optimizer: Any
     orthonormal: bool
-    decay: float | None
+    decay: float
     relative: bool
     dtype: Any
 
@@ -233,29 +230,26 @@ class Learner:
     ) -> tuple[LearnerState, Info]:
         """`update` for vectors given as columns; ``on``, ``(k,)``, says which of them count."""
         old, layout = state.operator, state.operator.layout
-        stream, fine = clean(layout, columns, on)
-        others = {name: clean(layout, c) for name, c in extra.items()}
+        stream, fine = _clean(layout, columns, on)
+        others = {name: _clean(layout, c) for name, c in extra.items()}
         lost = [~fine if on is None else on & ~fine, *(~ok for _, ok in others.values())]
         some = jnp.any(fine)
-        rate = self._rate(state, jnp.sum(fine))
+        # The first vector counts fully, since averages start at zero.
+        rate = (1 - self.decay) / (1 - self.decay ** (state.count + 1.0).astype(layout.dtype))
         norms = layout.squares(stream.columns)
         energy = (1 - rate) * state.energy + rate * jnp.sum(stream.weights * norms)
         pairs = self._successors(state, stream, fine, after)
         extra_streams = {name: s for name, (s, _) in others.items()}
         scale = jnp.where(energy > 0, energy, 1) if self.relative else jnp.ones_like(energy)
-        view = View(
-            old, stream, old.codes(stream.columns), pairs, extra_streams, scale, (), self.relative
-        )
-        loss, values, steps, opt_state, size, sound = self._descend(state, view, jnp.sum(fine))
+        view = View(old, stream, old.codes(stream.columns), pairs, extra_streams, scale, ())
+        loss, values, steps, opt_state, size, sound = self._descend(state, view)
         ok = some & sound
         memory = tuple(
             p.remember(m, view._replace(memory=m), rate)
             for p, m in zip(self.purposes, state.memory, strict=True)
         )
         h = (1 - rate) * old.h + rate * (view.codes.T * stream.weights[None]) @ view.codes
-        rows, gram, c, moved = self._retract(
-            old, layout.leaves(steps[0]), ok & (size > 0), state.count
-        )
+        rows, gram, c, moved = self._retract(old, layout.leaves(steps[0]), ok & (size > 0))
         new = LearnerState(
             dataclasses.replace(
                 old, rows=layout.tree(rows), gram=gram, h=linalg.symmetrize(c @ h @ c.T)
@@ -284,15 +278,7 @@ class Learner:
         )
         return new, Info(loss, values, moved, c)
 
-    def _rate(self, state: LearnerState, count: jax.Array) -> jax.Array:
-        """The share of a batch of ``count`` vectors in the running averages."""
-        if self.decay is None and isinstance(state.opt_state, FollowingState):
-            return share(state.opt_state.memory + count, count.astype(state.energy.dtype))
-        decay = 0.99 if self.decay is None else self.decay
-        # The first vector counts fully, since averages start at zero.
-        return (1 - decay) / (1 - decay ** (state.count + 1.0).astype(state.energy.dtype))
-
-    def _descend(self, state: LearnerState, view: View, count: jax.Array) -> "_Descent":
+    def _descend(self, state: LearnerState, view: View) -> "_Descent":
         """What the optimizer makes of the composite loss and its gradient."""
         old, dtype = state.operator, state.operator.layout.dtype
         weights = tuple(
@@ -302,12 +288,7 @@ class Learner:
         (loss, values), grads = jax.value_and_grad(composite, argnums=(3, 4), has_aux=True)(
             self.purposes, self.orthonormal, weights, wide, state.theta, view, state.memory
         )
-        extra = {}
-        if isinstance(state.opt_state, FollowingState):
-            b, known = curvature(self.purposes, weights, state.theta, view, state.memory)
-            extra = {"curvature": b if old.layout.sizes else None, "known": known, "count": count}
-        given = grads, state.opt_state, (wide, state.theta)
-        steps, opt_state = self.optimizer.update(*given, **extra)
+        steps, opt_state = self.optimizer.update(grads, state.opt_state, (wide, state.theta))
         size = sum(jnp.sum(jnp.square(x.astype(dtype))) for x in jax.tree.leaves(steps))
         sound = jnp.isfinite(loss) & jnp.isfinite(size) & jnp.isfinite(optax.tree.norm(grads))
         return _Descent(loss, values, steps, opt_state, size, sound)
@@ -324,7 +305,7 @@ class Learner:
             return None
         operator, layout = state.operator, state.operator.layout
         if after is not None:
-            targets, known = clean(layout, after)
+            targets, known = _clean(layout, after)
             sources, both = stream.columns, fine & known
         else:
             first = layout.leaves(state.previous)
@@ -335,10 +316,10 @@ class Learner:
             targets = stream
         # A weight of zero is not enough, because the prediction from a huge vector may overflow.
         sources = [jnp.where(both[:, None], c, 0) for c in sources]
-        targets = Stream(targets.columns, equal(both, layout.dtype))
+        targets = Stream(targets.columns, _mean(both, layout.dtype))
         return Pairs(sources, operator.codes(sources), targets)
 
-    def _retract(self, old: Operator, steps: Columns, moved: jax.Array, salt: jax.Array):
+    def _retract(self, old: Operator, steps: Columns, moved: jax.Array):
         """Rows moved by a step, their Gram matrix, ``C``, and whether they moved.
 
         They are made orthonormal again where ``A`` is to be. The work is in a loop that runs only
@@ -355,11 +336,9 @@ class Learner:
             if self.orthonormal:
                 s = gram + cross + cross.T + layout.gram(steps)[0]
                 t = linalg.matrix_power(s, -0.5, damping=0, rdamping=0)
-
-            def turn(leaf, at, block, step):
-                new = t @ (block.astype(layout.dtype) + step.astype(layout.dtype))
-                return rounded(new, block.dtype, at, salt * len(rows) + leaf)
-
+            turn = lambda _, at, block, step: (
+                t @ (block.astype(layout.dtype) + step.astype(layout.dtype))
+            )
             always = jnp.ones(1, bool)
             rows, new, back = rewrite(rows, layout, always, r, turn, steps, cross=True)
             c = (
@@ -389,9 +368,9 @@ def learner(
     purposes: Sequence[Any] = (),
     optimizer: Any = None,
     *,
-    reconstruction: Weight | None = None,
+    reconstruction: Weight = 1.0,
     orthonormal: bool | None = None,
-    decay: float | None = None,
+    decay: float = 0.99,
     relative: bool = True,
     dtype: Any = None,
 ) -> Learner:
@@ -400,16 +379,10 @@ def learner(
     .. math:: L(A) = w_0\, E‖v - A^T A v‖^2 / E‖v‖^2 + \sum_i w_i L_i(A), \qquad
               H \leftarrow \beta H + (1 - \beta)\, z z^T, \quad z = A v
 
-    Every update takes the gradient of the composite loss in closed form and hands it to an
-    optimizer, by default `following`, whose rate and memory come from the stream: all vectors while
-    it stands still, the last few while it turns. Orthonormal rows get gradients tangent to them and
-    <<<<<<< HEAD
-    are made orthonormal by ``(A A^T)^{-1/2}``. When ``A`` moves, so does ``H <- C H C^T`` with
-    ``C = A_new A_old^+``. Rows of 16 bits are rounded at random, so that small steps add up.
-    =======
-    are made orthonormal again by ``(A A^T)^{-1/2}``. When ``A`` moves, so does ``H <- C H C^T``
-    with ``C = A_new A_old^+``. Rows of 16 bits are rounded at random: small steps add up.
-    >>>>>>> streams
+    Every update takes the gradient of the composite loss in closed form and hands it to an optax
+    optimizer, by default a slow one that moves ``A`` once in eight updates. Orthonormal rows get
+    gradients tangent to them and are made orthonormal again by ``(A A^T)^{-1/2}``. When ``A``
+    moves, so does ``H <- C H C^T`` with ``C = A_new A_old^+``.
 
     The gradient through ``H`` is that of an average over the whole stream, taken at the average
     before the batch. Differentiating one step of the running average would give ``1 - β`` times
@@ -429,18 +402,17 @@ def learner(
       rank: number ``r`` of codes, at least 1.
       purposes: what the subspace is for, a sequence of purposes such as `Dynamics`. A function of
         ``(operator, batch)``, or a pair of a weight and such a function, stands for `Custom`.
-      optimizer: an optax transformation or `optax.MultiSteps`; default ``following()``. It was
-        ``optax.MultiSteps(optax.adam(1e-2), 8)``, whose steps grow with ``d`` and never shrink.
-      reconstruction: weight ``w_0`` of the first term, a number of at least 0 or a schedule. By
-        default 1, and 0 if a purpose is `alone`, such as `Dynamics`, which reconstruction would
-        keep from finding anything.
+      optimizer: an optax transformation or `optax.MultiSteps`; default
+        ``optax.MultiSteps(optax.adam(1e-2), 8)``.
+      reconstruction: weight ``w_0`` of the first term, a number of at least 0 or a schedule;
+        default 1. With 0 it is left out.
       orthonormal: whether ``A`` has orthonormal rows; by default yes, unless a purpose needs rows
         of any length.
-      decay: decay ``β`` of the running averages per update, in [0, 1). By default they follow the
-        memory of `following`; with another optimizer it is 0.99.
+      decay: decay ``β`` of the running averages per update, in [0, 1), default 0.99.
       relative: whether losses are divided by ``E‖v‖²``, which makes them free of units; default
         yes.
-      dtype: dtype of the stored rows, by default that of the vectors; optimizers see float32.
+      dtype: dtype of the stored rows, by default that of the vectors. The optimizer works in
+        float32 at least.
 
     Returns:
       A `Learner` with ``init(key, example)``, ``update(state, vectors, **streams)`` and
@@ -454,11 +426,8 @@ def learner(
     and ``8 r² d`` when ``A`` moves.
     """
     check_count("learner", "rank", rank)
-    if decay is not None:
-        check_decay("learner", "decay", decay)
+    check_decay("learner", "decay", decay)
     given = tuple(_purpose(p) for p in purposes)
-    if reconstruction is None:
-        reconstruction = 0.0 if any(p.alone for p in given) else 1.0
     parts = (Reconstruction(reconstruction), *given) if _nonzero(reconstruction) else given
     check(parts, "learner: no purposes and no reconstruction; pass at least one of them.")
     free = [type(p).__name__ for p in parts if p.free]
@@ -471,7 +440,7 @@ def learner(
         "orthonormal=False, or whiten by operator.power(v, -0.5).",
     )
     if optimizer is None:
-        optimizer = following()
+        optimizer = optax.MultiSteps(optax.adam(1e-2), 8)
     check(
         hasattr(optimizer, "init") and hasattr(optimizer, "update"),
         f"learner: optimizer is {optimizer!r}; pass an optax transformation or optax.MultiSteps.",
@@ -493,6 +462,21 @@ def _purpose(p: Any) -> Purpose:
 
 def _nonzero(weight: Any) -> bool:
     return callable(weight) or isinstance(weight, jax.Array) or weight != 0
+
+
+def _clean(
+    layout: Layout, columns: Columns, on: jax.Array | None = None
+) -> tuple[Stream, jax.Array]:
+    """A stream whose vectors are set to zero where not finite or not ``on``; which ones remain."""
+    fine = jnp.stack([jnp.all(jnp.isfinite(c), axis=1) for c in columns]).all(axis=0)
+    fine = fine if on is None else fine & on
+    columns = [jnp.where(fine[:, None], c, 0) for c in columns]
+    return Stream(columns, _mean(fine, layout.dtype)), fine
+
+
+def _mean(some: jax.Array, dtype: Any) -> jax.Array:
+    """Equal weights with sum one for those that are true."""
+    return some.astype(dtype) / jnp.maximum(1, jnp.sum(some))
 
 
 def _widened(rows: Any, dtype: Any) -> Any:

@@ -46,26 +46,6 @@ def composite(
     return _values(purposes, weights, rows, theta, view, memory)[:2]
 
 
-def curvature(
-    purposes: tuple[Purpose, ...],
-    weights: tuple[Any, ...],
-    theta: tuple[Any, ...],
-    view: View,
-    memory: tuple[Any, ...],
-) -> tuple[jax.Array, bool]:
-    """The purposes' curvature from the left, ``sum_i w_i B_i``, and whether all know theirs.
-
-    Under ``jax.jit`` it costs little, as the terms are those of `composite`.
-    """
-    views = [view._replace(memory=m) for m in memory]
-    each = [p.terms(v, t).curvature for p, v, t in zip(purposes, views, theta, strict=True)]
-    known = [w * b for w, b in zip(weights, each, strict=True) if b is not None]
-    total = jnp.zeros_like(view.operator.gram)
-    for part in known:
-        total = total + part
-    return total, len(known) == len(each)
-
-
 def _values(purposes, weights, rows, theta, view, memory):
     view = view._replace(operator=dataclasses.replace(view.operator, rows=rows))
     terms = [

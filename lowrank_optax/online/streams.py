@@ -92,17 +92,6 @@ def hessian_vector_products(loss_fn: Callable[[Any], jax.Array], params: Any, ve
       [[2. 1.]
        [1. 0.]]
 
-      Newton's step away from a saddle: products with probes of ``E v v^T = I`` have the moments
-      ``H²``, so that the power -1/2 of their operator is ``|H|^{-1}``.
-
-      >>> loss = lambda w: 2 * w[0] ** 2 - w[1] ** 2
-      >>> w, probes = jnp.array([1., 1., 1.]), 3**0.5 * jnp.eye(3)
-      >>> products = lro.online.streams.hessian_vector_products(loss, w, probes)
-      >>> op = lro.online.signed_pca(2, (1.0, products))    # on a stream, a learner or a tracker
-      >>> step = -op.power(jnp.array([4., -2., 0.]), -0.5)  # of the gradient
-      >>> print((w + step).round(2))
-      [0. 2. 1.]
-
     Args:
       loss_fn: function ``params -> scalar``; it closes over the batch.
       params: a tree of arrays.
@@ -144,17 +133,6 @@ def fisher_vector_products(
       [[5. 2.]
        [2. 1.]]
 
-      A natural gradient ``F^{-1} g`` without ``F``: products with probes of ``E v v^T = I`` have
-      the moments ``F²``.
-
-      >>> w, probes = jnp.zeros(2), 2**0.5 * jnp.eye(2)
-      >>> products = lro.online.streams.fisher_vector_products(
-      ...     lambda w: x @ w, gaussian, w, probes)
-      >>> op = lro.online.signed_pca(2, (1.0, products))    # on a stream, a learner or a tracker
-      >>> step = op.power(jnp.array([9., 3.]), -0.5)        # of minus the gradient x^T (3, 3)
-      >>> print((x @ (w + step)).round(2))                  # the likelihood's maximum, in one step
-      [3. 3.]
-
     Args:
       model: function ``params -> outputs``, any tree; it closes over the inputs.
       negative_log_likelihood: function ``outputs -> scalar``, such as the mean cross-entropy with
@@ -191,16 +169,6 @@ def sensitivities(function: Callable[[Any], Any], at: Any, tangents: Any) -> Any
       >>> print(lro.online.streams.sensitivities(f, jnp.array([2., 3.]), jnp.eye(2)))
       [[3. 1.]
        [2. 0.]]
-
-      An edit that does not see where its inputs may move: the key of a rank-one edit (as in
-      `EditLocality`) without the directions in which other inputs push it.
-
-      >>> hidden = lambda x: jnp.array([x[0] + x[1], x[1], x[0] - x[1]])
-      >>> x, others = jnp.array([1., 2.]), jnp.array([[0., 1.]])
-      >>> pushed = lro.online.streams.sensitivities(hidden, x, others)
-      >>> key = lro.online.signed_pca(1, (1.0, pushed)).residual(hidden(x))
-      >>> print(jnp.abs(pushed @ key).round(2))             # what the edit makes of such a push
-      [0.]
 
     Args:
       function: function of parameters or inputs to any tree of outputs.

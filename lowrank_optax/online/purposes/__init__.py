@@ -18,7 +18,7 @@ from lowrank_optax.online.purposes._purpose import (
 from lowrank_optax.online.purposes.dynamics import Dynamics, Lagged
 from lowrank_optax.online.purposes.energy import Avoidance, EditLocality, OldTask, Reconstruction
 from lowrank_optax.online.purposes.functions import Activation, Custom
-from lowrank_optax.online.purposes.moments import Entropy, Profile, Whitening
+from lowrank_optax.online.purposes.moments import Entropy, Whitening
 
 __all__ = [
     "Activation",
@@ -31,7 +31,6 @@ __all__ = [
     "Lagged",
     "OldTask",
     "Pairs",
-    "Profile",
     "Purpose",
     "Reconstruction",
     "Stream",

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._core import linalg
 from lowrank_optax._core.checks import check_least
 from lowrank_optax._core.types import Columns
 from lowrank_optax.online.operator import Operator
@@ -70,7 +69,6 @@ class View(NamedTuple):
       extra: other streams by name.
       energy: mean square length ``E‖v‖²`` of the main stream, or 1 where losses keep their units.
       memory: this purpose's memory.
-      relative: whether losses have no unit; if not, streams keep theirs.
     """
 
     operator: Operator
@@ -80,7 +78,6 @@ class View(NamedTuple):
     extra: dict[str, Stream]
     energy: jax.Array
     memory: Any
-    relative: Any = True
 
 
 class Terms(NamedTuple):
@@ -94,9 +91,6 @@ class Terms(NamedTuple):
       theta: the gradient by the purpose's own parameters, shaped like these.
       dense: a gradient by ``A`` that is not a sum of few products, ``(r, leaf.size)`` for every
         leaf; it is added to the other.
-      curvature: the curvature from the left, ``(r, r)`` and positive semidefinite: a small step
-        ``S`` in the tangent adds about ``tr(B S S^T) / 2`` to the loss. `following` divides by it.
-        ``None`` if it is not known, which costs steps of a good length.
     """
 
     value: jax.Array
@@ -105,7 +99,6 @@ class Terms(NamedTuple):
     inside: jax.Array | None = None
     theta: Any = ()
     dense: Columns | None = None
-    curvature: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,14 +116,11 @@ class Purpose(abc.ABC):
       free: whether the purpose needs rows ``A`` of any length, so that they are not made
         orthonormal; of the class, default no.
       pairs: whether the purpose looks at ``view.pairs``; of the class, default no.
-      alone: whether the purpose says by itself which directions to hold, so that the learner adds
-        no reconstruction unless asked to; of the class, default no.
     """
 
     weight: Weight = 1.0
     free: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
-    alone: ClassVar[bool] = False
 
     def __post_init__(self):
         if not callable(self.weight):
@@ -184,17 +174,6 @@ def stream_and_codes(view: View, name: str | None) -> tuple[Stream, jax.Array]:
 def pairs_of(view: View) -> Pairs:
     assert view.pairs is not None  # the learner makes them for purposes with `pairs`
     return view.pairs
-
-
-def bend(cotangent: Columns, rest: Columns, weights: jax.Array, codes: jax.Array) -> jax.Array:
-    """Curvature of a loss of ``A^T A v`` that grows like ``κ‖v - A^T A v‖² / 2``.
-
-    ``κ`` is the root mean square of cotangents over that of ``weights`` times what is lost.
-    """
-    total = lambda each: sum(jnp.sum(jnp.square(x.astype(codes.dtype))) for x in each)
-    lost = total(scaled(rest, weights))
-    kappa = jnp.sqrt(linalg.safe_divide(total(cotangent), jnp.asarray(lost)))
-    return kappa * (codes.T * weights[None]) @ codes
 
 
 def through(view: View, columns: Columns, codes: jax.Array, cotangent: Columns):

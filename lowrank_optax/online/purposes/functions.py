@@ -1,22 +1,14 @@
 """Purposes that are defined by a function which the caller passes."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.checks import check
 from lowrank_optax._core.precision import callers_precision
-from lowrank_optax.online.purposes._purpose import (
-    Batch,
-    Purpose,
-    Terms,
-    View,
-    bend,
-    less,
-    through,
-)
+from lowrank_optax.online.purposes._purpose import Batch, Purpose, Terms, View, through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +34,7 @@ class Activation(Purpose):
       head: function of one vector, shaped like the example, that returns logits ``(n,)``.
 
     Raises:
-      ValueError: for a negative weight, a head that is not a function, or one of a single logit.
+      ValueError: for a negative weight, or a head that is not a function.
 
     Cost: ``8 k r d`` flops, and the head forward twice and backward once.
 
@@ -51,7 +43,6 @@ class Activation(Purpose):
     """
 
     head: Any = None
-    alone: ClassVar[bool] = True
 
     def __post_init__(self):
         Purpose.__post_init__(self)
@@ -64,23 +55,14 @@ class Activation(Purpose):
     def terms(self, view: View, theta: Any) -> Terms:
         layout, (columns, weights) = view.operator.layout, view.stream
         logits = lambda x: jax.vmap(callers_precision(self.head))(layout.vectors(x))
+        target = jax.nn.log_softmax(logits(columns))
 
         def loss(x):
             gap = target - jax.nn.log_softmax(logits(x))
             return jnp.sum(weights * jnp.sum(jnp.exp(target) * gap, axis=-1))
 
-        shape = jax.eval_shape(logits, columns).shape
-        check(
-            len(shape) == 2 and shape[1] > 1,
-            f"Activation: head returns shape {shape[1:]} for one vector, whose softmax is always 1 "
-            "and whose loss is always 0; pass a head that returns logits (n,) of two classes and "
-            "more, for one logit x those of both answers, jnp.stack([x, 0 * x]).",
-        )
-        target = jax.nn.log_softmax(logits(columns))
-        inside = view.operator.columns(view.codes)
-        value, cotangent = jax.value_and_grad(loss)(inside)
-        curvature = bend(cotangent, less(columns, inside), weights, view.codes)
-        return Terms(value, *through(view, columns, view.codes, cotangent), curvature=curvature)
+        value, cotangent = jax.value_and_grad(loss)(view.operator.columns(view.codes))
+        return Terms(value, *through(view, columns, view.codes, cotangent))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,8 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lowrank_optax._core import linalg
-from lowrank_optax._core.checks import check
 from lowrank_optax._core.types import Columns
 from lowrank_optax.online.purposes._purpose import Purpose, Terms, View
 
@@ -60,72 +58,6 @@ class Whitening(Purpose):
             value = square - trace**2 / r
             d = 2 * (h - trace / r * eye)
         return Terms(value, *_factors(view, d))
-
-
-@dataclasses.dataclass(frozen=True)
-class Profile(Purpose):
-    r"""Codes of a given covariance: ``H = E z z^T`` is to match a target profile.
-
-    .. math:: L = ‖H / \mathrm{tr} H - D / \mathrm{tr} D‖_F^2, \qquad \text{or} \qquad
-              L = ‖H - D‖_F^2
-
-    with ``∂A = 2 (∂L/∂H) z v^T``, ``∂L/∂H = 2 (H - D)`` for the second form. With a diagonal ``D``
-    codes become uncorrelated, with variances in these proportions. `Whitening` is the profile of
-    equal numbers.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> lro.online.Profile(1.0, target=(4.0, 2.0, 1.0)).free       # rows of any length
-      True
-
-    Args:
-      weight: share of the loss, a number of at least 0 or a schedule of the number of updates;
-        default 1.
-      target: the profile: ``r`` variances, or an ``(r, r)`` covariance; at
-        least 0, in squared units of the codes where ``relative`` is off.
-      relative: whether the loss is the first form, which has no unit (the default), or the second.
-
-    Raises:
-      ValueError: for a negative weight, or a target that is no profile, or not of the rank's size.
-
-    Cost: ``2 k r d`` flops.
-
-    Source: elementary.
-    """
-
-    target: Any = ()
-    relative: bool = True
-    free: ClassVar[bool] = True
-
-    def __post_init__(self):
-        Purpose.__post_init__(self)
-        d = np.asarray(self.target, float)
-        square = d.ndim == 2 and d.shape[0] == d.shape[1] and np.allclose(d, d.T)
-        sound = (d.ndim == 1 or square) and d.size > 0 and bool(np.all(np.isfinite(d)))
-        check(
-            sound and np.linalg.eigvalsh(np.diag(d) if d.ndim == 1 else d)[0] >= 0 and d.sum() > 0,
-            f"Profile: target is {self.target!r}; pass r variances, or an (r, r) covariance.",
-        )
-        rows = d.tolist()
-        frozen = tuple(rows) if d.ndim == 1 else tuple(map(tuple, rows))
-        object.__setattr__(self, "target", frozen)  # an array has no hash
-
-    def terms(self, view: View, theta: Any) -> Terms:
-        h = view.operator.h
-        d = jnp.asarray(self.target, h.dtype)
-        d = jnp.diag(d) if d.ndim == 1 else d
-        check(
-            d.shape == h.shape,
-            f"Profile: target has {d.shape[0]} variances; the learner's rank is {h.shape[0]}.",
-        )
-        if not self.relative:
-            return Terms(jnp.sum((h - d) ** 2), *_factors(view, 2 * (h - d)))
-        trace = jnp.trace(h)
-        share = linalg.safe_divide(h, trace)
-        rest = jnp.where(trace > 0, share - d / jnp.trace(d), 0)
-        along = jnp.sum(rest * share) * jnp.eye(h.shape[0], dtype=h.dtype)
-        slope = 2 * linalg.safe_divide(rest - along, trace)
-        return Terms(jnp.sum(rest**2), *_factors(view, slope))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,6 @@ functions on batches; the trackers here turn stored rows. What both do is the sa
 from lowrank_optax.online.trackers._tracker import OnRows, Tracker, TrackerState
 from lowrank_optax.online.trackers.bases import (
     FromBasis,
-    OwnMoments,
     ada_oja,
     brand,
     frequent_directions,
@@ -36,7 +35,6 @@ __all__ = [
     "FromBasis",
     "NoisyPower",
     "OnRows",
-    "OwnMoments",
     "PAST",
     "PETRELS",
     "Sanger",

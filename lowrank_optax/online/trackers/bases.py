@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import basis
-from lowrank_optax._core import linalg
-from lowrank_optax._core.checks import check, check_least
+from lowrank_optax._core.checks import check
 from lowrank_optax._core.layout import Layout, cast_like
 from lowrank_optax._core.types import BasisUpdate, Columns, SymmetricCorrection
 from lowrank_optax.online.operator import Operator
@@ -102,64 +101,23 @@ class FromBasis(Tracker):
         return self.basis.absorb(state.layout, state.memory, given, accept, key)
 
 
-@dataclasses.dataclass(frozen=True)
-class OwnMoments(basis.Rule):
-    r"""Oja's or Krasulina's rule, with every row's step relative to its own moment.
-
-    .. math:: A \leftarrow \mathrm{orth}(A + \mathrm{diag}(c / \lambda)\, (A x) x^T)
-
-    Relative to the largest moment, as in `basis.GradientRule`, steps of rows with eigenvalues 40
-    times smaller are 40 times too short.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> lro.online.trackers.oja(3).basis.rule
-      OwnMoments(learning_rate=8.0, tangent=False)
-
-    Args:
-      learning_rate: step ``c``, without unit, above 0, default 8.
-      tangent: whether the step is along the gradient's tangent alone, as in `basis.StiefelRule`;
-        default no.
-
-    Raises:
-      ValueError: for a learning rate that is not positive.
-
-    Cost: no memory; small algebra of size ``r + k``.
-
-    Source: as `oja` and `krasulina`; the scale is this library's own.
-    """
-
-    learning_rate: float = 8.0
-    tangent: bool = False
-
-    def __post_init__(self):
-        check_least("OwnMoments", "learning_rate", self.learning_rate, strict=True)
-
-    def step(self, memory, v, rows, x, lam, count):
-        a = rows @ x
-        g = linalg.safe_divide(self.learning_rate * a, lam[:, None])
-        if not self.tangent:
-            g = g @ linalg.inv(jnp.eye(x.shape[1], dtype=x.dtype) + a.T @ g)
-        return linalg.lean(rows, g, x - rows.T @ a, jnp.arctan), memory
-
-
 def oja(
     rank: int, beta: float | None = None, learning_rate: float = 8.0, *, buffer: int | None = None
 ) -> FromBasis:
-    r"""Oja's rule, ``A <- orth(A + eta (A v) v^T)``: `basis.Hebbian` with `OwnMoments`.
+    r"""Oja's rule, ``A <- orth(A + eta (A v) v^T)``: `basis.Hebbian` with `basis.GradientRule`.
 
     Example:
       >>> import lowrank_optax as lro
       >>> lro.online.trackers.oja(10, learning_rate=4.0).basis.rule
-      OwnMoments(learning_rate=4.0, tangent=False)
+      GradientRule(learning_rate=4.0)
 
     Args:
       rank: dimension ``r`` of the subspace, at least 1.
       beta: decay per update of the moments that scale the step, in [0, 1); ``None``, the default,
         sums them, and steps fall like ``1/t``.
-      learning_rate: step relative to every row's own moment, without unit, above 0, default 8. It
-        has to exceed about half the ratio of an eigenvalue to its distance from those that are to
-        be told from it.
+      learning_rate: step ``eta`` relative to those moments, without unit, above 0, default 8. It
+        has to exceed about half the ratio of the largest eigenvalue to the smallest one that is to
+        be told from the rest.
       buffer: number of vectors between two rotations of the rows, default ``max(8, rank // 3)``.
 
     Returns:
@@ -174,7 +132,7 @@ def oja(
     Source: Oja, "Simplified neuron model as a principal component analyzer", Journal of
     Mathematical Biology 1982.
     """
-    rule = OwnMoments(learning_rate)
+    rule = basis.GradientRule(learning_rate)
     return FromBasis(rank, basis.Hebbian(rank, beta, rule, buffer=buffer))
 
 
@@ -183,13 +141,13 @@ def krasulina(
 ) -> FromBasis:
     r"""Krasulina's rule for subspaces, ``A <- orth(A + eta (A v) (v - A^T A v)^T)``.
 
-    It moves along the gradient's tangent alone: `basis.Hebbian` with `OwnMoments`, whose rows
-    span the same subspace as those of any other orthonormalisation.
+    It moves along the gradient's tangent alone: `basis.Hebbian` with `basis.StiefelRule`, whose
+    rows span the same subspace as those of any other orthonormalisation.
 
     Example:
       >>> import lowrank_optax as lro
       >>> lro.online.trackers.krasulina(10).basis.rule
-      OwnMoments(learning_rate=8.0, tangent=True)
+      StiefelRule(learning_rate=8.0)
 
     Args:
       rank: dimension ``r`` of the subspace, at least 1.
@@ -209,7 +167,7 @@ def krasulina(
     eigenvalue of a symmetrical matrix", 1969; Tang, "Exponentially convergent stochastic k-PCA
     without variance reduction", NeurIPS 2019.
     """
-    rule = OwnMoments(learning_rate, tangent=True)
+    rule = basis.StiefelRule(learning_rate)
     return FromBasis(rank, basis.Hebbian(rank, beta, rule, buffer=buffer))
 
 

@@ -16,13 +16,12 @@ from lowrank_optax.online.trackers._tracker import Forgetting
 
 @dataclasses.dataclass(frozen=True)
 class Ascent(Forgetting):
-    r"""Hebb's rule, one row after the other, with every row's step relative to its own moment.
+    r"""Hebb's rule, one row after the other, with steps relative to the moments.
 
-    .. math:: \eta_i = \frac{c}{\sum_t a_i^2 + c ‖v‖^2}, \qquad a = A v
+    .. math:: \eta = \frac{c}{\max_i \sum_t a_i^2 + c ‖v‖^2}, \qquad a = A v
 
-    Without forgetting the step falls like ``c / (lam_i t)``. The first step is ``1/‖v‖²``, that of
-    normalised least mean squares. One step for all rows, relative to the largest moment, as it was
-    before version 1.1, leaves rows behind whose eigenvalues are 40 times smaller.
+    Without forgetting the step falls like ``c / (lam_max t)``. The first step is ``1/‖v‖²``, that
+    of normalised least mean squares.
 
     Args:
       learning_rate: step ``c``, without unit, above 0, default 8.
@@ -48,15 +47,14 @@ class Ascent(Forgetting):
         return rows, lam * weight
 
     def step(self, layout, rows, small, v, weight):
-        own, size = self.decay * small, layout.inner(v, v)[0]
-        eta = linalg.safe_divide(self.learning_rate, own + self.learning_rate * size)
+        most, size = self.decay * jnp.max(small), layout.inner(v, v)[0]
+        eta = linalg.safe_divide(self.learning_rate, most + self.learning_rate * size)
 
-        def one(rest: Vector, row):
-            w, eta = row
+        def one(rest: Vector, w: Vector):
             a = layout.inner(w, v)[0]
             return _plus(rest, -a, w), (self.ascend(layout, w, rest, a, eta), a)
 
-        _, (rows, a) = lax.scan(one, v, (rows, eta))
+        _, (rows, a) = lax.scan(one, v, rows)
         return rows, self.decay * small + a**2
 
     def read(self, layout, rows, small, weight):
@@ -67,8 +65,8 @@ class Ascent(Forgetting):
 class Sanger(Ascent):
     r"""The generalised Hebbian algorithm.
 
-    .. math:: w_i \leftarrow w_i + \eta_i\, a_i (v - \sum_{j \le i} a_j w_j), \qquad a = A v, \qquad
-              \eta_i = \frac{c}{\sum_t a_i^2 + c ‖v‖^2}
+    .. math:: w_i \leftarrow w_i + \eta\, a_i (v - \sum_{j \le i} a_j w_j), \qquad a = A v, \qquad
+              \eta = \frac{c}{\max_i \sum_t a_i^2 + c ‖v‖^2}
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -82,7 +80,8 @@ class Sanger(Ascent):
       beta: decay per vector of the moments that scale the step, in [0, 1); ``None``, the default,
         sums them.
       learning_rate: step ``c``, without unit, above 0, default 8. It has to exceed about half the
-        ratio of an eigenvalue to its distance from the next one that is to be told from it.
+        ratio of the largest eigenvalue to the smallest difference between two that are to be told
+        apart.
 
     Raises:
       ValueError: for a rank below 1, and numbers out of range.
