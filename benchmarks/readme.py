@@ -157,6 +157,17 @@ def guidance() -> str:
     return markdown(head, lines)
 
 
+def widths() -> str:
+    """A step by width, beside Muon's."""
+    lines = []
+    for row in rows("widths"):
+        figures = (row[name] for name in ("ratio", "worst", "state", "compile_s"))
+        line = [row["shape"], row["method"], f"{row['step_ms']:.3g}"]
+        lines.append(line + [f"{x:.2f}" for x in figures])
+    head = ["matrices", "method", "ms a step", "over Muon's", "worst step over the median"]
+    return markdown([*head, "state over Adam's", "compilation, s"], lines)
+
+
 def curvatures() -> str:
     """Final measures of Hessian and Fisher curvatures."""
     return across(lambda row: row["final"], groups=("curvatures",))
@@ -299,6 +310,7 @@ TABLES = {
         optimizers_time,
         whitening,
         guidance,
+        widths,
         curvatures,
         curvatures_seconds,
         matrix_shapes,
