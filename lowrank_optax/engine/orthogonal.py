@@ -1,5 +1,6 @@
 """Updates made orthogonal, as Muon does."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -153,12 +154,19 @@ class NeuronRMSState(NamedTuple):
 
     Attributes:
       count: steps.
-      square: average of every neuron's mean square, not corrected for its start, in the leaf's
-        shape with one row; ``()`` for leaves that are no matrices.
+      square: averages of the mean squares of all neurons, leaf after leaf, not corrected for their
+        start.
     """
 
     count: jax.Array
-    square: Any
+    square: jax.Array
+
+
+def _one_row(leaves: list[Any], views: list[Any]) -> list[tuple[int, ...]]:
+    """The shapes of leaves with one number for each neuron, ``(0,)`` of those that have none."""
+    one = lambda x, axes: tuple(1 if i in axes.rows else n for i, n in enumerate(x.shape))
+    pairs = zip(leaves, views, strict=True)
+    return [(0,) if axes is None else one(x, axes) for x, axes in pairs]
 
 
 def scale_by_neuron_rms(
@@ -212,27 +220,34 @@ def scale_by_neuron_rms(
         return leaves, [each.axes for each in seen], treedef
 
     def init(params: Any) -> NeuronRMSState:
-        leaves, views, treedef = leaves_and_axes(params)
-        zeros = lambda x, axes: jnp.zeros(
-            [1 if i in axes.rows else n for i, n in enumerate(x.shape)], at_least_float32(x).dtype
-        )
-        square = [
-            jnp.zeros(()) if axes is None else zeros(x, axes)
-            for x, axes in zip(leaves, views, strict=True)
-        ]
-        return NeuronRMSState(jnp.zeros((), jnp.int32), treedef.unflatten(square))
+        leaves, views, _ = leaves_and_axes(params)
+        dtype = jnp.result_type(jnp.float32, *leaves)
+        neurons = sum(math.prod(shape) for shape in _one_row(leaves, views))
+        return NeuronRMSState(jnp.zeros((), jnp.int32), jnp.zeros(neurons, dtype))
 
-    def update(updates: Any, state: Any, params: Any = None):
+    def step(updates: Any, state: Any):
         leaves, views, treedef = leaves_and_axes(updates)
-        count, squares = linalg.tally(state.count), treedef.flatten_up_to(state.square)
-        for i, (x, axes) in enumerate(zip(leaves, views, strict=True)):
+        count, first, squares = linalg.tally(state.count), 0, []
+        for i, (axes, shape) in enumerate(zip(views, _one_row(leaves, views), strict=True)):
             if axes is None:
                 continue
-            y = at_least_float32(x)
-            v = b2 * squares[i] + (1 - b2) * jnp.mean(y**2, axis=axes.rows, keepdims=True)
+            y = at_least_float32(leaves[i])
+            old = jnp.reshape(state.square[first : first + math.prod(shape)], shape)
+            mean = jnp.mean(y**2, axis=axes.rows, keepdims=True)
+            # An update that was dropped is zero, and no part of the average.
+            v = jnp.where(jnp.any(mean > 0), b2 * old + (1 - b2) * mean, old)
             y = linalg.safe_divide(y, jnp.sqrt(v / (1 - b2**count)) + eps)
             size = jnp.mean(y**2, axis=axes.rows + axes.columns, keepdims=True)
-            squares[i], leaves[i] = v, (rms * linalg.safe_divide(y, jnp.sqrt(size))).astype(x.dtype)
-        return treedef.unflatten(leaves), NeuronRMSState(count, treedef.unflatten(squares))
+            y = rms * linalg.safe_divide(y, jnp.sqrt(size))
+            leaves[i], first = y.astype(leaves[i].dtype), first + math.prod(shape)
+            squares.append(jnp.ravel(v).astype(state.square.dtype))
+        square = jnp.concatenate([state.square[:0], *squares])
+        return treedef.unflatten(leaves), NeuronRMSState(count, square)
+
+    compiled = jax.jit(step)
+
+    def update(updates: Any, state: Any, params: Any = None):
+        run = compiled if concrete((updates, state)) else step
+        return run(updates, state)
 
     return optax.GradientTransformation(init, update)
