@@ -337,7 +337,7 @@ class KroneckerSpace(Matrices):
 
 def _isotropic(side: Side, level: jax.Array, first: jax.Array) -> Side:
     """The side; before the ``first`` step with ``level``, ``(n,)``, for all eigenvalues."""
-    eye = jnp.eye(side.moments.shape[1], dtype=level.dtype)
+    eye = jnp.eye(side.moments.shape[1], dtype=level.dtype)[None]
     moments = jnp.where(first[:, None, None], level[:, None, None] * eye, side.moments)
     return side._replace(moments=moments, rest=jnp.where(first, level, side.rest))
 

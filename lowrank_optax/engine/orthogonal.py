@@ -146,7 +146,8 @@ def polar(g: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _polynomial(step: jax.Array, k: jax.Array) -> jax.Array:
     """``a I + b K + c K²``."""
-    return step[0] * jnp.eye(k.shape[-1], dtype=k.dtype) + step[1] * k + step[2] * (k @ k)
+    eye = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=k.dtype), k.shape)
+    return step[0] * eye + step[1] * k + step[2] * (k @ k)
 
 
 class NeuronRMSState(NamedTuple):

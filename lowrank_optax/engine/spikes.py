@@ -210,13 +210,13 @@ def rotation(moments: jax.Array) -> jax.Array:
     size = moments.shape[1]
     along = jnp.diagonal(moments, axis1=1, axis2=2)
     gap = along[:, None, :] - along[:, :, None]
-    order = jnp.sign(jnp.arange(size)[:, None] - jnp.arange(size))
+    order = jnp.sign(jnp.arange(size)[:, None] - jnp.arange(size)[None])[None]
     side = jnp.where(gap == 0, order, jnp.sign(gap))
     angles = 0.5 * jnp.arctan2(2 * moments, jnp.abs(gap)) * side * (order != 0)
     square = angles @ angles
     cut = _cut(jnp.sqrt(jnp.linalg.norm(square, axis=(1, 2))))
     angles, square = cut * angles, cut**2 * square
-    eye = jnp.eye(size, dtype=moments.dtype)
+    eye = jnp.eye(size, dtype=moments.dtype)[None]
     # (I + K)(I + K²/2): one Newton-Schulz step from I + K, since (I + K)^T (I + K) = I - K².
     return (eye + angles) @ (eye + square / 2)
 
