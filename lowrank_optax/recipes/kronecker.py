@@ -139,7 +139,7 @@ def soap_muon(
         beta=beta,
         orthogonal=rms,
         update_every=or_default(update_every, 3),
-        **options,
+        **with_defaults(options, rest=optax.scale_by_adam(eps=eps)),
     )
 
 
@@ -422,7 +422,7 @@ def kl_soap(
         b1=b1,
         beta=beta,
         update_every=or_default(update_every, 3),
-        **options,
+        **with_defaults(options, rest=optax.scale_by_adam(eps=eps)),
     )
 
 
