@@ -148,14 +148,12 @@ def test_shampoo_of_complete_sides_is_the_dense_one(x64):
     tx = lro.kl_shampoo(1.0, b1=0.0, update_every=1, beta=0.99)
     step, matrices = run(tx, gradients, (4, 6))
     short, long = matrices["4x6"].basis
-    root = lambda side: np.linalg.cholesky(dense_inverse(side))[0]
     half = []
     for side in (short, long):
         values, vectors = np.linalg.eigh(dense(side)[0])
         half.append(vectors @ np.diag(values**-0.5) @ vectors.T)
     wanted = half[0] @ np.asarray(gradients[-1]) @ half[1]
     np.testing.assert_allclose(-step, wanted, rtol=2e-2, atol=2e-2 * np.abs(wanted).max())
-    assert root(short).shape == (4, 4)
 
 
 def test_a_spike_and_a_flat_rest_lose_nothing(x64):

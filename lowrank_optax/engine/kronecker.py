@@ -307,9 +307,6 @@ class KroneckerSpace(Matrices):
         u = jnp.where(jnp.abs(u) > 4 * jnp.finfo(u.dtype).eps * jnp.sqrt(square), u, 0)
         return jnp.reshape(u, (self.n, -1))
 
-    def unproject(self, basis: Sides, *us: jax.Array) -> list[jax.Array]:
-        raise NotImplementedError("coordinates outside need what they are the sizes of: joined")
-
     def joined(self, basis: Sides, g: Split, u0: jax.Array, u: jax.Array) -> jax.Array:
         """The step of the coordinates ``u``, which were ``u0``, ``(n, m, a, b)``."""
         n, m = self.shape[:2]

@@ -22,6 +22,7 @@ from lowrank_optax.curvature.sides import SideCurvature
 from lowrank_optax.engine.space import (
     Given,
     GroupState,
+    LinearSpace,
     Seen,
     Turned,
     begin,
@@ -65,7 +66,7 @@ class MatrixParts:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MatrixSpace(Matrices):
+class MatrixSpace(Matrices, LinearSpace):
     """Matrices in bases from `lowrank_optax.basis`, inner parts over the product of both sides."""
 
     parts: MatrixParts

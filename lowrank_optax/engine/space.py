@@ -167,10 +167,6 @@ class Space(abc.ABC):
         """``Q^T g``, ``(n, r)``."""
 
     @abc.abstractmethod
-    def unproject(self, basis: Any, *us: jax.Array) -> list[Any]:
-        """``Q u`` of each, in one pass over the rows."""
-
-    @abc.abstractmethod
     def eigenbasis(self, basis: Any) -> Eigenbasis:
         """Eigenvalues and live slots as the step is to see them, ``(n, r)``."""
 
@@ -194,6 +190,14 @@ class Space(abc.ABC):
 
         Where a leaf has several problems, an array of their numbers that multiplies the leaf.
         """
+
+
+class LinearSpace(Space):
+    """A space whose steps are linear in the coordinates: whatever is outside is a complement's."""
+
+    @abc.abstractmethod
+    def unproject(self, basis: Any, *us: jax.Array) -> list[Any]:
+        """``Q u`` of each, in one pass over the rows."""
 
 
 def begin(n: int, dtype: Any, curvature: Any, basis: Any, inner: Any) -> GroupState:

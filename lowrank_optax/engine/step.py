@@ -305,7 +305,7 @@ class Engine(abc.ABC):
         bad = failures.nonfinite | failures.eigh | failures.inner
         return moves, left, taken & warm, bad, new
 
-    def _unproject(self, space: Space, now: Turned, g: Any, u: Any, u0: Any, active: jax.Array):
+    def _unproject(self, space: Any, now: Turned, g: Any, u: Any, u0: Any, active: jax.Array):
         """``Q u`` plus what becomes of ``g - Q Q^T g``, or that part for a transformation."""
         complement = self.complement
         if complement is None:

@@ -30,6 +30,7 @@ from lowrank_optax.engine.space import (
     Events,
     Given,
     GroupState,
+    LinearSpace,
     Metrics,
     Seen,
     Space,
@@ -275,7 +276,7 @@ class VectorEngine(Engine):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class VectorSpace(Space):
+class VectorSpace(LinearSpace):
     """All groups of a tree; their vectors are lists of flat leaves."""
 
     engine: VectorEngine
