@@ -25,7 +25,7 @@ class WithPrevious(lro.curvature.Curvature):
     def correct(self, layout, state, evidence):
         last = layout.stored(state)
         columns = [jnp.stack([a, b]) for a, b in zip(evidence.g, last, strict=True)]
-        due = layout.to_leaves(evidence.due)
+        due = layout.to_pieces(evidence.due)
         pairs = zip(due, evidence.g, last, strict=True)
         kept = layout.store([jnp.where(on, new, old) for on, new, old in pairs])
         return lro.Correction(columns, weights=jnp.ones((layout.n, 2), layout.dtype)), kept
@@ -56,7 +56,7 @@ class OneDirection(lro.basis.Basis):
             raise ValueError("OneDirection: weights of both signs; pass lro.basis.Eigen instead.")
         old = layout.stored(state.rows)
         # A column of weight 0 has no effect.
-        live = layout.to_leaves(correction.weights[:, 0] > 0)
+        live = layout.to_pieces(correction.weights[:, 0] > 0)
         pairs = zip(live, correction.columns, old, strict=True)
         new = [jnp.where(on, y[:1].astype(w.dtype), 0) for on, y, w in pairs]
         square = layout.gram(new)[:, 0]
@@ -66,7 +66,7 @@ class OneDirection(lro.basis.Basis):
         # C = Q_new^T Q_old, and the identity where nothing moved.
         cross = layout.dot(old, new)[:, 0] * state.t[:, 0] / size
         c = jnp.where(ok[:, None], cross, 1)[:, None]
-        pairs = zip(layout.to_leaves(ok), new, old, strict=True)
+        pairs = zip(layout.to_pieces(ok), new, old, strict=True)
         moved = OneDirectionState(
             layout.store([jnp.where(on, y, w) for on, y, w in pairs]),
             jnp.where(ok[:, None, None], 1 / size[:, None], state.t),

@@ -419,7 +419,7 @@ def test_groups_are_separate_optimizers(basis, groups, members):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("basis", BASES)
-def test_how_a_vector_is_cut_into_leaves_does_not_matter(basis):
+def test_how_a_vector_is_cut_into_pieces_does_not_matter(basis):
     g = tree_gradients()
     flat = jnp.concatenate([x.reshape(7, -1) for x in g.values()], axis=1)
     tx = lro.scale_by_lre(COVARIANCE, BASES[basis], STEADY)

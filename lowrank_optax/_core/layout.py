@@ -3,7 +3,8 @@
 A `Layout` is the static picture of a tree: its leaves, their shapes, and which group each belongs
 to. Vectors are lists of flat leaves, rows are lists of ``(m, leaf.size)`` arrays: two-dimensional
 because XLA copies rows that carry a leaf's own shape. Sums over the leaves of a group give small
-arrays with a leading axis of groups; nothing here ever concatenates the leaves.
+arrays with a leading axis of groups. Large leaves are never concatenated. Small ones can be joined
+into *pieces*, because XLA compiles every operation on every array anew.
 
 On several devices rows and vectors are split along their last axis over as many axes of the mesh as
 divide it, whatever the parameter's own sharding: moving one gradient costs ``d``, moving the rows
@@ -12,6 +13,7 @@ devices. `sharded_like` is how a step enters and leaves this arrangement.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
@@ -33,21 +35,31 @@ from lowrank_optax._core.devices import (
 from lowrank_optax._core.types import Columns, Vector
 
 
+SMALL = 2**16
+"""The largest leaf that is joined with others: what joining copies is little beside the rows."""
+
+WHOLE = 2**18
+"""The largest piece that leaves are joined into."""
+
+DEVICES = 256
+"""Leaves that are joined can be split over as many devices, up to this number, as each alone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The leaves of a tree and their groups, and the algebra of vectors and rows over them.
 
     A basis or a curvature gets a layout from the engine and works in three kinds of values:
 
-    * a *vector* is a list with one flat array ``(leaf.size,)`` for every leaf;
-    * *columns* (or rows) are a list with one array ``(k, leaf.size)`` for every leaf;
+    * a *vector* is a list with one flat array ``(size,)`` for every piece: a large leaf, or several
+      small ones of one group, one after another;
+    * *columns* (or rows) are a list with one array ``(k, size)`` for every piece;
     * a small array has a leading axis of the ``n`` groups, whose leaves belong together.
 
     `flatten` and `unflatten` lead from a tree to a vector and back, `columns` and `vectors` from a
     tree with a leading axis to columns and back. `dot`, `inner`, `gram` and `gather` lead from
-    leaves to groups, `to_leaves` and `combine` from groups to leaves. `store` and `stored` are how
-    a state keeps rows. Leaves are never concatenated, and on several devices rows stay split along
-    their last axis.
+    pieces to groups, `to_pieces` and `combine` from groups to pieces. `store` and `stored` are how
+    a state keeps rows. On several devices rows stay split along their last axis.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -66,8 +78,9 @@ class Layout:
       paths: the leaves' paths as jax's key paths.
       shapes: the leaves' shapes.
       dtypes: the leaves' dtypes.
-      rows: the dtypes in which rows are stored, one for each leaf.
-      group: the group of every leaf, ``0 .. n-1``.
+      pieces: the places of the leaves that each piece consists of.
+      rows: the dtypes in which rows are stored, one for each piece.
+      group: the group of every piece, ``0 .. n-1``.
       n: number of groups, at least one.
       dtype: dtype of the small algebra: float32, or float64 if a leaf has it.
       mesh: the mesh of the leaves if they lie on several devices, else ``None``.
@@ -82,6 +95,7 @@ class Layout:
     paths: tuple[Any, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]
+    pieces: tuple[tuple[int, ...], ...]
     rows: tuple[Any, ...]
     group: tuple[int, ...]
     n: int
@@ -95,6 +109,7 @@ class Layout:
         groups: Callable[[Any], Hashable] | None,
         rows: Any = None,
         owner: str = "scale_by_lre",
+        joined: bool = False,
     ) -> "Layout":
         """Reads the layout of a tree of floating-point arrays, or of their shapes.
 
@@ -102,8 +117,10 @@ class Layout:
           tree: the parameters or gradients.
           groups: function of a leaf's path to a label, such as `per_leaf`: leaves that share a
             label are one group. ``None`` puts all leaves into one group.
-          rows: dtype in which rows are stored; ``None`` for that of each leaf.
+          rows: dtype in which rows are stored; ``None`` for that of each leaf, the widest in a
+            piece.
           owner: name that messages begin with.
+          joined: whether small leaves are joined into pieces; else every leaf is one.
 
         Returns:
           The layout.
@@ -118,17 +135,20 @@ class Layout:
         )
         labels = [None if groups is None else groups(path) for path, _ in leaves]
         order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        shapes = tuple(
+            tuple(np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape)
+            for _, leaf in leaves
+        )
+        pieces = _pieces(labels, shapes) if joined else tuple((i,) for i in range(len(leaves)))
         return cls(
             treedef=treedef,
             names=names,
             paths=tuple(path for path, _ in leaves),
-            shapes=tuple(
-                tuple(np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape)
-                for _, leaf in leaves
-            ),
+            shapes=shapes,
             dtypes=dtypes,
-            rows=tuple(jnp.dtype(rows or dtype) for dtype in dtypes),
-            group=tuple(order[label] for label in labels),
+            pieces=pieces,
+            rows=tuple(jnp.dtype(rows or t) for t in _widest(pieces, dtypes)),
+            group=tuple(order[labels[piece[0]]] for piece in pieces),
             n=max(1, len(order)),
             dtype=jnp.result_type(jnp.float32, *dtypes),
             mesh=mesh_of([leaf for _, leaf in leaves]),
@@ -142,8 +162,13 @@ class Layout:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Number of entries of every leaf."""
-        return tuple(int(np.prod(shape)) for shape in self.shapes)
+        """Number of entries of every piece."""
+        return tuple(sum(math.prod(self.shapes[i]) for i in piece) for piece in self.pieces)
+
+    @property
+    def widest(self) -> tuple[Any, ...]:
+        """The dtype of every piece: of several leaves' the one that holds them all."""
+        return _widest(self.pieces, self.dtypes)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -158,23 +183,51 @@ class Layout:
         return min(max(sum(self.sizes) // (2 * rows), 256), 16384)
 
     def flatten(self, tree: Any) -> Vector:
-        """The tree as a vector: flat leaves ``(leaf.size,)``, rounded to the dtypes of the rows."""
-        leaves = self.treedef.flatten_up_to(tree)
-        return self.split(
-            [jnp.reshape(x, -1).astype(t) for x, t in zip(leaves, self.rows, strict=True)]
-        )
+        """The tree as a vector: flat pieces ``(size,)``, rounded to the dtypes of the rows."""
+        return self.split(self.join(self.treedef.flatten_up_to(tree), (), self.rows))
+
+    def join(self, leaves: Sequence[Any], head: tuple[int, ...], dtypes: Sequence[Any]) -> Columns:
+        """Leaves ``(*head, *shape)`` as pieces ``(*head, size)`` of the ``dtypes``."""
+        flat = lambda x, dtype: jnp.reshape(x, (*head, -1)).astype(dtype)
+        # Behind a barrier: XLA would put a copy of the concatenation into all that read it.
+        several = lambda xs: lax.optimization_barrier(jnp.concatenate(xs, axis=-1))
+        return [
+            flat(leaves[piece[0]], dtype)
+            if len(piece) == 1
+            else several([flat(leaves[i], dtype) for i in piece])
+            for piece, dtype in zip(self.pieces, dtypes, strict=True)
+        ]
+
+    def part(self, pieces: Vector | Columns) -> list[jax.Array]:
+        """Pieces ``(..., size)`` as flat leaves ``(..., leaf.size)``, the inverse of `join`."""
+        leaves: dict[int, jax.Array] = {}
+        for places, x in zip(self.pieces, pieces, strict=True):
+            ends = np.cumsum([math.prod(self.shapes[i]) for i in places])[:-1]
+            parts = jnp.split(x, ends, axis=-1)
+            # Behind a barrier: what reads a leaf would else find its place in the piece each time.
+            leaves |= zip(places, lax.optimization_barrier(parts) if ends.size else parts)
+        return [leaves[i] for i in range(len(self.names))]
+
+    def of_leaves(self, values: jax.Array) -> list[jax.Array]:
+        """From an array ``(n, ...)`` the value of each leaf's group, one entry for every leaf."""
+        each: dict[int, jax.Array] = {}
+        for places, group in zip(self.pieces, self.group, strict=True):
+            each |= dict.fromkeys(places, values[group])
+        return [each[i] for i in range(len(self.names))]
 
     def kept_in(self, dtype: Any, rows: Any) -> "Layout":
         """The layout as a state has it: small algebra in ``dtype``, leaves in that of its rows.
 
         ``rows`` is what `store` gave, or nothing where a basis keeps no rows.
         """
-        own = isinstance(rows, tuple) and len(rows) == len(self.names)
+        own = isinstance(rows, tuple) and len(rows) == len(self.pieces)
         # Rows may be codes, of which no leaf has the dtype.
         if not own or not all(jnp.issubdtype(x.dtype, jnp.floating) for x in rows):
             return dataclasses.replace(self, dtype=dtype)
-        dtypes = tuple(jnp.dtype(x.dtype) for x in rows)
-        return dataclasses.replace(self, dtype=dtype, dtypes=dtypes, rows=dtypes)
+        stored = tuple(jnp.dtype(x.dtype) for x in rows)
+        each = {i: t for piece, t in zip(self.pieces, stored, strict=True) for i in piece}
+        dtypes = tuple(each[i] for i in range(len(self.names)))
+        return dataclasses.replace(self, dtype=dtype, dtypes=dtypes, rows=stored)
 
     def on(self, tree: Any) -> "Layout":
         """The same layout where the arrays of ``tree`` are."""
@@ -194,8 +247,8 @@ class Layout:
     def _locally(self, run: Callable[..., Any], given: Any, out: Any) -> Any:
         """``run(places, *given)`` on each device's own columns.
 
-        ``places`` says of every leaf which part of it that is, and whether it is the first device
-        that has it. Lists in ``given`` hold one array a leaf, as do those in ``out``.
+        ``places`` says of every piece which part of it that is, and whether it is the first device
+        that has it. Lists in ``given`` hold one array a piece, as do those in ``out``.
         """
         axes = free_axes(self.mesh)
         specs = lambda tree: tuple(self._specs(x) if isinstance(x, list) else P() for x in tree)
@@ -213,7 +266,7 @@ class Layout:
         )(*given)
 
     def columns(self, tree: Any, owner: str) -> tuple[Columns, bool]:
-        """A tree of one vector, or of ``k`` along a leading axis, as columns ``(k, leaf.size)``.
+        """A tree of one vector, or of ``k`` along a leading axis, as columns ``(k, size)``.
 
         Also returns whether there was that axis; without it ``k`` is 1. Raises ``ValueError`` if
         structure or shapes are not those of the layout.
@@ -234,23 +287,25 @@ class Layout:
                 f"({', '.join(map(str, ('k', *shape)))}) for k vectors, the same k in every leaf.",
             )
         head = (1,) if one else (shapes[0][0],)
-        columns = [
-            jnp.reshape(x, (*head, size)).astype(t)
-            for x, size, t in zip(leaves, self.sizes, self.rows, strict=True)
-        ]
-        return self.split(columns), not one
+        return self.split(self.join(leaves, head, self.rows)), not one
 
     def vectors(self, columns: Columns) -> Any:
         """Columns as a tree with leaves ``(k, *shape)``, the inverse of `columns`."""
         return self.treedef.unflatten(
             [
                 jnp.reshape(_narrow(x, dtype), (-1, *shape))
-                for x, shape, dtype in zip(columns, self.shapes, self.dtypes, strict=True)
+                for x, shape, dtype in zip(
+                    self.part(columns), self.shapes, self.dtypes, strict=True
+                )
             ]
         )
 
     def unflatten(self, vector: Vector, given: Any = None) -> Any:
-        """The vector as a tree of the leaves' shapes, clipped to what their dtypes can hold.
+        """The vector as a tree of the leaves' shapes: see `shaped`."""
+        return self.shaped(self.part(vector), given)
+
+    def shaped(self, leaves: Sequence[jax.Array], given: Any = None) -> Any:
+        """Flat leaves as a tree of their shapes, clipped to what their dtypes can hold.
 
         With the gradients as ``given``, every leaf gets the dtype to which those of gradient and
         parameter promote, as optax's own updates do.
@@ -262,7 +317,7 @@ class Layout:
         return self.treedef.unflatten(
             [
                 jnp.reshape(_narrow(x, dtype), shape)
-                for x, shape, dtype in zip(vector, self.shapes, dtypes, strict=True)
+                for x, shape, dtype in zip(leaves, self.shapes, dtypes, strict=True)
             ]
         )
 
@@ -275,7 +330,7 @@ class Layout:
         return self.treedef.flatten_up_to(tree)
 
     def store(self, leaves: Sequence[jax.Array]) -> Any:
-        """Rows or vectors as a state keeps them: a tuple in the order of the leaves.
+        """Rows or vectors as a state keeps them: a tuple in the order of the pieces.
 
         The parameters' own containers would lend them names, metadata and checks that hold for
         parameters only. `optax.tree.map_params` calls ``init`` on a tree without leaves, to find
@@ -288,17 +343,17 @@ class Layout:
         return list(rows) if self.names else []
 
     def zeros(self, count: int) -> Columns:
-        """``count`` rows of zeros, ``(count, leaf.size)`` a leaf, in the dtypes of the rows."""
+        """``count`` rows of zeros, ``(count, size)`` a piece, in the dtypes of the rows."""
         return self.split(
             [jnp.zeros((count, size), t) for size, t in zip(self.sizes, self.rows, strict=True)]
         )
 
-    def to_leaves(self, values: jax.Array) -> list[jax.Array]:
-        """From an array ``(n, ...)`` the value of each leaf's group, one entry for every leaf."""
+    def to_pieces(self, values: jax.Array) -> list[jax.Array]:
+        """From an array ``(n, ...)`` the value of each piece's group, one entry for every piece."""
         return [values[group] for group in self.group]
 
     def gather(self, parts: Sequence[jax.Array], shape: tuple[int, ...] = ()) -> jax.Array:
-        """Sums one small array ``shape`` for every leaf over each group: ``(n, *shape)``."""
+        """Sums one small array ``shape`` for every piece over each group: ``(n, *shape)``."""
         sums: list[list[jax.Array]] = [[] for _ in range(self.n)]
         for group, part in zip(self.group, parts, strict=True):
             sums[group].append(part.astype(self.dtype))
@@ -346,8 +401,32 @@ class Layout:
     def combine(self, weights: jax.Array, rows: Columns) -> Vector | Columns:
         """``c W`` of rows: weights ``(n, m)`` give a vector, ``(n, k, m)`` columns; one pass."""
         return [
-            combine(c, w, self.dtype) for c, w in zip(self.to_leaves(weights), rows, strict=True)
+            combine(c, w, self.dtype) for c, w in zip(self.to_pieces(weights), rows, strict=True)
         ]
+
+
+def _widest(pieces: Sequence[Sequence[int]], dtypes: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(jnp.result_type(*(dtypes[i] for i in piece)) for piece in pieces)
+
+
+def _pieces(labels: Sequence[Any], shapes: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    """The places of the leaves of every piece: large leaves alone, small ones of a group together.
+
+    It depends on shapes alone, not on dtypes or devices, so that a state fits whatever it meets.
+    """
+    pieces: list[list[int]] = []
+    last: dict[Any, int] = {}
+    for i, (label, shape) in enumerate(zip(labels, shapes, strict=True)):
+        size = math.prod(shape)
+        kind = label, math.gcd(size, DEVICES)
+        at = last.get(kind) if size <= SMALL else None
+        if at is not None and sum(math.prod(shapes[j]) for j in pieces[at]) + size <= WHOLE:
+            pieces[at].append(i)
+            continue
+        if size <= SMALL:
+            last[kind] = len(pieces)
+        pieces.append([i])
+    return tuple(map(tuple, pieces))
 
 
 def per_leaf(path: Any) -> str:

@@ -1,6 +1,7 @@
 """Small dense algebra: pure functions of arrays, one group at a time."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -251,6 +252,23 @@ def cholesky_inverse(gram: jax.Array, shift: float = 0.0) -> jax.Array:
 def _cholesky_inverse(a: jax.Array) -> jax.Array:
     factor, eye = jnp.linalg.cholesky(a), jnp.eye(len(a), dtype=a.dtype)
     return jax.scipy.linalg.solve_triangular(factor, eye, lower=True)
+
+
+def times(x: jax.Array, y: jax.Array, mirrored: str = "") -> jax.Array:
+    """``x y`` of matrices ``(..., a, b)`` and ``(..., b, c)``; ``mirrored`` names the transposed.
+
+    As a product of two arrays of three axes, which is one that libraries have: for others, and for
+    transposes, XLA compiles loops.
+    """
+    flat = lambda z: jnp.reshape(z, (math.prod(z.shape[:-2]), *z.shape[-2:]))
+    over = (2 - ("x" in mirrored),), (1 + ("y" in mirrored),)
+    z = lax.dot_general(flat(x), flat(y), (over, ((0,), (0,))))
+    return jnp.reshape(z, (*x.shape[:-2], *z.shape[-2:]))
+
+
+def diagonal(a: jax.Array) -> jax.Array:
+    """The diagonals ``(..., n)`` of ``(..., n, n)``, by a sum, which compiles faster than indices."""
+    return jnp.sum(jnp.where(jnp.eye(a.shape[-1], dtype=bool), a, 0), axis=-1)
 
 
 def norm(x: jax.Array) -> jax.Array:

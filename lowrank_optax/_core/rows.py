@@ -1,4 +1,4 @@
-"""Work on stored rows, ``(m, leaf.size)`` a leaf, in place: write, rewrite, orthonormalise."""
+"""Work on stored rows, ``(m, size)`` a piece, in place: write, rewrite, orthonormalise."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +33,7 @@ def write(rows: Columns, layout: Layout, slots: jax.Array, columns: Columns) -> 
 
     return [
         put(w, at, c)
-        for w, at, c in zip(rows, layout.to_leaves(slots), cast_like(columns, rows), strict=True)
+        for w, at, c in zip(rows, layout.to_pieces(slots), cast_like(columns, rows), strict=True)
     ]
 
 
@@ -117,7 +117,7 @@ def cholesky_qr(
 
     for shift in (10.0, 1.0):
         t = jax.vmap(partial(linalg.cholesky_inverse, shift=shift))(gram)
-        rows, gram, _ = rewrite(rows, layout, when, r, partial(turn, layout.to_leaves(t)))
+        rows, gram, _ = rewrite(rows, layout, when, r, partial(turn, layout.to_pieces(t)))
         total = t @ total
     t = jax.vmap(linalg.cholesky_inverse)(gram)
     return rows, gram, t, t @ total
@@ -129,7 +129,7 @@ def _rewrite(rows, when, beside, places, *, layout: Layout, height, make, cross)
     done, grams, crosses = [], [], []
     along = zip(*beside, strict=True) if beside else [()] * len(rows)
     for leaf, (w, go, blocks, place) in enumerate(
-        zip(rows, layout.to_leaves(when), along, places, strict=True)
+        zip(rows, layout.to_pieces(when), along, places, strict=True)
     ):
         w, *sums = _rewrite_leaf(
             (w, *blocks), go, height, partial(make, leaf), cross, layout, place

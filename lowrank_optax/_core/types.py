@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import jax.core
 
 Vector = list[jax.Array]
-"""One vector of the parameters' space: a flat array for every leaf, in the tree's order."""
+"""One vector of the parameters' space: a flat array for every piece of a `Layout`."""
 
 
 Columns = list[jax.Array]
-"""Several such vectors: an array ``(k, leaf.size)`` for every leaf."""
+"""Several such vectors: an array ``(k, size)`` for every piece."""
 
 
 class Eigenbasis(NamedTuple):
@@ -35,7 +35,7 @@ class Correction(NamedTuple):
     """A low-rank change of curvature, ``sum_i w_i y_i z_i^T``.
 
     Attributes:
-      columns: the ``y_i``, an array ``(k, leaf.size)`` for every leaf; ``None`` when the one
+      columns: the ``y_i``, an array ``(k, size)`` for every piece; ``None`` when the one
         column is the gradient itself, whose products with the basis need no pass of their own.
       right: the ``z_i`` where they differ from the ``y_i``; the engine symmetrises.
       weights: ``(n, k)``; ``None`` means ones. Zero switches a column off.
@@ -61,7 +61,7 @@ class SymmetricCorrection(NamedTuple):
     """A correction as the engine hands it to the basis: symmetric, ``sum_i w_i y_i y_i^T``.
 
     Attributes:
-      columns: the columns ``y_i``, an array ``(k, leaf.size)`` for every leaf.
+      columns: the columns ``y_i``, an array ``(k, size)`` for every piece.
       weights: weights ``w_i``, ``(n, k)``; a column of weight 0 is switched off and may hold
         anything.
       signed: whether weights can be negative; static.

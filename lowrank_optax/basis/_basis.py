@@ -42,14 +42,14 @@ class Basis(abc.ABC):
       ...         return State(layout.store(layout.zeros(1)), zeros(1, 1), zeros(1))
       ...     def absorb(self, layout, state, correction, accept, key):
       ...         old = layout.stored(state.rows)
-      ...         live = layout.to_leaves(correction.weights[:, -1] > 0)
+      ...         live = layout.to_pieces(correction.weights[:, -1] > 0)
       ...         last = [jnp.where(on, y[-1:].astype(w.dtype), 0)
       ...                 for on, y, w in zip(live, correction.columns, old)]
       ...         square, cross = layout.gram(last), layout.dot(last, old)
       ...         fine = jnp.isfinite(square[:, 0, 0])
       ...         ok = accept & fine & (square[:, 0, 0] > 0)
       ...         rows = [jnp.where(on, y, w)
-      ...                 for on, y, w in zip(layout.to_leaves(ok), last, old)]
+      ...                 for on, y, w in zip(layout.to_pieces(ok), last, old)]
       ...         t = jnp.where(ok[:, None, None], 1 / jnp.sqrt(square), state.t)
       ...         lam = jnp.where(ok[:, None], correction.weights[:, -1:] * square[:, 0], state.lam)
       ...         new = State(layout.store(rows), t, lam)

@@ -22,7 +22,7 @@ class FrameState(NamedTuple):
     """State of a `Frame` for ``n`` groups.
 
     Attributes:
-      rows: stored rows ``W``, ``(m, leaf.size)`` a leaf: ``r`` rotated rows, then the columns that
+      rows: stored rows ``W``, ``(m, size)`` a piece: ``r`` rotated rows, then the columns that
         came since the rotation.
       gram: ``K = W W^T``, ``(n, m, m)``, measured on what is stored; 0 for rows not in use.
       t: the matrix ``T`` of ``Q^T = T W``, ``(n, r, m)``.
@@ -262,7 +262,7 @@ class Frame(Regularized):
         # In float16 the scale of a short column would be infinite.
         columns = [
             (c.astype(layout.dtype) * s[:, None]).astype(c.dtype)
-            for c, s in zip(columns, layout.to_leaves(scale), strict=True)
+            for c, s in zip(columns, layout.to_pieces(scale), strict=True)
         ]
         s = layout.dot(rows, columns)
         gram = gram * scale[:, :, None] * scale[:, None, :]
@@ -287,7 +287,7 @@ class Frame(Regularized):
     def _rotate(self, layout: Layout, state: FrameState, when: jax.Array) -> FrameState:
         """``W <- T W`` in place for the groups in ``when``; then ``K`` is measured anew."""
         r, m = self.slots, self.slots + self.capacity
-        each = layout.to_leaves(state.t)
+        each = layout.to_pieces(state.t)
         rows, measured, _ = rewrite(
             layout.stored(state.rows),
             layout,
@@ -322,7 +322,7 @@ class Frame(Regularized):
             inside = layout.combine(weights, rows)
             return [
                 f @ v.astype(layout.dtype) - x
-                for f, v, x in zip(layout.to_leaves(mix), vectors, inside, strict=True)
+                for f, v, x in zip(layout.to_pieces(mix), vectors, inside, strict=True)
             ]
 
         def measured(vectors, rows):
@@ -345,7 +345,7 @@ class Frame(Regularized):
             # Slots that depend on the last read let XLA write in place.
             at = jnp.where(jnp.all(jnp.isfinite(s), axis=(1, 2))[:, None], slots, m)
             gram, t = jax.vmap(_remeasure)(gram, t, at, s, corner)
-            rest = [f @ v for f, v in zip(layout.to_leaves(unit), rest, strict=True)]
+            rest = [f @ v for f, v in zip(layout.to_pieces(unit), rest, strict=True)]
             return write(rows, layout, at, rest), gram, t
 
         return now_and_then(jnp.any(step.refine), body, carry)

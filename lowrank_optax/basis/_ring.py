@@ -20,7 +20,7 @@ class RingState(NamedTuple):
     """State of a `Ring` for ``n`` groups.
 
     Attributes:
-      rows: the window ``W``, ``(m, leaf.size)`` a leaf.
+      rows: the window ``W``, ``(m, size)`` a piece.
       gram: the Gram matrix ``K = W W^T``, ``(n, m, m)``.
       weights: weights ``(n, m)`` of the rows, 0 while a row is empty.
       head: index ``(n,)`` of the row that is replaced next, where rows are replaced in turn.

@@ -19,8 +19,8 @@ class HistogramState(NamedTuple):
     """State of `Histogram` for ``n`` groups.
 
     Attributes:
-      rows: the bin of every entry, ``(1, leaf.size)`` a leaf.
-      mean: the running mean of the columns, ``(1, leaf.size)`` a leaf.
+      rows: the bin of every entry, ``(1, size)`` a piece.
+      mean: the running mean of the columns, ``(1, size)`` a piece.
       counts: number ``(n, r)`` of entries in every bin.
       lam: ``(n, r)``, 1 for a bin with entries and 0 for one without: there are no eigenvalues.
       updates: number ``(n,)`` of corrections absorbed so far.
@@ -99,24 +99,24 @@ class Histogram(Basis):
         old, before = layout.stored(state.rows), layout.stored(state.mean)
         mean = [
             self.beta * x + weigh(w, y.astype(layout.dtype))[None]
-            for x, w, y in zip(before, layout.to_leaves(share), correction.columns, strict=True)
+            for x, w, y in zip(before, layout.to_pieces(share), correction.columns, strict=True)
         ]
         low, high = _extremes(layout, mean)
         ok = accept & jnp.isfinite(high - low)
         bins = [
             jnp.where(yes, self._bin(x, a, b).astype(was.dtype), was)
             for yes, x, a, b, was in zip(
-                layout.to_leaves(ok),
+                layout.to_pieces(ok),
                 mean,
-                layout.to_leaves(low),
-                layout.to_leaves(high),
+                layout.to_pieces(low),
+                layout.to_pieces(high),
                 old,
                 strict=True,
             )
         ]
         mean = [
             jnp.where(yes, a, b)
-            for yes, a, b in zip(layout.to_leaves(ok), mean, before, strict=True)
+            for yes, a, b in zip(layout.to_pieces(ok), mean, before, strict=True)
         ]
         pick = lambda new, old: jnp.where(ok.reshape(-1, *[1] * (new.ndim - 1)), new, old)
         r = self.rank
@@ -155,7 +155,7 @@ class Histogram(Basis):
         scaled = jnp.einsum("nr,n...r->n...r", _scale(state.counts), u)
         return [
             x[..., bins[0]]
-            for x, bins in zip(layout.to_leaves(scaled), layout.stored(state.rows), strict=True)
+            for x, bins in zip(layout.to_pieces(scaled), layout.stored(state.rows), strict=True)
         ]
 
     def _bin(self, x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:

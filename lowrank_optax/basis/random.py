@@ -19,7 +19,7 @@ class RandomState(NamedTuple):
     """State of `Random` for ``n`` groups.
 
     Attributes:
-      rows: nearly orthonormal rows ``W``, ``(r, leaf.size)`` a leaf.
+      rows: nearly orthonormal rows ``W``, ``(r, size)`` a piece.
       gram: the Gram matrix ``K = W W^T``, ``(n, r, r)``, measured on what is stored.
       t: the matrix ``T`` of ``Q^T = T W``, ``(n, r, r)``, nearly the identity.
       lam: ``(n, r)``, 1 in live slots and 0 in dead ones: there are no eigenvalues.
@@ -100,7 +100,7 @@ class Random(Basis):
         due = is_due(state.updates, self.update_every)
         drawn = accept & due
         live = jnp.arange(self.rank)[None] < jnp.asarray(layout.dims)[:, None]
-        each = layout.to_leaves(live)
+        each = layout.to_pieces(live)
 
         def draw(leaf: int, at: jax.Array, block: jax.Array) -> jax.Array:
             # A key for each column: what is drawn does not depend on blocks and devices.

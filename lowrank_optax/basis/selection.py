@@ -21,7 +21,7 @@ class SelectionState(NamedTuple):
     """State of a `Selection` for ``n`` groups.
 
     Attributes:
-      rows: the running diagonal of the curvature, ``(1, leaf.size)`` a leaf; ``()`` where none is
+      rows: the running diagonal of the curvature, ``(1, size)`` a piece; ``()`` where none is
         kept, because some checkpoint formats take no empty arrays.
       indices: the coordinates ``(n, r)``, counted through the group's leaves; -1 in dead slots.
       lam: the diagonal ``(n, r)`` at the coordinates, 0 in dead slots; 1 where none is kept.
@@ -89,7 +89,7 @@ class Selection(Basis):
         rows, index, lam, fine = self.choose(layout, state, correction, key)
         ok = accept & fine
         if rows:
-            pairs = zip(layout.to_leaves(ok), rows, layout.stored(state.rows), strict=True)
+            pairs = zip(layout.to_pieces(ok), rows, layout.stored(state.rows), strict=True)
             rows = layout.store([jnp.where(yes, a, b) for yes, a, b in pairs])
         index = jnp.where(ok[:, None], index, state.indices)
         new = SelectionState(
@@ -113,7 +113,7 @@ class Selection(Basis):
         places = _local(layout, state.indices)
         return [
             jnp.zeros((*v.shape[:-1], size), layout.dtype).at[..., at].set(v, mode="drop")
-            for v, at, size in zip(layout.to_leaves(u), places, layout.sizes, strict=True)
+            for v, at, size in zip(layout.to_pieces(u), places, layout.sizes, strict=True)
         ]
 
 
@@ -193,7 +193,7 @@ class FromDiagonal(Selection):
             decay * v + gain * weigh(w, jnp.square(y.astype(layout.dtype)))[None]
             for v, w, y in zip(
                 layout.stored(state.rows),
-                layout.to_leaves(correction.weights),
+                layout.to_pieces(correction.weights),
                 correction.columns,
                 strict=True,
             )
@@ -307,7 +307,7 @@ class WeightedPermutation(FromDiagonal):
 
 
 def _starts(layout: Layout) -> list[int]:
-    """The first coordinate of every leaf, counted through its group."""
+    """The first coordinate of every piece, counted through its group."""
     starts, filled = [], [0] * layout.n
     for size, group in zip(layout.sizes, layout.group, strict=True):
         starts.append(filled[group])
@@ -317,10 +317,10 @@ def _starts(layout: Layout) -> list[int]:
 
 def _local(layout: Layout, index: jax.Array) -> list[jax.Array]:
     """Coordinates ``(r,)`` of each leaf, from those of its group; its size for other leaves'."""
-    local = [at - first for at, first in zip(layout.to_leaves(index), _starts(layout), strict=True)]
+    local = [at - first for at, first in zip(layout.to_pieces(index), _starts(layout), strict=True)]
     return [
         jnp.where((at >= 0) & (at < size) & (of >= 0), at, size)
-        for at, of, size in zip(local, layout.to_leaves(index), layout.sizes, strict=True)
+        for at, of, size in zip(local, layout.to_pieces(index), layout.sizes, strict=True)
     ]
 
 

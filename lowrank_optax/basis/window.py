@@ -11,7 +11,7 @@ from jax import lax
 
 from lowrank_optax._core import linalg
 from lowrank_optax._core.checks import check, check_decay, fix_size
-from lowrank_optax._core.layout import Layout, cast_like, combine
+from lowrank_optax._core.layout import Layout, cast_like, combine, stack
 from lowrank_optax._core.rows import rewrite, write
 from lowrank_optax._core.types import BasisUpdate, Columns, Eigenbasis, SymmetricCorrection
 from lowrank_optax.basis._basis import Regularized
@@ -66,7 +66,7 @@ class CommonDirections(Ring):
         # The last parameters keep their own dtype: the difference of rounded ones would be noise.
         last = [
             jnp.zeros((1, size), dtype)
-            for size, dtype in zip(layout.sizes, layout.dtypes, strict=True)
+            for size, dtype in zip(layout.sizes, layout.widest, strict=True)
         ]
         return super().init(layout, key)._replace(memory=layout.store(last))
 
@@ -84,16 +84,13 @@ class CommonDirections(Ring):
             "not passed: call tx.update(grads, state, params).",
         )
         last = layout.stored(state.memory)
-        here = [
-            jnp.reshape(x, (1, -1)).astype(y.dtype)
-            for x, y in zip(layout.leaves(correction.params), last, strict=True)
-        ]
+        here = stack(layout.join(layout.leaves(correction.params), (), [y.dtype for y in last]))
         step = [
             x.astype(layout.dtype) - y.astype(layout.dtype) for x, y in zip(here, last, strict=True)
         ]
         # Steps get unit length, so that no dtype of the rows is too narrow for a short one.
         size = jnp.sqrt(layout.gram(step)[:, 0])
-        step = [linalg.safe_divide(x, c) for x, c in zip(step, layout.to_leaves(size), strict=True)]
+        step = [linalg.safe_divide(x, c) for x, c in zip(step, layout.to_pieces(size), strict=True)]
         recent = slice(1 - self.rank, None)
         columns = [
             jnp.concatenate([s.astype(y.dtype), y[recent]])
@@ -110,7 +107,7 @@ class CommonDirections(Ring):
         )
         kept = [
             jnp.where(ok, x, y)
-            for ok, x, y in zip(layout.to_leaves(accept & ~done.failed), here, last, strict=True)
+            for ok, x, y in zip(layout.to_pieces(accept & ~done.failed), here, last, strict=True)
         ]
         return done._replace(
             state=done.state._replace(memory=layout.store(kept)), u=done.u[..., 1:]
@@ -365,7 +362,7 @@ class LowRankFactor(Ring, Regularized):
     def _rebuild(self, layout, rows: Columns, columns: Columns, small: RingState, cut, keep: int):
         """``W <- sqrt(|lam|) Q^T`` in place, for the groups that overflow; ``K`` measured."""
         m = self.rank
-        mixes = layout.to_leaves(cut.mix[:, :keep])
+        mixes = layout.to_pieces(cut.mix[:, :keep])
 
         def mix(leaf: int, at: jax.Array, block: jax.Array, new: jax.Array) -> jax.Array:
             return combine(mixes[leaf][:, :m], block, layout.dtype) + combine(

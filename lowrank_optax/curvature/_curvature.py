@@ -17,7 +17,7 @@ class Observation(NamedTuple):
     """What a curvature may read on every step.
 
     Attributes:
-      g: gradient, a vector: a list with a flat array for every leaf.
+      g: gradient, a vector: a list with a flat array for every piece.
       accept: ``(n,)`` booleans, true for the groups whose gradient is finite and not zero.
       params: tree of the parameters, or ``None`` where none were passed.
       extra: extra arguments of ``update`` by name.
@@ -33,7 +33,7 @@ class Evidence(NamedTuple):
     """What a curvature may read on a step that updates the basis.
 
     Attributes:
-      g: gradient, a vector: a list with a flat array for every leaf.
+      g: gradient, a vector: a list with a flat array for every piece.
       due: ``(n,)`` booleans, true for the groups whose basis is to be updated.
       params: tree of the parameters, or ``None`` where none were passed.
       extra: extra arguments of ``update`` by name.
@@ -62,7 +62,7 @@ class Curvature(abc.ABC):
     """What is measured: observes every step, and gives a correction when the basis is updated.
 
     A curvature has a state, which it gets from `init` and returns from its methods. Vectors are
-    lists with a flat array for every leaf, arrays of one number per group have the shape ``(n,)``.
+    lists with a flat array for every piece, arrays of one number per group have the shape ``(n,)``.
 
     Attributes:
       provides: names from `NEEDS` of what it gives to other parts.
@@ -144,13 +144,13 @@ def need_params(owner: str, params: Any) -> Any:
 
 def flat(layout: Layout, tree: Any) -> Vector:
     """A tree as a vector in the dtype of the small algebra, so that differences stay exact."""
-    return [jnp.reshape(x, -1).astype(layout.dtype) for x in layout.leaves(tree)]
+    return layout.join(layout.leaves(tree), (), [layout.dtype] * len(layout.pieces))
 
 
 def scale(layout: Layout, factors: jax.Array, vector: Vector) -> Vector:
     """A vector times the factor ``(n,)`` of each group; 0 where the factor is 0."""
     return [
-        jnp.where(c == 0, 0, c * x) for c, x in zip(layout.to_leaves(factors), vector, strict=True)
+        jnp.where(c == 0, 0, c * x) for c, x in zip(layout.to_pieces(factors), vector, strict=True)
     ]
 
 
@@ -158,12 +158,12 @@ def select(layout: Layout, which: jax.Array, one: Vector, other: Vector) -> Vect
     """The groups of ``one`` where ``which``, ``(n,)``, and of ``other`` elsewhere."""
     return [
         jnp.where(c, x, y.astype(x.dtype))
-        for c, x, y in zip(layout.to_leaves(which), one, other, strict=True)
+        for c, x, y in zip(layout.to_pieces(which), one, other, strict=True)
     ]
 
 
 def replace_row(layout: Layout, when: jax.Array, row: Any, vector: Vector) -> Any:
-    """A stored row, ``(1, leaf.size)`` for every leaf, with the groups ``when``, ``(n,)``, new."""
+    """A stored row, ``(1, size)`` for every piece, with the groups ``when``, ``(n,)``, new."""
     old = layout.stored(row)
     new = [jnp.reshape(x, (1, -1)).astype(y.dtype) for x, y in zip(vector, old, strict=True)]
     return layout.store(select(layout, when, new, old))
@@ -176,19 +176,13 @@ def read_row(layout: Layout, row: Any) -> Vector:
 
 def empty_params_row(layout: Layout) -> Any:
     """A row of zeros for parameters, in their own dtypes, which rows need not have."""
-    return layout.store(
-        [
-            jnp.zeros((1, size), dtype)
-            for size, dtype in zip(layout.sizes, layout.dtypes, strict=True)
-        ]
-    )
+    sizes = zip(layout.sizes, layout.widest, strict=True)
+    return layout.store([jnp.zeros((1, size), dtype) for size, dtype in sizes])
 
 
 def rows_of(layout: Layout, leaves: Sequence[jax.Array]) -> Columns:
-    """Leaves ``(k, *leaf.shape)`` as columns ``(k, leaf.size)``."""
-    return [
-        jnp.reshape(x, (x.shape[0], -1)).astype(t) for x, t in zip(leaves, layout.rows, strict=True)
-    ]
+    """Leaves ``(k, *leaf.shape)`` as columns ``(k, size)``."""
+    return layout.join(leaves, leaves[0].shape[:1], layout.rows) if leaves else []
 
 
 def check_is(owner: str, name: str, value: Any, kind: type, advice: str) -> None:

@@ -29,7 +29,7 @@ class Collected(NamedTuple):
     """Columns since the last update of the basis.
 
     Attributes:
-      columns: columns, ``(window, leaf.size)`` for every leaf.
+      columns: columns, ``(window, size)`` for every piece.
       weights: ``(n, window)`` weights, 0 where a slot is empty.
       fill: ``(n,)`` number of columns that came; beyond ``window`` they overwrite the oldest.
       memory: state of the curvature besides its columns.
@@ -210,7 +210,7 @@ class Mean(NamedTuple):
     """A running average of gradients.
 
     Attributes:
-      row: average, a row ``(1, leaf.size)`` for every leaf.
+      row: average, a row ``(1, size)`` for every piece.
       begun: ``(n,)`` booleans, true once a gradient is in it.
     """
 
@@ -259,7 +259,7 @@ class GradientEMA(Collecting):
         return Mean(layout.store(row), jnp.zeros(layout.n, bool))
 
     def update_memory(self, layout: Layout, memory: Mean, seen: Observation) -> Mean:
-        gains = layout.to_leaves(
+        gains = layout.to_pieces(
             jnp.where(memory.begun, 1 - jnp.asarray(self.beta, layout.dtype), 1)
         )
         mean = [
@@ -305,7 +305,7 @@ class Moves(NamedTuple):
     """The last parameters and the last step.
 
     Attributes:
-      params: last parameters, a row ``(1, leaf.size)`` for every leaf.
+      params: last parameters, a row ``(1, size)`` for every piece.
       step: last step, or the gradient while there is none, a row likewise.
       begun: ``(n,)`` booleans, true once parameters were seen.
     """

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lowrank_optax._core import linalg
@@ -51,15 +52,16 @@ class Examples(Curvature):
             params = need_params(type(self).__name__, evidence.params)
             columns = rows_of(layout, jacobian(fn, params, self.chunk))
             return Correction(gathered(evidence, columns)), state
-        columns = gathered(evidence, rows_of(layout, layout.leaves(given)))
-        for name, column, size in zip(layout.names, columns, layout.sizes, strict=True):
+        leaves = layout.leaves(given)
+        for name, leaf, shape in zip(layout.names, leaves, layout.shapes, strict=True):
+            count = np.shape(leaves[0])[:1]
             check(
-                column.shape == (columns[0].shape[0], size),
-                f"{type(self).__name__}: per_example_grads has the shape {column.shape} (flat) "
-                f"at the leaf {name} of {size} entries; pass a tree of (k, *leaf.shape), such as "
+                len(count) == 1 and np.shape(leaf) == (*count, *shape),
+                f"{type(self).__name__}: per_example_grads has the shape {np.shape(leaf)} at the "
+                f"leaf {name} of shape {shape}; pass a tree of (k, *leaf.shape), such as "
                 "jax.vmap(jax.grad(loss), (None, 0))(params, batch).",
             )
-        return Correction(columns), state
+        return Correction(gathered(evidence, rows_of(layout, leaves))), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +150,7 @@ class History(NamedTuple):
     """The last gradients and losses.
 
     Attributes:
-      columns: gradients, ``(history, leaf.size)`` for every leaf.
+      columns: gradients, ``(history, size)`` for every piece.
       losses: ``(n, history)`` losses, 0 where a slot is empty.
       fill: ``(n,)`` number of gradients that came.
       lowest: ``(n,)`` lowest loss so far, infinite before the first.

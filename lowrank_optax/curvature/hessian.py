@@ -30,7 +30,7 @@ class LastUpdate(NamedTuple):
     """What a pair needs of the last update of the basis; ``()`` for what it does not need.
 
     Attributes:
-      params: parameters of that step, a row ``(1, leaf.size)`` for every leaf.
+      params: parameters of that step, a row ``(1, size)`` for every piece.
       g: gradient of that step, a row likewise.
       begun: ``(n,)`` booleans, true once there was an update.
     """

@@ -184,7 +184,7 @@ def _like(layout: Layout, params: Any, z: Vector) -> Any:
     return layout.tree(
         [
             jnp.reshape(x, jnp.shape(p)).astype(jnp.result_type(p))
-            for p, x in zip(layout.leaves(params), z, strict=True)
+            for p, x in zip(layout.leaves(params), layout.part(z), strict=True)
         ]
     )
 

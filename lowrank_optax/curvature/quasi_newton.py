@@ -66,7 +66,7 @@ class QuasiNewton(Probing):
     def correct(self, layout: Layout, state: Secant, evidence: Evidence):
         s, y, last = self.pair(layout, state.last, evidence)
         # NaN passes every comparison below. So the basis rejects the pair, and it is counted.
-        fine = layout.to_leaves(jnp.isfinite(layout.inner(y, y)))
+        fine = layout.to_pieces(jnp.isfinite(layout.inner(y, y)))
         y = [jnp.where(ok, x, jnp.nan) for ok, x in zip(fine, y, strict=True)]
         state = Secant(
             last, jnp.where(evidence.due, self._rescaled(layout, state, s, y), state.gamma)
@@ -168,7 +168,7 @@ class BFGS(QuasiNewton):
             theta = jnp.where(
                 sy < self.damping * sbs, (1 - self.damping) * linalg.safe_divide(sbs, sbs - sy), 1
             )
-            y = [t * a + (1 - t) * c for t, a, c in zip(layout.to_leaves(theta), y, b, strict=True)]
+            y = [t * a + (1 - t) * c for t, a, c in zip(layout.to_pieces(theta), y, b, strict=True)]
             sy = theta * sy + (1 - theta) * sbs
         least = _SLACK * jnp.sqrt(layout.inner(s, s)) * jnp.sqrt(layout.inner(y, y))
         skip = (sbs <= 0) | (sy <= least)

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -11,7 +12,6 @@ import optax
 from lowrank_optax._core import linalg
 from lowrank_optax._core.checks import check
 from lowrank_optax._core.layout import Layout
-from lowrank_optax._core.states import advance_where_taken, at_least_float32
 from lowrank_optax.engine.space import (
     Given,
     GroupState,
@@ -32,7 +32,7 @@ class ScaleByMatrixLREState(NamedTuple):
         share their bases with others the name begins with how many do, ``"3x64x256"``.
       rest: state of the transformation of all other leaves, in float32 at least.
       complement: state of the complement, ``()`` unless it is an optax transformation.
-      dropped: how many steps of a leaf ``rest`` did not take because something was not finite.
+      dropped: how many steps ``rest`` did not take because something was not finite.
       key: the random key that all later keys come from.
     """
 
@@ -153,45 +153,33 @@ class MatricesEngine(Engine):
         }
 
     def others(self, layout: Layout, spaces: Any, updates: Any, state: Any, given: Given):
-        """The step of the leaves that are no matrices, judged leaf by leaf."""
+        """The step of the leaves that are no matrices, which is taken by all of them or by none.
+
+        A flag for every leaf would make each leaf's operations a program of its own.
+        """
         inside = _places(spaces)
         at = [i for i in range(len(layout.names)) if i not in inside]
         if not at:
             return {}, {}, state
         grads, old = layout.leaves(updates), state.rest
-        sound, _ = _flags({i: jnp.sum(jnp.square(at_least_float32(grads[i]))) for i in at})
-        clean = [jnp.where(sound[i], x, 0) if i in sound else x for i, x in enumerate(grads)]
+        sound = linalg.finite(*(grads[i] for i in at))
+        clean = layout.tree([jnp.where(sound, x, 0) if i in at else x for i, x in enumerate(grads)])
         params = None if given.params is None else only(layout, at, given.params)
-        mine = only(layout, at, layout.tree(clean))
-        step, new = self.rest.update(mine, old, params, **given.extra)
-        step = {i: x for i, x in enumerate(layout.leaves(step)) if i in sound}
+        step, new = self.rest.update(only(layout, at, clean), old, params, **given.extra)
+        leaves = layout.leaves(step)
         # A second moment that overflowed would divide by infinity for ever.
         burst = [
             jnp.where(jnp.isfinite(y), x, 0)
             for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
             if jnp.issubdtype(x.dtype, jnp.inexact)
         ]
-        whole = linalg.finite(*burst, jnp.zeros(()))
-        size = {i: jnp.max(jnp.abs(x), initial=0) for i, x in step.items()}
-        size = {i: jnp.where(sound[i], x, jnp.inf) for i, x in size.items()}
-        sound, lost = _flags(size, whole)
-        on = [sound.get(i, optax.MaskedNode()) for i in range(len(layout.names))]
+        sound = sound & linalg.finite(*burst, *(leaves[i] for i in at))
         state = state._replace(
-            rest=advance_where_taken(self.rest, layout, on, new, old),
-            dropped=linalg.tally(state.dropped, lost),
+            rest=jax.tree.map(partial(jnp.where, sound), new, old),
+            dropped=linalg.tally(state.dropped, ~sound),
         )
-        step = {i: jnp.where(ok, jnp.reshape(step[i], -1), 0) for i, ok in sound.items()}
-        return step, {i: ~ok for i, ok in sound.items()}, state
-
-
-def _flags(sizes: dict[int, jax.Array], whole: Any = True) -> tuple[dict[int, jax.Array], Any]:
-    """Which numbers are finite, if ``whole``, and how many are not.
-
-    Found out once: XLA would do it again for each operation that asks.
-    """
-    flags = jnp.isfinite(jnp.stack(list(sizes.values()))) & whole
-    flags = jax.lax.optimization_barrier(flags)
-    return {i: flags[k] for k, i in enumerate(sizes)}, jnp.sum(~flags)
+        step = {i: jnp.where(sound, jnp.reshape(leaves[i], -1), 0) for i in at}
+        return step, dict.fromkeys(at, ~sound), state
 
 
 def _places(spaces: dict[str, Matrices]) -> set[int]:

@@ -10,6 +10,7 @@ import optax
 from lowrank_optax._core import linalg
 from lowrank_optax._core.checks import check_decay, check_least
 from lowrank_optax._core.devices import concrete, sharded_like
+from lowrank_optax._core.linalg import times
 from lowrank_optax._core.states import at_least_float32
 from lowrank_optax.engine.axes import MatrixAxes
 from lowrank_optax.engine.views import View, see
@@ -109,45 +110,41 @@ def polar(g: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Returns it, and for which matrices there is one, ``(...)``: they are finite and not zero.
     """
-    top = jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True)
+    shape = g.shape
+    g = jnp.reshape(g, (math.prod(shape[:-2]), *shape[-2:]))
+    top = jnp.max(jnp.abs(g), axis=(1, 2), keepdims=True)
     sound = jnp.isfinite(top) & (top > 0)
     # First the largest entry, or the squares leave the dtype's range; its inverse has to stay in it
     # too.
     y = g / jnp.where(sound, jnp.minimum(top, jnp.finfo(g.dtype).max / 64), 1)
-    a, b = g.shape[-2:]
-    k = y @ jnp.swapaxes(y, -1, -2)
+    a, b = shape[-2:]
+    k = times(y, y, "y")
     # The root of the Gram matrix's norm bounds the largest singular value, closer than y's norm.
-    bound = jnp.sqrt(jnp.linalg.norm(k, axis=(-2, -1), keepdims=True))
+    bound = jnp.sqrt(jnp.sqrt(jnp.sum(k**2, axis=(1, 2), keepdims=True)))
     bound = 1.01 * jnp.where(sound, bound, 1)
     y, k = y / bound, k / bound**2
+    eye = jnp.eye(a, dtype=g.dtype)
     steps = jnp.asarray(STEPS, g.dtype)
+    polynomial = lambda i, k: steps[i, 0] * eye + steps[i, 1] * k + steps[i, 2] * times(k, k)
+    # In loops, since unrolled steps compile for long. The last `k` is made for nothing.
     if b < WIDE * a:
 
         def straight(i, now):
             y, k = now
-            y = _polynomial(steps[i], k) @ y
-            return y, y @ jnp.swapaxes(y, -1, -2)
+            y = times(polynomial(i, k), y)
+            return y, times(y, y, "y")
 
-        # Unrolled it compiles for long.
-        y, k = jax.lax.fori_loop(0, len(STEPS) - 1, straight, (y, k))
-        y = _polynomial(steps[-1], k) @ y
+        y, _ = jax.lax.fori_loop(0, len(STEPS), straight, (y, k))
     else:
         # Polynomials in K commute: they are collected, and the wide matrix is multiplied once.
         def collect(i, now):
             z, k = now
-            p = _polynomial(steps[i], k)
-            return z @ p, p @ k @ p
+            p = polynomial(i, k)
+            return times(z, p), times(times(p, k), p)
 
-        z = _polynomial(steps[0], k)
-        z, k = jax.lax.fori_loop(1, len(STEPS) - 1, collect, (z, z @ k @ z))
-        y = (z @ _polynomial(steps[-1], k)) @ y
-    return y, sound[..., 0, 0]
-
-
-def _polynomial(step: jax.Array, k: jax.Array) -> jax.Array:
-    """``a I + b K + c K²``."""
-    eye = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=k.dtype), k.shape)
-    return step[0] * eye + step[1] * k + step[2] * (k @ k)
+        z, _ = jax.lax.fori_loop(0, len(STEPS), collect, (jnp.broadcast_to(eye, k.shape), k))
+        y = times(z, y)
+    return jnp.reshape(y, shape), jnp.reshape(sound, shape[:-2])
 
 
 class NeuronRMSState(NamedTuple):

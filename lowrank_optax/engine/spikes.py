@@ -16,6 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax._core.linalg import diagonal, times
+
 FLOOR = 1e-6
 """The smallest eigenvalue that a side counts with, relative to its mean."""
 
@@ -45,14 +47,14 @@ class Side(NamedTuple):
     @property
     def lam(self) -> jax.Array | None:
         """Eigenvalues along the directions, the largest first, ``(n, r)``, if there are any."""
-        along = jnp.diagonal(self.moments, axis1=1, axis2=2)
+        along = diagonal(self.moments)
         return jnp.sort(along, axis=1, descending=True) if along.shape[1] else None
 
     @property
     def eigenvalues(self) -> tuple[jax.Array, jax.Array]:
         """``(n, r)`` along the directions and ``(n, 1)`` outside, with a floor of their mean."""
         _, d, r = self.directions.shape
-        along = jnp.diagonal(self.moments, axis1=1, axis2=2)
+        along = diagonal(self.moments)
         mean = (jnp.sum(along, axis=1) + (d - r) * self.rest) / d
         least = FLOOR * mean + jnp.finfo(mean.dtype).tiny
         return along + least[:, None], (self.rest + least)[:, None]
@@ -87,17 +89,17 @@ def start(n: int, d: int, rank: int, key: jax.Array, dtype) -> Side:
 
 def split(short: Side, long: Side, x: jax.Array) -> Split:
     """The parts of ``x``, ``(n, m, a, b)``."""
-    q, p = short.directions, long.directions
-    rows = jnp.einsum("nar,nmab->nmrb", q, x)
-    inside = jnp.einsum("nmrb,nbs->nmrs", rows, p)
-    right = None if long.complete else rows - jnp.einsum("nmrs,nbs->nmrb", inside, p)
+    m = x.shape[1]
+    q, p = _each(short, m), _each(long, m)
+    rows = times(q, x, "x")
+    inside = times(rows, p)
+    right = None if long.complete else rows - times(inside, p, "y")
     if short.complete:
         return Split(inside, right, None, None)
-    below = jnp.einsum("nmab,nbs->nmas", x, p) - jnp.einsum("nar,nmrs->nmas", q, inside)
+    below = times(x, p) - times(q, inside)
     if long.complete:
         return Split(inside, None, below, None)
-    known = jnp.einsum("nar,nmrb->nmab", q, rows) + jnp.einsum("nmas,nbs->nmab", below, p)
-    return Split(inside, right, below, x - known)
+    return Split(inside, right, below, x - (times(q, rows) + times(below, p, "y")))
 
 
 def sizes(short: Side, long: Side, parts: Split) -> jax.Array:
@@ -123,15 +125,16 @@ def joined(short: Side, long: Side, parts: Split, u0: jax.Array, u: jax.Array) -
 
     What is outside is multiplied as its root mean square was.
     """
-    q, p = short.directions, long.directions
-    r, s = q.shape[2], p.shape[2]
+    m = u.shape[1]
+    q, p = _each(short, m), _each(long, m)
+    r, s = q.shape[3], p.shape[3]
     factor = jnp.where(u0 == 0, 0, u / jnp.where(u0 == 0, 1, u0))
-    rows = jnp.einsum("nmrs,nbs->nmrb", u[:, :, :r, :s], p)
+    rows = times(u[:, :, :r, :s], p, "y")
     if parts.right is not None:
         rows = rows + factor[:, :, :r, s:] * parts.right
-    x = jnp.einsum("nar,nmrb->nmab", q, rows)
+    x = times(q, rows)
     if parts.below is not None:
-        x = x + jnp.einsum("nmas,nbs->nmab", factor[:, :, r:, :s] * parts.below, p)
+        x = x + times(factor[:, :, r:, :s] * parts.below, p, "y")
     if parts.corner is not None:
         x = x + factor[:, :, r:, s:] * parts.corner
     return x
@@ -154,41 +157,47 @@ def turned(short: Side, long: Side, parts: Split, decay: jax.Array, crosswise: b
     """
     ones = lambda side: tuple(map(jnp.ones_like, side.eigenvalues))
     first, second = (side.eigenvalues if crosswise else ones(side) for side in (short, long))
-    flip = lambda x: jnp.swapaxes(x, 2, 3)
-    other = (None if x is None else flip(x) for x in (parts.below, parts.right, parts.corner))
-    mirrored = Split(flip(parts.inside), *other)
+    mirrored = Split(parts.inside, parts.below, parts.right, parts.corner)
     return (
-        _turned(short, parts, second, long.directions.shape[1], decay),
-        _turned(long, mirrored, first, short.directions.shape[1], decay),
+        _turned(short, parts, second, long.directions.shape[1], decay, False),
+        _turned(long, mirrored, first, short.directions.shape[1], decay, True),
     )
 
 
-def _turned(side: Side, parts: Split, other, length: int, decay: jax.Array) -> Side:
+def _turned(side: Side, parts: Split, other, length: int, decay: jax.Array, across: bool) -> Side:
     """The side of columns after it took the parts in, whitened by the other side's eigenvalues.
 
     Args:
       side: the side.
-      parts: of the gradient, with this side's directions as rows.
+      parts: of the gradient, by what this side and the other one hold of it.
       other: the other side's eigenvalues, along its directions ``(n, s)`` and outside ``(n, 1)``.
       length: the other side's.
       decay: of the averages, ``(n,)``.
+      across: whether it is the side of rows. Then all parts are read as their transposes, which
+        products do at no cost.
     """
     q = side.directions
     _, d, r = q.shape
     count = parts.inside.shape[1] * length
-    inside = parts.inside / other[0][:, None, None]
-    moments = jnp.einsum("nmrs,nmts->nrt", inside, parts.inside)
+    by = lambda lam: lam[:, None, :, None] if across else lam[:, None, None, :]
+
+    def summed(x: jax.Array, y: jax.Array) -> jax.Array:
+        """``x y^T`` over a group's matrices."""
+        return jnp.sum(times(x, y, "x" if across else "y"), axis=1)
+
+    inside = parts.inside / by(other[0])
+    moments = summed(inside, parts.inside)
     if parts.right is not None:
-        right = parts.right / other[1][:, None, None]
-        moments = moments + jnp.einsum("nmrb,nmtb->nrt", right, parts.right)
+        right = parts.right / by(other[1])
+        moments = moments + summed(right, parts.right)
     mix = lambda old, new: decay.reshape(-1, *[1] * (old.ndim - 1)) * (old - new) + new
     moments, rest = mix(side.moments, moments / count), side.rest
     if parts.below is not None:
-        outer = jnp.sum(parts.below**2 / other[0][:, None, None], axis=(1, 2, 3))
-        towards = jnp.einsum("nmas,nmrs->nar", parts.below, inside)
+        outer = jnp.sum(parts.below**2 / by(other[0]), axis=(1, 2, 3))
+        towards = summed(parts.below, inside)
         if parts.corner is not None:
             outer = outer + jnp.sum(parts.corner**2, axis=(1, 2, 3)) / other[1][:, 0]
-            towards = towards + jnp.einsum("nmab,nmrb->nar", parts.corner, right)
+            towards = towards + summed(parts.corner, right)
         rest = mix(rest, outer / count / (d - r))
         if r:
             lam = Side(q, moments, rest).eigenvalues[0][:, None]
@@ -196,9 +205,15 @@ def _turned(side: Side, parts: Split, other, length: int, decay: jax.Array) -> S
             q = orthonormal(orthonormal(q + _short(step)))
     if r:
         turn = rotation(moments)
-        q = orthonormal(q @ turn)
-        moments = jnp.swapaxes(turn, 1, 2) @ moments @ turn
+        q = orthonormal(times(q, turn))
+        moments = times(times(turn, moments, "x"), turn)
     return Side(q, moments, rest)
+
+
+def _each(side: Side, m: int) -> jax.Array:
+    """The directions for each of a group's ``m`` matrices, ``(n, m, d, r)``."""
+    n, d, r = side.directions.shape
+    return jnp.broadcast_to(side.directions[:, None], (n, m, d, r))
 
 
 def rotation(moments: jax.Array) -> jax.Array:
@@ -208,27 +223,28 @@ def rotation(moments: jax.Array) -> jax.Array:
     cut to `REACH`. ``T`` is orthogonal but for terms of the fifth order.
     """
     size = moments.shape[1]
-    along = jnp.diagonal(moments, axis1=1, axis2=2)
+    along = diagonal(moments)
     gap = along[:, None, :] - along[:, :, None]
-    order = jnp.sign(jnp.arange(size)[:, None] - jnp.arange(size)[None])[None]
-    side = jnp.where(gap == 0, order, jnp.sign(gap))
-    angles = 0.5 * jnp.arctan2(2 * moments, jnp.abs(gap)) * side * (order != 0)
-    square = angles @ angles
+    order = (jnp.arange(size)[:, None] - jnp.arange(size)[None])[None]
+    # Of two equal moments the sign of the angle is that of their order.
+    gap = jnp.where(gap == 0, order * jnp.finfo(gap.dtype).tiny, gap)
+    angles = jnp.where(order == 0, 0, 0.5 * jnp.arctan(2 * moments / gap))
+    square = times(angles, angles)
     cut = _cut(jnp.sqrt(jnp.linalg.norm(square, axis=(1, 2))))
     angles, square = cut * angles, cut**2 * square
     eye = jnp.eye(size, dtype=moments.dtype)[None]
     # (I + K)(I + K²/2): one Newton-Schulz step from I + K, since (I + K)^T (I + K) = I - K².
-    return (eye + angles) @ (eye + square / 2)
+    return times(eye + angles, eye + square / 2)
 
 
 def orthonormal(q: jax.Array) -> jax.Array:
     """One Newton-Schulz step of columns ``(n, d, r)`` towards orthonormal ones, to second order."""
-    return 1.5 * q - 0.5 * q @ (jnp.swapaxes(q, 1, 2) @ q)
+    return 1.5 * q - 0.5 * times(q, times(q, q, "x"))
 
 
 def _short(step: jax.Array) -> jax.Array:
     """A step of the directions, cut to `REACH`."""
-    gram = jnp.swapaxes(step, 1, 2) @ step
+    gram = times(step, step, "x")
     return _cut(jnp.sqrt(jnp.linalg.norm(gram, axis=(1, 2)))) * step
 
 

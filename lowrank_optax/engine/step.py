@@ -29,7 +29,7 @@ from lowrank_optax._core.derivatives import undifferentiated
 from lowrank_optax._core.devices import Step, init_on_devices, step_on_devices
 from lowrank_optax._core.entry import own_arguments
 from lowrank_optax._core.layout import Layout
-from lowrank_optax._core.loops import now_and_then
+from lowrank_optax._core.loops import in_one_place, now_and_then
 from lowrank_optax._core.precision import callers_precision, full_precision
 from lowrank_optax._core.states import advance_where_taken, check_fits, check_kind
 from lowrank_optax._core.types import Context
@@ -208,19 +208,28 @@ class Engine(abc.ABC):
         turned, coordinates = self._absorb(spaces, seen, states)
 
         # 4 inner, 5 unproject, 6 count.
-        new, apart, active = {}, {}, {}
+        new, found = {}, {}
         for name, space in spaces.items():
-            moves, left, on, bad, new[name] = self._finish(
+            found[name], new[name] = self._finish(
                 space, seen[name], turned[name], coordinates.get(name), states[name]
             )
-            leaves |= space.write(moves)
-            active |= space.at(on)
-            dropped |= space.at(bad)
-            apart |= {} if left is None else space.write(left)
+
+        def written(found: Any) -> tuple[dict, ...]:
+            """By place: steps, what is left for the complement, what moved, what was dropped."""
+            each = {}, {}, {}, {}
+            for name, (moves, left, on, bad) in found.items():
+                space = spaces[name]
+                parts = space.write(moves), {} if left is None else space.write(left)
+                for all_of_them, one in zip(each, (*parts, space.at(on), space.at(bad))):
+                    all_of_them |= one
+            return each
+
+        own, apart, active, bad = in_one_place(written, found, state.count)
+        leaves, dropped = leaves | own, dropped | bad
         leaves, rest = self._beyond(layout, leaves, apart, active, state.complement, given)
         state = self.stored(state, new)._replace(count=linalg.tally(state.count), complement=rest)
         order = range(len(layout.names))
-        updates = layout.unflatten([leaves[i] for i in order], updates)
+        updates = layout.shaped([leaves[i] for i in order], updates)
         return updates, state, [dropped[i] for i in order]
 
     def _accept(self, space: Space, leaves: Any, old: GroupState, given: Given) -> Seen:
@@ -262,10 +271,10 @@ class Engine(abc.ABC):
         return still._replace(told=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), told))
 
     def _finish(self, space: Space, seen: Seen, now: Turned, u0: Any, old: GroupState):
-        """Phases 4 to 6 of one space.
+        """Phases 4 to 6 of one space: what it found, and the state.
 
-        The step, what is left outside the basis for an optax transformation, which problems moved,
-        which were dropped for something that is not finite, and the state.
+        Found are the step, what is left outside the basis for an optax transformation, which
+        problems moved, and which were dropped for something that is not finite.
         """
         failed = now.failed | seen.broken
         accept, warm = seen.accept & ~failed, old.steps >= self.warmup_steps
@@ -303,7 +312,7 @@ class Engine(abc.ABC):
             metrics=jax.tree.map(partial(jnp.where, taken), metrics, old.metrics),
         )
         bad = failures.nonfinite | failures.eigh | failures.inner
-        return moves, left, taken & warm, bad, new
+        return (moves, left, taken & warm, bad), new
 
     def _unproject(self, space: Any, now: Turned, g: Any, u: Any, u0: Any, active: jax.Array):
         """``Q u`` plus what becomes of ``g - Q Q^T g``, or that part for a transformation."""

@@ -56,7 +56,7 @@ class ScaleByLREState(NamedTuple):
       steps: steps taken, ``(n,)``.
       since: steps since the basis was last updated, and failures to update it, ``(n,)``.
       curvature: the curvature's state.
-      basis: the basis's state; its rows are arrays ``(m, leaf.size)``.
+      basis: the basis's state; its rows are arrays ``(m, size)``, one for every piece of the `Layout`.
       inner: the inner parts' state, with a leading axis of groups.
       complement: the complement's state, ``()`` unless it is an optax transformation.
       key: the random key that all later keys come from.
@@ -220,7 +220,7 @@ class VectorEngine(Engine):
         return learned or "probe" in _needs(self.inner)
 
     def _init(self, params: Any) -> ScaleByLREState:
-        layout = Layout.of(params, self.groups, self.dtype)
+        layout = Layout.of(params, self.groups, self.dtype, joined=True)
         rank = self.basis.coordinates(layout)
         every = self.update_every
         period = min(int(every), rank) if isinstance(every, numbers.Integral) else rank
@@ -242,7 +242,8 @@ class VectorEngine(Engine):
 
     def layout(self, updates: Any, state: ScaleByLREState, params: Any) -> Layout:
         """The layout that ``init`` saw: that of the parameters or, without them, of their rows."""
-        layout = Layout.of(updates if params is None else params, self.groups, self.dtype)
+        given = updates if params is None else params
+        layout = Layout.of(given, self.groups, self.dtype, joined=True)
         if params is None:
             rows = getattr(state.basis, "rows", ()) if self.dtype is None else ()
             layout = layout.kept_in(state.metrics.captured.dtype, rows)
@@ -343,7 +344,7 @@ class VectorSpace(LinearSpace):
             rest = basis.unproject(layout, old, (basis.measured(old) - gamma[:, None]) * u)
             return [
                 a + c * x.astype(layout.dtype)
-                for a, c, x in zip(rest, layout.to_leaves(gamma), v, strict=True)
+                for a, c, x in zip(rest, layout.to_pieces(gamma), v, strict=True)
             ]
 
         def project(v: Vector) -> Vector:
@@ -401,13 +402,13 @@ class VectorSpace(LinearSpace):
         return self.engine.basis.eigenbasis(basis)
 
     def each(self, values: jax.Array) -> list[jax.Array]:
-        return self.layout.to_leaves(values)
+        return self.layout.to_pieces(values)
 
     def write(self, step: Vector) -> dict[int, jax.Array]:
-        return dict(enumerate(step))
+        return dict(enumerate(self.layout.part(step)))
 
     def at(self, values: jax.Array) -> dict[int, jax.Array]:
-        return dict(enumerate(self.layout.to_leaves(values)))
+        return dict(enumerate(self.layout.of_leaves(values)))
 
 
 def _check_product(curvature: Curvature, basis: Basis, inner: Inner, complement: Any) -> None:
@@ -470,6 +471,6 @@ def _balanced(layout: Layout, left: Columns, right: Columns) -> tuple[Columns, C
     c = jnp.sqrt(jnp.where(ratio > 0, ratio, 1))
     grow = lambda by, columns: [
         (f[:, None] * x.astype(layout.dtype)).astype(x.dtype)
-        for f, x in zip(layout.to_leaves(by), columns, strict=True)
+        for f, x in zip(layout.to_pieces(by), columns, strict=True)
     ]
     return grow(c, left), grow(1 / c, right)

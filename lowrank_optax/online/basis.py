@@ -112,7 +112,7 @@ class Learned(Regularized):
         root = jnp.sqrt(jnp.maximum(correction.weights, 0))
         columns = [
             c * w[:, None].astype(c.dtype)
-            for c, w in zip(correction.columns, layout.to_leaves(root), strict=True)
+            for c, w in zip(correction.columns, layout.to_pieces(root), strict=True)
         ]
         on = accept[:, None] & (correction.weights > 0)
         each = zip(

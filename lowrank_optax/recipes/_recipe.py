@@ -123,7 +123,7 @@ class Recipe:
         step, new = chain.update(step, old, visible, **extra)
         step = [jnp.where(ok, x, 0) for ok, x in zip(on, layout.leaves(step), strict=True)]
         new = advance_where_taken(chain, layout, on, new, old)
-        return layout.unflatten(step, updates), (first, *new)
+        return layout.shaped(step, updates), (first, *new)
 
 
 def collects(make: Callable[P, T]) -> Callable[P, T]:
