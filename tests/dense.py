@@ -18,17 +18,22 @@ class Given(lro.curvature.Curvature):
     def correct(self, layout, state, evidence):
         given = evidence.extra
         weights = jnp.broadcast_to(given["weights"], (layout.n, *given["weights"].shape))
-        correction = lro.Correction(given["columns"], given.get("right"), weights, self.signed)
-        return correction, state
+        joined = lambda leaves: leaves and layout.join(leaves, leaves[0].shape[:1], layout.rows)
+        columns, right = joined(given["columns"]), joined(given.get("right"))
+        return lro.Correction(columns, right, weights, self.signed), state
 
 
 def split(flat, sizes):
-    """A list with one array a leaf, from an array whose last axis is the whole vector."""
-    return [jnp.asarray(x) for x in np.split(np.asarray(flat), np.cumsum(sizes)[:-1], axis=-1)]
+    """A list with one array a leaf, from an array whose last axis is the vector, by pieces."""
+    layout = lro.Layout.of(
+        [jax.ShapeDtypeStruct((n,), jnp.float32) for n in sizes], None, joined=True
+    )
+    ends = np.cumsum(layout.sizes)[:-1]
+    return layout.part([jnp.asarray(x) for x in np.split(np.asarray(flat), ends, axis=-1)])
 
 
 def join(leaves):
-    """The inverse of `split`, in float64."""
+    """Arrays of parts of a vector side by side, in float64."""
     return np.concatenate([np.asarray(x, np.float64) for x in leaves], axis=-1)
 
 

@@ -32,17 +32,8 @@ from lowrank_optax._core.devices import (
     place_of,
     put_on,
 )
+from lowrank_optax._core.pieces import pieces_of, widest_of
 from lowrank_optax._core.types import Columns, Vector
-
-
-SMALL = 2**16
-"""The largest leaf that is joined with others: what joining copies is little beside the rows."""
-
-WHOLE = 2**18
-"""The largest piece that leaves are joined into."""
-
-DEVICES = 256
-"""Leaves that are joined can be split over as many devices, up to this number, as each alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +130,7 @@ class Layout:
             tuple(np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape)
             for _, leaf in leaves
         )
-        pieces = _pieces(labels, shapes) if joined else tuple((i,) for i in range(len(leaves)))
+        pieces = pieces_of(labels, shapes, joined)
         return cls(
             treedef=treedef,
             names=names,
@@ -147,7 +138,7 @@ class Layout:
             shapes=shapes,
             dtypes=dtypes,
             pieces=pieces,
-            rows=tuple(jnp.dtype(rows or t) for t in _widest(pieces, dtypes)),
+            rows=tuple(jnp.dtype(rows or t) for t in widest_of(pieces, dtypes)),
             group=tuple(order[labels[piece[0]]] for piece in pieces),
             n=max(1, len(order)),
             dtype=jnp.result_type(jnp.float32, *dtypes),
@@ -168,7 +159,7 @@ class Layout:
     @property
     def widest(self) -> tuple[Any, ...]:
         """The dtype of every piece: of several leaves' the one that holds them all."""
-        return _widest(self.pieces, self.dtypes)
+        return widest_of(self.pieces, self.dtypes)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -179,8 +170,8 @@ class Layout:
         return tuple(dims)
 
     def block(self, rows: int) -> int:
-        """How many entries of ``rows`` rows to treat at a time; they stay below half a gradient."""
-        return min(max(sum(self.sizes) // (2 * rows), 256), 16384)
+        """How many entries of ``rows`` rows to treat at a time: less than a third of a gradient."""
+        return min(max(sum(self.sizes) // (3 * rows), 256), 16384)
 
     def flatten(self, tree: Any) -> Vector:
         """The tree as a vector: flat pieces ``(size,)``, rounded to the dtypes of the rows."""
@@ -188,24 +179,20 @@ class Layout:
 
     def join(self, leaves: Sequence[Any], head: tuple[int, ...], dtypes: Sequence[Any]) -> Columns:
         """Leaves ``(*head, *shape)`` as pieces ``(*head, size)`` of the ``dtypes``."""
-        flat = lambda x, dtype: jnp.reshape(x, (*head, -1)).astype(dtype)
-        # Behind a barrier: XLA would put a copy of the concatenation into all that read it.
-        several = lambda xs: lax.optimization_barrier(jnp.concatenate(xs, axis=-1))
-        return [
-            flat(leaves[piece[0]], dtype)
-            if len(piece) == 1
-            else several([flat(leaves[i], dtype) for i in piece])
+        sizes = [math.prod(shape) for shape in self.shapes]
+        flat = [jnp.reshape(x, (*head, size)) for x, size in zip(leaves, sizes, strict=True)]
+        each = [
+            [flat[i].astype(dtype) for i in piece]
             for piece, dtype in zip(self.pieces, dtypes, strict=True)
         ]
+        return [x[0] if len(x) == 1 else jnp.concatenate(x, axis=-1) for x in each]
 
     def part(self, pieces: Vector | Columns) -> list[jax.Array]:
         """Pieces ``(..., size)`` as flat leaves ``(..., leaf.size)``, the inverse of `join`."""
         leaves: dict[int, jax.Array] = {}
         for places, x in zip(self.pieces, pieces, strict=True):
             ends = np.cumsum([math.prod(self.shapes[i]) for i in places])[:-1]
-            parts = jnp.split(x, ends, axis=-1)
-            # Behind a barrier: what reads a leaf would else find its place in the piece each time.
-            leaves |= zip(places, lax.optimization_barrier(parts) if ends.size else parts)
+            leaves |= dict(zip(places, jnp.split(x, ends, axis=-1), strict=True))
         return [leaves[i] for i in range(len(self.names))]
 
     def of_leaves(self, values: jax.Array) -> list[jax.Array]:
@@ -403,30 +390,6 @@ class Layout:
         return [
             combine(c, w, self.dtype) for c, w in zip(self.to_pieces(weights), rows, strict=True)
         ]
-
-
-def _widest(pieces: Sequence[Sequence[int]], dtypes: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(jnp.result_type(*(dtypes[i] for i in piece)) for piece in pieces)
-
-
-def _pieces(labels: Sequence[Any], shapes: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-    """The places of the leaves of every piece: large leaves alone, small ones of a group together.
-
-    It depends on shapes alone, not on dtypes or devices, so that a state fits whatever it meets.
-    """
-    pieces: list[list[int]] = []
-    last: dict[Any, int] = {}
-    for i, (label, shape) in enumerate(zip(labels, shapes, strict=True)):
-        size = math.prod(shape)
-        kind = label, math.gcd(size, DEVICES)
-        at = last.get(kind) if size <= SMALL else None
-        if at is not None and sum(math.prod(shapes[j]) for j in pieces[at]) + size <= WHOLE:
-            pieces[at].append(i)
-            continue
-        if size <= SMALL:
-            last[kind] = len(pieces)
-        pieces.append([i])
-    return tuple(map(tuple, pieces))
 
 
 def per_leaf(path: Any) -> str:

@@ -184,6 +184,10 @@ class Space(abc.ABC):
     def write(self, step: Any) -> dict[int, jax.Array]:
         """Flat leaves by their places in the tree: the inverse of `read`."""
 
+    def whole(self, step: Any) -> dict[int, jax.Array]:
+        """The leaves of `write` that are no parts of larger arrays."""
+        return {}
+
     @abc.abstractmethod
     def at(self, values: jax.Array) -> dict[int, jax.Array]:
         """One number a problem for each of its leaves, by their places in the tree.

@@ -219,12 +219,16 @@ class Engine(abc.ABC):
             each = {}, {}, {}, {}
             for name, (moves, left, on, bad) in found.items():
                 space = spaces[name]
-                parts = space.write(moves), {} if left is None else space.write(left)
-                for all_of_them, one in zip(each, (*parts, space.at(on), space.at(bad))):
+                beyond = {} if left is None else space.write(left)
+                parts = space.write(moves), beyond, space.at(on), space.at(bad)
+                for all_of_them, one in zip(each, parts, strict=True):
                     all_of_them |= one
             return each
 
         own, apart, active, bad = in_one_place(written, found, state.count)
+        for name, (moves, left, *_) in found.items():
+            own |= spaces[name].whole(moves)
+            apart |= {} if left is None else spaces[name].whole(left)
         leaves, dropped = leaves | own, dropped | bad
         leaves, rest = self._beyond(layout, leaves, apart, active, state.complement, given)
         state = self.stored(state, new)._replace(count=linalg.tally(state.count), complement=rest)

@@ -56,7 +56,7 @@ class ScaleByLREState(NamedTuple):
       steps: steps taken, ``(n,)``.
       since: steps since the basis was last updated, and failures to update it, ``(n,)``.
       curvature: the curvature's state.
-      basis: the basis's state; its rows are arrays ``(m, size)``, one for every piece of the `Layout`.
+      basis: the basis's state; its rows are arrays ``(m, size)`` for every piece of the `Layout`.
       inner: the inner parts' state, with a leading axis of groups.
       complement: the complement's state, ``()`` unless it is an optax transformation.
       key: the random key that all later keys come from.
@@ -406,6 +406,10 @@ class VectorSpace(LinearSpace):
 
     def write(self, step: Vector) -> dict[int, jax.Array]:
         return dict(enumerate(self.layout.part(step)))
+
+    def whole(self, step: Vector) -> dict[int, jax.Array]:
+        pieces = zip(self.layout.pieces, step, strict=True)
+        return {places[0]: x for places, x in pieces if len(places) == 1}
 
     def at(self, values: jax.Array) -> dict[int, jax.Array]:
         return dict(enumerate(self.layout.of_leaves(values)))
