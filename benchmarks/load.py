@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peers
 import report
 
 import lowrank_optax as lro
@@ -237,6 +238,9 @@ def losses(params):
 
 COMPILED = {
     "optax adam": lambda: optax.adam(1e-3),
+    "optax muon": lambda: optax.contrib.muon(1e-2),
+    "SOAP, a reference": lambda: peers.soap(3e-3),
+    "whiten, optax adam": lambda: optax.chain(lro.whiten(), optax.adam(1e-3)),
     "lre, GGT(20)": lambda: lro.lre(1.0, basis=B.GGT(20)),
     "per leaf": lambda: lro.lre(1.0, basis=B.GGT(20), groups=lro.per_leaf),
     "whitened_adam": lambda: lro.whitened_adam(1e-2),
@@ -247,6 +251,16 @@ COMPILED = {
     "galore": lambda: lro.galore(1e-2, rank=4),
     "soap": lambda: lro.soap(1e-2),
     "soap_muon": lambda: lro.soap_muon(1e-2),
+    "muon": lambda: lro.muon(1e-2),
+    "normuon": lambda: lro.normuon(1e-2),
+    "kl_soap": lambda: lro.kl_soap(1e-2),
+    "kl_shampoo": lambda: lro.kl_shampoo(1e-2),
+    "shampoo": lambda: lro.shampoo(1e-2),
+    "ggt": lambda: lro.ggt(1e-2),
+    "full_matrix_adam": lambda: lro.full_matrix_adam(1e-2),
+    "adahessian": lambda: lro.adahessian(1e-2),
+    "natural_gradient": lambda: lro.natural_gradient(1e-2),
+    "gauss_newton": lambda: lro.gauss_newton(1e-2),
     "levenberg_marquardt": lambda: lro.levenberg_marquardt(),
 }
 
@@ -258,9 +272,9 @@ def compiling(quick: bool) -> list[dict]:
     for model, params in models.items():
         for name in list(COMPILED)[:2] if quick else COMPILED:
             rows.append({"model": model, **compiled(name, params)})
-            rows[-1]["over_adam"] = rows[-1]["total"] / next(
-                row["total"] for row in rows if row["model"] == model
-            )
+            total = {row["name"]: row["total"] for row in rows if row["model"] == model}
+            rows[-1]["over_adam"] = total[name] / total["optax adam"]
+            rows[-1]["over_muon"] = total[name] / total.get("optax muon", float("nan"))
             print("{model}, {name}: {total:.1f} s".format(**rows[-1]), flush=True)
     report.show(
         "Seconds to compile a step",
@@ -274,6 +288,7 @@ def compiling(quick: bool) -> list[dict]:
             "compile": "compile",
             "total": "total",
             "over_adam": "over Adam",
+            "over_muon": "over Muon",
             "lines": "HLO lines a leaf",
         },
     )

@@ -66,6 +66,20 @@ def now_and_then(times: jax.Array, body: Callable[[jax.Array, Any], Any], carry:
     return treedef.unflatten(lax.fori_loop(0, _most(times.astype(jnp.int32)), run, start))
 
 
+def traced_once(f: Callable[[Any], Any], given: Any) -> tuple[Callable[[Any], Any], Any]:
+    """``f`` as jax traced it, for whatever has the form of ``given``, and the form of its result.
+
+    A user's function inside may take long to trace.
+    """
+    inside, out = jax.make_jaxpr(f, return_shape=True)(given)
+    treedef = jax.tree.structure(out)
+
+    def run(given: Any) -> Any:
+        return treedef.unflatten(jaxpr_as_fun(inside)(*jax.tree.leaves(given)))
+
+    return run, out
+
+
 def in_one_place(run: Callable[[Any], Any], given: Any, count: jax.Array) -> Any:
     """``run(given)``, which cuts arrays into parts, in a place of its own in a CPU's program.
 

@@ -12,7 +12,7 @@ SMALL = 2**16
 WHOLE = 2**18
 """The largest piece that leaves are joined into."""
 
-DEVICES = 256
+DEVICES = 32
 """Leaves that are joined can be split over as many devices, up to this number, as each alone."""
 
 

@@ -126,7 +126,7 @@ def polar(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     eye = jnp.eye(a, dtype=g.dtype)
     steps = jnp.asarray(STEPS, g.dtype)
     polynomial = lambda i, k: steps[i, 0] * eye + steps[i, 1] * k + steps[i, 2] * times(k, k)
-    # In loops, since unrolled steps compile for long. The last `k` is made for nothing.
+    last = len(STEPS) - 1  # In loops, since unrolled steps compile for long.
     if b < WIDE * a:
 
         def straight(i, now):
@@ -134,7 +134,8 @@ def polar(g: jax.Array) -> tuple[jax.Array, jax.Array]:
             y = times(polynomial(i, k), y)
             return y, times(y, y, "y")
 
-        y, _ = jax.lax.fori_loop(0, len(STEPS), straight, (y, k))
+        y, k = jax.lax.fori_loop(0, last, straight, (y, k))
+        y = times(polynomial(last, k), y)
     else:
         # Polynomials in K commute: they are collected, and the wide matrix is multiplied once.
         def collect(i, now):
@@ -142,8 +143,9 @@ def polar(g: jax.Array) -> tuple[jax.Array, jax.Array]:
             p = polynomial(i, k)
             return times(z, p), times(times(p, k), p)
 
-        z, _ = jax.lax.fori_loop(0, len(STEPS), collect, (jnp.broadcast_to(eye, k.shape), k))
-        y = times(z, y)
+        z = polynomial(0, k)
+        z, k = jax.lax.fori_loop(1, last, collect, (z, times(times(z, k), z)))
+        y = times(times(z, polynomial(last, k)), y)
     return jnp.reshape(y, shape), jnp.reshape(sound, shape[:-2])
 
 

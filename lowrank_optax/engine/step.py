@@ -29,7 +29,7 @@ from lowrank_optax._core.derivatives import undifferentiated
 from lowrank_optax._core.devices import Step, init_on_devices, step_on_devices
 from lowrank_optax._core.entry import own_arguments
 from lowrank_optax._core.layout import Layout
-from lowrank_optax._core.loops import in_one_place, now_and_then
+from lowrank_optax._core.loops import in_one_place, now_and_then, traced_once
 from lowrank_optax._core.precision import callers_precision, full_precision
 from lowrank_optax._core.states import advance_where_taken, check_fits, check_kind
 from lowrank_optax._core.types import Context
@@ -258,21 +258,19 @@ class Engine(abc.ABC):
             }
             first, second = ({name: x[i] for name, x in both.items()} for i in range(2))
             return first, second
-        still = {
-            name: self._ready(space, seen[name], space.still(seen[name], states[name]))
-            for name, space in spaces.items()
-        }
-        turn = lambda _, now: {
-            name: space.absorb(seen[name], now[name])[0] for name, space in spaces.items()
-        }
+        still = {name: space.still(seen[name], states[name]) for name, space in spaces.items()}
+        turn, after = traced_once(
+            lambda now: {
+                name: space.absorb(seen[name], now[name])[0] for name, space in spaces.items()
+            },
+            still,
+        )
+        # A loop's carry is of one form: zeros in place of what a correction would tell.
+        zeros = lambda told: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), told)
+        start = {name: x._replace(told=zeros(after[name].told)) for name, x in still.items()}
+        silent = lambda now: {name: x._replace(told=still[name].told) for name, x in now.items()}
         some = jnp.any(jnp.concatenate([x.turning for x in seen.values()]))
-        return now_and_then(some, turn, still), {}
-
-    @staticmethod
-    def _ready(space: Space, seen: Seen, still: Turned) -> Turned:
-        """With zeros in place of what a correction would tell, as a loop's carry is of one form."""
-        told = jax.eval_shape(lambda: space.absorb(seen, still)[0]).told
-        return still._replace(told=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), told))
+        return now_and_then(some, lambda _, now: turn(silent(now)), start), {}
 
     def _finish(self, space: Space, seen: Seen, now: Turned, u0: Any, old: GroupState):
         """Phases 4 to 6 of one space: what it found, and the state.
