@@ -180,7 +180,7 @@ def trainer(task: Any, method: Method, steps: int) -> Callable[[Run], Iterator[i
             held_out_loss, accuracy = measure(state.params, task.held_out)
             run.steps.append(int(state.step))
             run.seconds.append(seconds)
-            run.loss.append(float(losses.mean()))
+            run.loss.append(float(np.mean(np.asarray(losses))))
             run.held_out_loss.append(float(held_out_loss))
             run.accuracy.append(float(accuracy))
             run.complete = run.steps[-1] == steps
