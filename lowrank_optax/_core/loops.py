@@ -86,7 +86,7 @@ def in_one_place(run: Callable[[Any], Any], given: Any, count: jax.Array) -> Any
     XLA makes one program for all operations of one form. What reads a part of a larger array has a
     form of its own, by the place of the part, and so has everything fused with it. Behind this,
     leaves of one shape share programs, and compile in a fraction of the time. ``count`` is any
-    number that is not negative, which XLA does not know.
+    number that is not negative, which XLA does not know. Outside of a trace it is the plain call.
     """
 
     def apart(given: Any) -> Any:
@@ -95,7 +95,7 @@ def in_one_place(run: Callable[[Any], Any], given: Any, count: jax.Array) -> Any
         )
         return lax.cond(count >= 0, run, zeros, given)
 
-    return lax.platform_dependent(given, cpu=apart, default=run)
+    return lax.platform_dependent(given, cpu=apart, default=run) if traced(given) else run(given)
 
 
 @jax.custom_batching.custom_vmap
