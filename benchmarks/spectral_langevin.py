@@ -101,7 +101,7 @@ def generator(seed: int, steps: int, modes: int = 4) -> spectral.Decomposition:
         seed=seed,
         evaluate_every=steps,
         evaluate_batches=256,  # the slowest rate is a hundredth of the shift
-    ).ritz()
+    )
 
 
 def trajectories(seed: int, chains: int, time: float, every: float, dt: float = 2e-3) -> np.ndarray:

@@ -121,9 +121,8 @@ def outputs(found: spectral.Decomposition, views: Views) -> list[np.ndarray]:
 
 def rotated(found: spectral.Decomposition, views: Views) -> list[np.ndarray]:
     """The same span with singular functions in order, the constant mode left out."""
-    ritz = found.ritz()
-    root = np.sqrt(np.maximum(ritz.singular_values, 0))
-    return [(ritz(points, side) * root)[:, 1:] for side, points in enumerate(views[:2])]
+    root = np.sqrt(np.maximum(found.singular_values, 0))
+    return [(found(points, side) * root)[:, 1:] for side, points in enumerate(views[:2])]
 
 
 def cca(train: Views, test: Views, ridge: float = 1e-2) -> list[np.ndarray]:

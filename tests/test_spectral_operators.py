@@ -82,7 +82,7 @@ def galerkin(operator, basis, size, batches=8):
 
     each = [seen(k) for k in jax.random.split(jax.random.key(1), batches)]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *each)
-    return s.Decomposition.of(operator, networks, ((),) * operator.sides, stacked).ritz()
+    return s.Decomposition.of(operator, networks, ((),) * operator.sides, stacked)
 
 
 def hermite(x):

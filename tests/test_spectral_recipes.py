@@ -115,4 +115,4 @@ def test_ctrl_c_keeps_the_last_evaluation(tmp_path, capsys, monkeypatch):
     assert "Stopped early" in capsys.readouterr().out
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["complete"] is False and len(result["history"]) == 2
-    assert result["modes"][0]["eigenvalue"] == pytest.approx(shown[1]["ritz"][0], rel=1e-5)
+    assert result["modes"][0]["eigenvalue"] == pytest.approx(shown[1]["eigenvalues"][0], rel=1e-5)

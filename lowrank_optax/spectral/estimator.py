@@ -34,7 +34,7 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
         draw it from numpy's own.
 
     Attributes:
-      decomposition_: the `Decomposition`, after Rayleigh-Ritz.
+      decomposition_: the `Decomposition`.
       eigenvalues_: the eigenvalues, ``(L,)``.
       errors_: standard errors of the eigenvalues, ``(L,)``.
 
@@ -93,7 +93,7 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
             steps=self.steps,
             batch_size=self.batch_size,
             seed=_seed(self.random_state),
-        ).ritz()
+        )
         self.eigenvalues_ = self.decomposition_.eigenvalues
         self.errors_ = self.decomposition_.errors
         return self

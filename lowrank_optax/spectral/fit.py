@@ -264,7 +264,7 @@ def _record(operator, state: FitState, found: Decomposition, seconds: float) -> 
         "step": int(state.step),
         "seconds": seconds,
         "eigenvalues": found.eigenvalues.tolist(),
-        "ritz": found.ritz().eigenvalues.tolist(),
+        "raw": found.raw().eigenvalues.tolist(),
         "norm": _norm(found),
         "efficiency": float(operator.efficiency(state.sampler)),
     }
@@ -384,7 +384,7 @@ def _fault(faults: int, norm: float, bound: float) -> str:
 
 
 def _stalled(history: list[dict[str, Any]], patience: int) -> bool:
-    sums = [sum(record["ritz"]) for record in history]
+    sums = [sum(record["eigenvalues"]) for record in history]
     if len(sums) <= patience:
         return False
     before = max(sums[:-patience])

@@ -198,8 +198,8 @@ def default(operator: SampledOperator, modes: int, shared: bool = False) -> MLP 
     so that the network follows the operator's points, whatever their unit.
 
     Many modes are learned in far less time by one trunk under ``VariationalEnergy(floor=0.01)``,
-    with whitening (`scale_by_lre` of a `Covariance`) in front of Adam. `Decomposition.ritz` then
-    reads off the modes.
+    with whitening (`scale_by_lre` of a `Covariance`) in front of Adam. `Decomposition` reads
+    the modes off the span.
 
     Args:
       operator: an operator whose points are vectors ``(d,)``.
