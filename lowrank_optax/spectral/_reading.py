@@ -13,6 +13,9 @@ Sides = tuple[SideMoments, ...]
 LOOSE = 0.1
 """The largest error of a mode that counts as found, as a part of its eigenvalue."""
 
+ROUNDING = 2 * float(np.finfo(np.float32).eps) ** 0.5
+"""The least residual, as a part of the eigenvalue, that moments in float32 can tell from 0."""
+
 LEAST = 0.05
 """The part of the largest eigenvalue below which an eigenvalue is no measure of its own error."""
 

@@ -66,10 +66,10 @@ def functions_of(networks: tuple[Any, ...], params: tuple[Any, ...]) -> tuple[An
 class Decomposition:
     """Eigen- or singular functions of an operator, in descending order and of norm one.
 
-    Mode ``l`` is ``sum_j f_j W_jl`` of the network's outputs ``f``, with the ``W`` that diagonalises
-    the operator in the span of the outputs (Rayleigh-Ritz); `raw` takes the outputs one by one.
-    Where the operator holds data out, ``W`` comes from the data of the training, and everything
-    that is read comes from the others.
+    Mode ``l`` is ``sum_j f_j W_jl`` of the network's outputs ``f``, with the ``W`` that
+    diagonalises the operator in the span of the outputs (Rayleigh-Ritz); `raw` takes the outputs
+    one by one. Where the operator holds data out, ``W`` comes from the data of the training, and
+    everything that is read comes from the others.
 
     Attributes:
       operator: the operator.
@@ -146,8 +146,8 @@ class Decomposition:
     def fitted_eigenvalues(self) -> np.ndarray:
         """The same quotients on the data of the training, ``(L,)``.
 
-        Values far above `eigenvalues` say that the functions have learned their data by heart. Where
-        nothing was held out they are the eigenvalues.
+        Values far above `eigenvalues` say that the functions have learned their data by heart.
+        Where nothing was held out they are the eigenvalues.
         """
         seen = self.moments if self.seen is None else self.seen
         return reading.quotients(reading.turned(reading.mean(seen), self.rotation))
@@ -168,11 +168,14 @@ class Decomposition:
 
         with the movement since half the steps, which estimates the way that is left. Where a
         single batch is all there is, nothing is sampled and the residual, within which there is an
-        eigenvalue, is the error; ``nan`` where there is no residual either.
+        eigenvalue, is the error, but no less than the rounding of moments in float32 allows to
+        tell; ``nan`` where there is no residual either.
         """
         if len(self.moments[0].gram) == 1:
             bound = self.residuals
-            return np.full(len(self.eigenvalues), np.nan) if bound is None else bound
+            if bound is None:
+                return np.full(len(self.eigenvalues), np.nan)
+            return np.maximum(bound, reading.ROUNDING * np.abs(self.eigenvalues))
         bound = np.inf if self.residuals is None else self.residuals
         drift = np.minimum(np.nan_to_num(self.movement), bound)
         return np.hypot(self.sampling_errors, drift)
@@ -192,6 +195,21 @@ class Decomposition:
         """
         live = self.rotation[0].any(axis=0)
         return reading.found(self.eigenvalues, self.errors, self.movement, live, self.least)
+
+    @property
+    def score(self) -> float:
+        r"""The sum of `eigenvalues`; of held-out data how much a model of the others explains.
+
+        .. math:: 2 \sum_l s_l \langle f_l, T g_l\rangle
+                  - \sum_{lm} s_l s_m \langle f_l, f_m\rangle \langle g_l, g_m\rangle
+
+        with modes of norm one and values ``s`` on the data of the training, and inner products on
+        those held out. It falls when the modes learn their data by heart.
+        """
+        if self.seen is None:
+            return float(np.sum(self.eigenvalues))
+        seen = reading.mean(self.seen)
+        return reading.score(reading.mean(self.moments), seen, self.rotation)
 
     @property
     def gram(self) -> np.ndarray:

@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from lowrank_optax._core.checks import check
 from lowrank_optax.spectral.decomposition import Decomposition
 from lowrank_optax.spectral.fit import fit
-from lowrank_optax.spectral.methods import Method, NestedLoRA
+from lowrank_optax.spectral.methods import Method
 from lowrank_optax.spectral.operators import SampledOperator
 
 
@@ -25,9 +25,9 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
         ``lambda X: KernelIntegral(kernel, X)``, or ``lambda X: Koopman(X[:-1], X[1:])``.
       n_components: number of modes, where ``network`` is not given, 2 by default.
       network: the network, as for `fit`, by default `networks.default`.
-      method: the method, as for `fit`, by default `NestedLoRA`.
+      method: the method, as for `fit`.
       optimizer: the optimizer, as for `fit`.
-      steps: number of training steps, 2000 by default.
+      steps: number of training steps, found by default, as for `fit`.
       batch_size: number of points in a batch, 512 by default.
       random_state: seed of the fit, as in scikit-learn: a number, 0 by default; a
         ``numpy.random.RandomState`` or ``numpy.random.Generator`` to draw it from; or ``None`` to
@@ -66,9 +66,9 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
         n_components: int = 2,
         *,
         network: Any = None,
-        method: Method = NestedLoRA(),
+        method: Method | None = None,
         optimizer: optax.GradientTransformation | None = None,
-        steps: int = 2000,
+        steps: int | None = None,
         batch_size: int = 512,
         random_state: int | np.random.RandomState | np.random.Generator | None = 0,
     ):
