@@ -134,9 +134,12 @@ def identity(part: Any, depth: int = 3 * DEPTH) -> Any:
         return functools.partial, inner(part.func), inner(part.args), inner(part.keywords)
     code = getattr(part, "__code__", None)
     if code is not None and str(part.__module__).split(".")[0] in OWN:
-        cells = tuple(inner(_content(cell)) for cell in part.__closure__ or ())
+        held = [_content(cell) for cell in part.__closure__ or ()]
+        # Schedules of optax make their whole numbers floats in their first call.
+        held = [float(x) if type(x) is int else x for x in held]
+        cells = tuple(inner(x) for x in held)
         more = part.__defaults__, part.__kwdefaults__
-        return code, cells, inner(more)
+        return Same(code), cells, inner(more)  # code changes while it runs, and with it its hash
     if dataclasses.is_dataclass(part) and type(part).__eq__ is not object.__eq__:
         told = (f.name for f in dataclasses.fields(part) if f.name not in ("parent", "name"))
         return type(part), *(inner(getattr(part, name, None)) for name in told)

@@ -20,6 +20,7 @@ from lowrank_optax._core.linalg import safe_divide
 from lowrank_optax.spectral._fingerprint import identity
 from lowrank_optax.spectral.decomposition import functions_of, initialize
 from lowrank_optax.spectral.methods import Method, moments, surrogate
+from lowrank_optax.spectral.methods._moments import whitening
 from lowrank_optax.spectral.operators import SampledOperator
 
 
@@ -214,14 +215,25 @@ def _pairs(outputs: tuple[jax.Array, ...]):
 
 def _followed(gauge: Gauge, pairs: Any, step: jax.Array) -> Gauge:
     """The running quotients after a batch."""
-    (f, tf), other = pairs[0], pairs[-1][0]
-    f, tf, other = lax.stop_gradient((f, tf, other))
-    size = jnp.sqrt(jnp.sum(f * f, 0) * jnp.sum(other * other, 0))
-    values = safe_divide(jnp.sum(f * tf, 0), size)
-    values = values if len(pairs) == 1 else jnp.abs(values)
+    values = _values(lax.stop_gradient(pairs))
     decay = _young(0.98, step)
     mixed = lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype)
     return Gauge(mixed(gauge.low, jnp.min(values)), mixed(gauge.high, jnp.max(values)))
+
+
+def _values(pairs: Any) -> jax.Array:
+    """Rayleigh quotients, with one side of what each output adds to earlier ones.
+
+    An output that has shrunk within the span of the others would show their eigenvalues.
+    """
+    (f, tf), other = pairs[0], pairs[-1][0]
+    norm = lambda a: jnp.sqrt(jnp.sum(a * a, 0))
+    if len(pairs) == 2:
+        return safe_divide(jnp.abs(jnp.sum(f * tf, 0)), norm(f) * norm(other))
+    size = safe_divide(1.0, norm(f))
+    f, tf = f * size[None], tf * size[None]
+    whiten = whitening(f.T @ f + jnp.diag(jnp.where(size > 0, 0.0, 1.0).astype(f.dtype)))
+    return jnp.sum(whiten * ((f.T @ tf) @ whiten), 0)
 
 
 def shift_and_unit(gauge: Gauge) -> tuple[jax.Array, jax.Array]:

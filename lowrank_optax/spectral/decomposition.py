@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from lowrank_optax._core.checks import check
 from lowrank_optax.spectral import _reading as reading
+from lowrank_optax.spectral._fingerprint import Same
 from lowrank_optax.spectral.methods import SideMoments
 from lowrank_optax.spectral.operators import SampledOperator
 
@@ -262,11 +264,7 @@ class Decomposition:
         Raises:
           ValueError: for a side that the operator does not have.
         """
-        check(
-            side in range(self.operator.sides),
-            f"Decomposition: side is {side!r} and a {type(self.operator).__name__} has sides "
-            f"{list(range(self.operator.sides))}; pass one of them.",
-        )
+        self._check_side(side)
         dressed = self.operator.dress(functions_of(self.networks, self.params)[side])
         rotation = jnp.asarray(self.rotation[side], jnp.float32)
         return lambda x: dressed(x) @ rotation.astype(jnp.result_type(dressed(x)))
@@ -280,8 +278,20 @@ class Decomposition:
 
         Returns:
           The values, ``(n, L)``.
+
+        Raises:
+          ValueError: for a side that the operator does not have.
+
+        Cost: compiled once for all numbers of points up to the same power of two.
         """
-        return np.asarray(jax.jit(jax.vmap(self.function(side)))(jax.tree.map(jnp.asarray, points)))
+        self._check_side(side)
+        points = jax.tree.map(jnp.asarray, points)
+        count = len(jax.tree.leaves(points)[0])
+        more = (1 << max(count - 1, 0).bit_length()) - count if count else 0
+        padded = jax.tree.map(lambda a: jnp.concatenate([a, jnp.repeat(a[:1], more, 0)]), points)
+        parts = Same(self.operator), Same(self.networks[side])
+        rotation = jnp.asarray(self.rotation[side], jnp.float32)
+        return np.asarray(_values(parts, self.params[side], rotation, padded)[:count])
 
     def save(self, path: str) -> None:
         """Writes the numbers to an ``.npz``; operator and network are code and stay with you.
@@ -350,6 +360,13 @@ class Decomposition:
         missing = "" if self.converged.all() else f"not converged: {told(False)}; "
         return f"Decomposition({told(True)}; {missing}step {self.step}, {self.message})"
 
+    def _check_side(self, side: Any) -> None:
+        check(
+            side in range(self.operator.sides),
+            f"Decomposition: side is {side!r} and a {type(self.operator).__name__} has "
+            f"{list(range(self.operator.sides))}; pass one of these.",
+        )
+
     @property
     def _read(self) -> tuple[SideMoments, ...]:
         return reading.turned(reading.mean(self.moments), self.rotation)
@@ -360,3 +377,11 @@ class Decomposition:
             return dataclasses.replace(self, rotation=rule(moments))
         rotation = reading.in_order(rule(reading.mean(self.seen)), moments)
         return dataclasses.replace(self, rotation=rotation)
+
+
+@partial(jax.jit, static_argnums=0)
+def _values(parts: tuple[Same, Same], params: Any, rotation: jax.Array, points: Any) -> jax.Array:
+    operator, network = (same.part for same in parts)
+    dressed = operator.dress(functions_of((network,), (params,))[0])
+    outputs = jax.vmap(dressed)(points)
+    return outputs @ rotation.astype(outputs.dtype)

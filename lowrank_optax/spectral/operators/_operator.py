@@ -150,6 +150,10 @@ def held_rows(count: int, part: float, groups: Any) -> tuple[np.ndarray, np.ndar
 
 
 def blocks(rows: np.ndarray, least: int = 2) -> np.ndarray:
-    """Rows as `BLOCKS` batches of neighbours, ``(n, k)``; fewer where they would be too small."""
-    count = int(np.clip(len(rows) // max(least, 2), 1, BLOCKS))
+    """Rows as up to `BLOCKS` batches of neighbours, ``(n, k)``, of at least so many each.
+
+    Among the upper half of the possible numbers it is the one that leaves out the fewest rows.
+    """
+    most = int(np.clip(len(rows) // max(least, 2), 1, BLOCKS))
+    count = min(range(most, most // 2, -1), key=lambda n: len(rows) % n)
     return rows[: len(rows) // count * count].reshape(count, -1)
