@@ -238,8 +238,8 @@ class Schrodinger(Differential):
         return self.proposal.log_density(x, self.proposal.init()) / 2
 
     def _masked(self, function: Function) -> Function:
-        mask = self.mask
-        return function if mask is None else lambda x: mask(x) * function(x)
+        mask, ends = self.mask, self.proposal.boundary
+        return lambda x: (ends(x) if mask is None else ends(x) * mask(x)) * function(x)
 
     def dress(self, function: Function) -> Function:
         masked = self._masked(function)
