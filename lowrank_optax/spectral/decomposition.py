@@ -195,7 +195,7 @@ class Decomposition:
         by two errors, its error is below a tenth of it, and it moved less than that since half the
         steps.
         """
-        live = self.rotation[0].any(axis=0)
+        live = np.asarray(self.rotation[0].any(axis=0))
         return reading.found(self.eigenvalues, self.errors, self.movement, live, self.least)
 
     @property

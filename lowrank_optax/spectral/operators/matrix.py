@@ -165,14 +165,15 @@ class RectangularMatrix(SampledOperator):
         (m, n), (rows, columns) = self.shape, batch
         left, right = jax.vmap(f)(jnp.arange(m)), jax.vmap(g)(jnp.arange(n))
         ratio = (m / n) ** 0.5
-        if callable(self.matrix):
-            forth, back = self.matrix(right)[rows], self.transpose(left)[columns]
+        product: Any = self.matrix
+        if callable(product):
+            forth, back = product(right)[rows], self.transpose(left)[columns]
         else:
-            forth, back = self.matrix[rows] @ right, self.matrix[:, columns].T @ left
+            forth, back = product[rows] @ right, product[:, columns].T @ left
         return left[rows], ratio * forth, right[columns], back / ratio
 
 
-def _check_adjoint(owner: str, product: Any, transpose: Any, shape: tuple[int, int]) -> None:
+def _check_adjoint(owner: str, product: Any, transpose: Any, shape: Any) -> None:
     """Two random products tell whether one function is the other's transpose."""
     m, n = shape
     one, two = jax.random.split(jax.random.key(0))
