@@ -60,7 +60,7 @@ def test_no_kink_on_a_line():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: s.fit(ops.Matrix(np.eye(2)), 2), "not vectors"),
+        (lambda: s.fit(ops.Koopman(np.ones((4, 2, 2)), np.ones((4, 2, 2))), 2), "not vectors"),
         (lambda: s.fit(ops.Langevin(ops.Harmonic(), ops.gaussian(1, 1.0)), 0), "network"),
         (lambda: ops.classical(ops.Harmonic(), 0, 1.0), "dimension"),
         (lambda: ops.classical(ops.Harmonic(), 1, 1.0, largest=0.0), "largest"),
