@@ -448,6 +448,7 @@ def test_a_fit_on_the_oscillator():
     found = s.fit(
         OSCILLATOR,
         network,
+        method=s.NestedLoRA(),
         optimizer=cosine(800, 0.03),
         steps=800,
         batch_size=256,
