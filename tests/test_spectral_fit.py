@@ -246,6 +246,10 @@ def test_estimator_is_a_transformer():
     assert fitted.decomposition_.networks[0] == s.networks.default(
         ops.KernelIntegral(kernel, piped[0].transform(x)), 2
     )
+    # The score on new data is what the model leaves of the kernel's matrix, by all of its pairs
+    # within batches; on the data themselves it is near the squared eigenvalues.
+    again = np.random.default_rng(1).normal(size=(512, 2)).astype(np.float32)
+    np.testing.assert_allclose(piped.score(again), np.sum(fitted.eigenvalues_**2), rtol=0.25)
     assert z.shape == (128, 2) and fitted.eigenvalues_.shape == fitted.errors_.shape == (2,)
     np.testing.assert_allclose(z.T @ z / 128, np.eye(2), atol=0.25)
 

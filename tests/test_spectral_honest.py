@@ -41,7 +41,7 @@ def test_what_is_read_was_never_learned_from(make):
     assert not seen & held and len(held) == 40
     if not isinstance(operator, ops.GraphLaplacian):
         assert seen | held == whole
-    again, batches = learned.held_out()  # nothing is held out twice
+    again, _ = learned.held_out()  # nothing is held out twice
     assert isinstance(operator, ops.GraphLaplacian | ops.NeuralTangentKernel) or again is learned
 
 

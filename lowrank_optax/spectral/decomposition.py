@@ -13,7 +13,7 @@ import numpy as np
 from lowrank_optax._core.checks import check
 from lowrank_optax.spectral import _reading as reading
 from lowrank_optax.spectral._fingerprint import Same
-from lowrank_optax.spectral.methods import SideMoments
+from lowrank_optax.spectral.methods import SideMoments, moments
 from lowrank_optax.spectral.operators import SampledOperator
 
 
@@ -128,8 +128,8 @@ class Decomposition:
     ):
         """Reads out by Rayleigh-Ritz."""
         whole = lambda m: jax.tree.map(lambda a: np.asarray(a, np.float64), tuple(m))
-        moments, seen = whole(moments), None if seen is None else whole(seen)
-        return cls(operator, networks, params, moments, (), seen=seen, **rest).ritz()
+        read, seen = whole(moments), None if seen is None else whole(seen)
+        return cls(operator, networks, params, read, (), seen=seen, **rest).ritz()
 
     @property
     def eigenvalues(self) -> np.ndarray:
@@ -251,6 +251,52 @@ class Decomposition:
           Another `Decomposition` of the same functions.
         """
         return self._rotated(reading.raw_rotation)
+
+    def read_on(self, operator: SampledOperator) -> "Decomposition":
+        """The same modes, read from other data that they have not seen.
+
+        Args:
+          operator: an operator of the same kind made from the other data, all of which is used.
+
+        Returns:
+          Another `Decomposition`, whose `seen` is what this one was read from or learned from, so
+          that its `score` is that of the model on the new data.
+
+        Raises:
+          ValueError: for an operator that is not made from data.
+
+        Cost: one application of the operator to all of its data, compiled anew.
+
+        Example:
+          >>> import jax.numpy as jnp, numpy as np
+          >>> from lowrank_optax import spectral
+          >>> operator = spectral.operators.Matrix(np.diag([1.0, 4.0]))
+          >>> sizes = [1, 1], [1, 4], [1, 16]
+          >>> moments = spectral.SideMoments(*(np.diag(x)[None] / 2 for x in sizes))
+          >>> network = spectral.Network(lambda key, i: (), lambda p, i: jnp.eye(2)[i])
+          >>> found = spectral.Decomposition.of(operator, (network,), ((),), (moments,))
+          >>> print(found.read_on(spectral.operators.Matrix(np.diag([1.0, 3.0]))).eigenvalues)
+          [3. 1.]
+        """
+        field = operator.__dataclass_fields__.get("held_out_part")
+        none: dict[str, Any] = {"held_out_part": 0.0}
+        whole = dataclasses.replace(operator, **none) if field and field.init else operator
+        batches = whole.held_out()[1]
+        check(
+            batches is not None,
+            f"Decomposition: a {type(operator).__name__} draws fresh points and has no data; pass "
+            "an operator made from data.",
+        )
+        functions = functions_of(self.networks, self.params)
+
+        def one(batch: Any) -> tuple[SideMoments, ...]:
+            out = whole.apply(*functions, batch)
+            return moments(tuple(zip(out[::2], out[1::2], strict=True)))
+
+        read = jax.jit(lambda batches: jax.lax.map(one, batches))(batches)
+        rest = {"step": self.step, "method": self.method, "least": self.least}
+        seen = self.moments if self.seen is None else self.seen
+        return Decomposition.of(operator, self.networks, self.params, read, seen, **rest)
 
     def function(self, side: int = 0) -> Callable[[Any], jax.Array]:
         """A function from one point to the modes ``(L,)`` of a side, for `jax.grad` and `jax.jit`.

@@ -103,6 +103,17 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return self.decomposition_(validate_data(self, X, dtype=np.float32, reset=False))
 
+    def score(self, X: Any, y: Any = None) -> float:
+        """How much of the operator of other data the modes explain, for cross-validation.
+
+        The ``score`` of `Decomposition.read_on`, in units of the squared eigenvalues. It falls
+        when modes were learned by heart, so that `sklearn.model_selection` can choose their number
+        or a regularisation.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float32, reset=False)
+        return self.decomposition_.read_on(self.operator(X)).score
+
 
 def _seed(random_state: Any) -> int:
     """The seed that a ``random_state`` stands for; a generator draws a new one every time."""

@@ -51,7 +51,7 @@ def fit(
     seed: int = 0,
     ema: float = 0.99,
     evaluate_every: int | None = None,
-    evaluate_batches: int = 16,
+    evaluate_batches: int = 64,
     progress: Callable[[dict[str, Any]], Any] | bool | None = None,
     checkpoint: str | None = None,
     patience: int | None = None,
@@ -89,7 +89,7 @@ def fit(
         default; 0 for none.
       evaluate_every: number of steps between evaluations; by default a tenth of ``steps``, and 250
         where the steps are found.
-      evaluate_batches: number of batches of an evaluation, 16 by default, where they are fresh.
+      evaluate_batches: number of batches of an evaluation, 64 by default, where they are fresh.
       progress: function that is called with the record of every evaluation, such as `print`. By
         default (``None``) a bar and, at the end, a table of the modes on a terminal where rich is
         installed, and nothing elsewhere; ``False`` for nothing, ``True`` for both at any rate.
@@ -110,7 +110,7 @@ def fit(
       ValueError: for arguments out of range, parts or outputs that do not fit each other, or the
         checkpoint of another fit.
 
-    Cost: a step is one application of the operator and one gradient of the network. Memory is three
+    Cost: a step is one application of the operator and one gradient of the network. Memory is four
     copies of the parameters beside the optimizer's state.
 
     Example:

@@ -94,9 +94,13 @@ class KernelIntegral(SampledOperator):
         """The number of points."""
         return len(self.data)
 
+    def _blocks(self, rows: np.ndarray) -> np.ndarray:
+        """Eight batches: pairs lie within a batch, so that small ones would leave out most."""
+        return blocks(rows, least=max(8, len(rows) // 8))
+
     def held_out(self) -> tuple["KernelIntegral", Any]:
         rows, held = held_rows(self.rows, self.held_out_part, self.groups)
-        batches = self.data[blocks(held if len(held) else rows, least=8)]
+        batches = self.data[self._blocks(held if len(held) else rows)]
         if not len(held):
             return self, batches
         left = {"data": self.data[rows], "groups": None, "held_out_part": 0.0}
@@ -165,7 +169,7 @@ class NeuralTangentKernel(KernelIntegral):
 
     def held_out(self) -> tuple["NeuralTangentKernel", Any]:
         rows, held = held_rows(self.rows, self.held_out_part, None)
-        batches = self.data[blocks(held if len(held) else rows, least=8)]
+        batches = self.data[self._blocks(held if len(held) else rows)]
         return (dataclasses.replace(self, data=self.data[rows]) if len(held) else self), batches
 
     def _check_kernel(self) -> None:
