@@ -170,7 +170,8 @@ FOUR = ("defaults", "trunk, floor, whitening", "original recipe")
 
 def learn(name: str, modes: int, steps: int, batch: int, seed: int) -> dict[str, Any]:
     """One fit, with the errors of its eigenvalues before and after Rayleigh-Ritz along the way."""
-    options = {"operator": problem(WIDE), "network": modes} | VARIANTS[name](modes, steps)
+    options = {"operator": problem(WIDE), "network": modes, "method": spectral.NestedLoRA()}
+    options |= VARIANTS[name](modes, steps)
     operator = options.pop("operator")
     truth = operator.truth(modes)
     start = time.perf_counter()
