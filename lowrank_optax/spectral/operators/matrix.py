@@ -166,7 +166,7 @@ class RectangularMatrix(SampledOperator):
         left, right = jax.vmap(f)(jnp.arange(m)), jax.vmap(g)(jnp.arange(n))
         ratio = (m / n) ** 0.5
         product: Any = self.matrix
-        if callable(product):
+        if callable(self.matrix):
             forth, back = product(right)[rows], self.transpose(left)[columns]
         else:
             forth, back = product[rows] @ right, product[:, columns].T @ left
