@@ -96,12 +96,13 @@ def generator(seed: int, steps: int, modes: int = 4) -> spectral.Decomposition:
     return spectral.fit(
         double_well(),
         spectral.networks.MLP(modes, (64, 64), jax.nn.tanh),
+        method=spectral.NestedLoRA(),
         steps=steps,
         batch_size=1024,
         seed=seed,
         evaluate_every=steps,
         evaluate_batches=256,  # the slowest rate is a hundredth of the shift
-    ).ritz()
+    )
 
 
 def trajectories(seed: int, chains: int, time: float, every: float, dt: float = 2e-3) -> np.ndarray:
@@ -152,7 +153,7 @@ def implied(seed: int, steps: int, chains: int, every: float = 0.5) -> list[dict
         lag = round(time / every)
         pairs = operators.lagged_pairs(list(seen[..., None]), lag)
         found = spectral.fit(
-            operators.Koopman(*pairs),
+            operators.Koopman(*pairs, held_out_part=0.0),
             spectral.networks.MLP(2, (64, 64), jax.nn.tanh),
             steps=steps,
             batch_size=1024,
@@ -207,7 +208,7 @@ def logistic(seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
 def learn_map(seed: int, steps: int, x: np.ndarray, y: np.ndarray) -> spectral.Decomposition:
     waves = spectral.networks.FourierFeatures(32, 6.0, kink=True)
     return spectral.fit(
-        operators.CanonicalDependence(x, y),
+        operators.CanonicalDependence(x, y, held_out_part=0.0),
         spectral.networks.MLP(MODES, (64, 64), jax.nn.tanh, features=waves, shared=True),
         steps=steps,
         batch_size=2048,

@@ -101,7 +101,7 @@ def learn(
     nesting: spectral.Nesting, modes: int, x: Any, y: Any, steps: int, seed: int
 ) -> spectral.Decomposition:
     return spectral.fit(
-        spectral.operators.CanonicalDependence(x, y),
+        spectral.operators.CanonicalDependence(x, y, held_out_part=0.0),
         spectral.networks.MLP(modes, (128, 128), jax.nn.relu, shared=True),
         method=spectral.NestedLoRA(nesting),
         steps=steps,
@@ -121,9 +121,8 @@ def outputs(found: spectral.Decomposition, views: Views) -> list[np.ndarray]:
 
 def rotated(found: spectral.Decomposition, views: Views) -> list[np.ndarray]:
     """The same span with singular functions in order, the constant mode left out."""
-    ritz = found.ritz()
-    root = np.sqrt(np.maximum(ritz.singular_values, 0))
-    return [(ritz(points, side) * root)[:, 1:] for side, points in enumerate(views[:2])]
+    root = np.sqrt(np.maximum(found.singular_values, 0))
+    return [(found(points, side) * root)[:, 1:] for side, points in enumerate(views[:2])]
 
 
 def cca(train: Views, test: Views, ridge: float = 1e-2) -> list[np.ndarray]:
@@ -237,7 +236,9 @@ def zero_shot(
     standard = lambda v, like: (v - like.mean(0)) / (like.std() + 1e-6)
     prepare = lambda v: v._replace(x=standard(v.x, train.x), y=standard(v.y, train.y))
     found = spectral.fit(
-        spectral.operators.CanonicalDependence(*pairs_of_a_class(prepare(train), pairs)),
+        spectral.operators.CanonicalDependence(
+            *pairs_of_a_class(prepare(train), pairs), held_out_part=0.0
+        ),
         spectral.networks.MLP(modes, (512,), jax.nn.leaky_relu, shared=True),
         method=spectral.NestedLoRA(spectral.JointNesting()),
         optimizer=optax.adam(optax.cosine_decay_schedule(1e-3, steps)),

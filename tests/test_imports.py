@@ -16,9 +16,9 @@ MODULES = {
 # A module imports only what stands in lines above its own; parts of one package each other.
 LAYERS = (
     {"_core"},
-    {"curvature", "basis", "inner", "spectral"},
+    {"curvature", "basis", "inner"},
     {"engine", "online", "least_squares", "experimental"},
-    {"recipes", "diagnose"},
+    {"recipes", "diagnose", "spectral"},
     {"training"},
 )
 ABOVE = {name: i for i, layer in enumerate(LAYERS) for name in layer}

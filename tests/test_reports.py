@@ -271,7 +271,7 @@ def test_no_stream_and_no_fit_promotes_ranks():
         well = spectral.operators.Langevin(
             spectral.operators.DoubleWell(), spectral.operators.gaussian(1, 1.0)
         )
-        spectral.fit(well, 2, steps=1, batch_size=8, evaluate_batches=2).ritz()
+        spectral.fit(well, 2, steps=1, batch_size=8, evaluate_batches=2)
 
 
 # Debugging --------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ NETWORK = s.Network(
 
 
 def run(**options):
-    options = {"steps": 40, "batch_size": 32, "evaluate_every": 10, "evaluate_batches": 2} | options
+    small = {"steps": 40, "batch_size": 32, "evaluate_every": 10, "evaluate_batches": 2}
+    options = small | {"method": s.NestedLoRA()} | options
     return s.fit(options.pop("operator", OPERATOR), options.pop("network", NETWORK), **options)
 
 
@@ -119,9 +120,9 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 def test_nan_stops_with_the_last_good_parameters():
-    bad = lambda x: jnp.where(jnp.abs(x[0]) < 10, jnp.nan, 0.0)
+    bad = Failing(np.diag([4.0, 2, 1, 0.5]), at=0)  # the first index of every evaluation
     with pytest.warns(RuntimeWarning, match="not finite|diverge"):
-        found = run(operator=ops.Schrodinger(bad, ops.gaussian(1, 1.0)))
+        found = run(operator=bad, network=TABLE)
     assert "stopped at step" in found.message and found.step == 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.params))
 
@@ -142,7 +143,9 @@ def test_patience_stops_a_fit_that_stands_still():
 def test_progress_and_history(ran):
     found, seen = ran
     assert tuple(seen) == found.history
-    assert {"step", "seconds", "eigenvalues", "ritz", "norm", "efficiency"} == seen[0].keys()
+    assert {"step", "seconds", "eigenvalues", "raw", "score", "norm", "efficiency"} == seen[
+        0
+    ].keys()
     assert 0 < seen[-1]["efficiency"] <= 1
 
 
@@ -192,15 +195,18 @@ def test_errors_cover_the_noise_of_the_evaluation(ran):
 def test_modes_are_normal_and_ritz_modes_diagonalise(ran):
     found = ran[0]
     np.testing.assert_allclose(np.diagonal(found.gram), 1, rtol=1e-6)
-    turned = found.ritz()
-    np.testing.assert_allclose(turned.gram, np.eye(2), atol=1e-6)
-    assert turned.eigenvalues[0] >= found.eigenvalues[0]
+    np.testing.assert_allclose(found.gram, np.eye(2), atol=1e-6)
+    raw = found.raw()
+    np.testing.assert_allclose(np.diagonal(raw.gram), 1, rtol=1e-6)
+    assert abs(raw.gram[0, 1]) > 1e-3  # outputs as they are, and the span's best value above them
+    assert found.eigenvalues[0] > raw.eigenvalues[0]
+    np.testing.assert_allclose(raw.ritz().rotation, found.rotation)
     assert (np.diff(found.eigenvalues) <= 0).all()
     assert "Decomposition(" in repr(found)
 
 
 def test_save_and_load(tmp_path, ran):
-    path, found = str(tmp_path / "found.npz"), ran[0].ritz()
+    path, found = str(tmp_path / "found.npz"), ran[0]
     found.save(path)
     read = s.Decomposition.load(path, OPERATOR, NETWORK)
     x = np.linspace(-1, 1, 5)[:, None]
@@ -240,6 +246,10 @@ def test_estimator_is_a_transformer():
     assert fitted.decomposition_.networks[0] == s.networks.default(
         ops.KernelIntegral(kernel, piped[0].transform(x)), 2
     )
+    # The score on new data is what the model leaves of the kernel's matrix, by all of its pairs
+    # within batches; on the data themselves it is near the squared eigenvalues.
+    again = np.random.default_rng(1).normal(size=(512, 2)).astype(np.float32)
+    np.testing.assert_allclose(piped.score(again), np.sum(fitted.eigenvalues_**2), rtol=0.25)
     assert z.shape == (128, 2) and fitted.eigenvalues_.shape == fitted.errors_.shape == (2,)
     np.testing.assert_allclose(z.T @ z / 128, np.eye(2), atol=0.25)
 
@@ -306,7 +316,8 @@ def test_batches_of_everything_need_moments_of_everything():
     operator = ops.Matrix(jnp.eye(3), everything=True)
     table = (lambda key, i: jnp.ones((3, 2)), lambda rows, i: rows[i])
     with pytest.raises(ValueError, match="moments=WholeBatch"):
-        s.fit(operator, table, steps=1)
+        s.fit(operator, table, steps=1, method=s.NestedLoRA())
+    assert "WholeBatch" in s.fit(operator, table, steps=1).method  # which the default chooses
 
 
 def test_statistics_of_pairs_leave_out_whole_samples():
@@ -332,3 +343,56 @@ def test_singular_values_are_positive():
     np.testing.assert_allclose(found.singular_values, [3, 2], rtol=1e-6)
     left, right = found(np.arange(2)), found(np.arange(2), side=1)
     np.testing.assert_allclose((left * found.singular_values) @ right.T / 2, np.diag([3, 2]))
+
+
+def read_of(matrix, f, **rest):
+    """The reading of functions given by their values at every index."""
+    f, n = np.asarray(f, np.float64), len(f)
+    image = matrix @ f
+    seen = s.SideMoments(f.T @ f / n, f.T @ image / n, image.T @ image / n)
+    seen = jax.tree.map(lambda a: a[None], seen)
+    return s.Decomposition.of(ops.Matrix(matrix, everything=True), (), (), (seen,), **rest)
+
+
+def test_what_is_read_is_the_best_of_the_span():
+    """Mixed outputs: quotients one by one are off, and what is read is not."""
+    matrix, mix = np.diag([5.0, 3.0, 1.0, 0.0]), np.array([[1.0, 1, 0], [0, 1, 1], [0, 0, 1]])
+    found = read_of(matrix, np.eye(4)[:, :3] @ mix)
+    np.testing.assert_allclose(found.eigenvalues, [5, 3, 1], atol=1e-9)
+    np.testing.assert_allclose(found.gram, np.eye(3), atol=1e-9)
+    np.testing.assert_allclose(found.raw().eigenvalues, [5, 4, 2])
+    np.testing.assert_allclose(found.raw().ritz().eigenvalues, found.eigenvalues)
+
+
+def test_residuals_bound_eigenvalues_where_nothing_is_sampled():
+    """An eigenvalue lies within each error, and modes that do not exist do not count as found."""
+    rng = np.random.default_rng(0)
+    matrix = np.diag([3.0, 2, 1, 0, 0, 0, 0, 0])
+    f = np.eye(8)[:, :5] + 0.05 * rng.normal(size=(8, 5))
+    found = read_of(matrix, f, least=0.0)
+    apart = np.abs(found.eigenvalues[:, None] - np.diag(matrix)).min(1)
+    assert (apart <= found.errors).all() and found.errors.min() > 0
+    np.testing.assert_array_equal(found.converged, [True, True, True, False, False])
+    assert repr(found).count("not converged") == 1
+    exact = read_of(matrix, np.eye(8)[:, [0, 1, 1]])  # an output that depends on another
+    np.testing.assert_array_equal(exact.converged, [True, True, False])
+    rows, columns = rng.normal(size=(6, 2)), rng.normal(size=(4, 2))
+    k = rng.normal(size=(6, 4))
+    tg, tf = (6 / 4) ** 0.5 * k @ columns, (4 / 6) ** 0.5 * k.T @ rows
+    seen = jax.tree.map(
+        lambda a: np.asarray(a, np.float64)[None],
+        s.methods.moments(((rows, tg), (columns, tf))),
+    )
+    found = s.Decomposition.of(ops.RectangularMatrix(k, everything=True), (), (), seen)
+    truth = np.linalg.svd(k)[1]
+    assert (np.abs(found.singular_values[:, None] - truth).min(1) <= found.errors).all()
+
+
+def test_values_that_move_are_not_converged():
+    moments = s.SideMoments(*(np.stack([np.diag(x)] * 4) for x in ([1.0, 1], [4, 2], [16, 4])))
+    history = tuple({"step": i, "eigenvalues": v} for i, v in ((50, [4.0, 1.2]), (100, [4.0, 2.0])))
+    operator = ops.Koopman(np.ones((4, 1)), np.ones((4, 1)))  # whose images have no residual
+    found = s.Decomposition.of(operator, (), (), (moments,), step=100, history=history)
+    np.testing.assert_allclose(found.movement, [0, 0.8])
+    np.testing.assert_allclose(found.errors, [0, 0.8])
+    np.testing.assert_array_equal(found.converged, [True, False])

@@ -82,7 +82,7 @@ def galerkin(operator, basis, size, batches=8):
 
     each = [seen(k) for k in jax.random.split(jax.random.key(1), batches)]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *each)
-    return s.Decomposition.of(operator, networks, ((),) * operator.sides, stacked).ritz()
+    return s.Decomposition.of(operator, networks, ((),) * operator.sides, stacked)
 
 
 def hermite(x):
@@ -351,3 +351,24 @@ def test_matrix_by_matvec_is_the_array():
 def test_wrong_values_are_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_proposals_end_at_walls_that_are_far_above_the_energy():
+    """Density, points and functions of a Morse potential, whose one wall is steeper than any."""
+    morse = lambda x: 16 * jnp.square(1 - jnp.exp(-x[0]))
+    points = ops.classical(morse, 1, energy=16.0)
+    (end,) = points.low
+    assert points.high is None and 16 + 64 * 16 < morse(jnp.array([end])) < 2000
+    assert ops.classical(ops.Harmonic(), 2, 16.0).low is None  # beyond the reach of its scales
+    x = np.linspace(end, 200, 8001, dtype=np.float32)[:, None]
+    state = points.init()
+    density = np.exp(np.asarray(jax.jit(jax.vmap(lambda x: points.log_density(x, state)))(x)))
+    np.testing.assert_allclose(np.trapezoid(density, x[:, 0]), 1, rtol=1e-4)
+    drawn = np.asarray(points.draw(jax.random.key(0), 20000, state))[:, 0]
+    assert drawn.min() >= end
+    near = np.trapezoid(np.where(x[:, 0] < 1, density, 0), x[:, 0])
+    np.testing.assert_allclose(np.mean(drawn < 1), near, atol=0.015)
+    at = lambda x: float(points.boundary(jnp.array([x])))
+    assert at(end) == at(end - 1) == 0 and at(end + 10) == pytest.approx(1)
+    with pytest.raises(ValueError, match="low"):
+        ops.MultiScale(1, (1.0,), low=(1.0,))

@@ -60,7 +60,7 @@ def test_no_kink_on_a_line():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: s.fit(ops.Matrix(np.eye(2)), 2), "not vectors"),
+        (lambda: s.fit(ops.Koopman(np.ones((4, 2, 2)), np.ones((4, 2, 2))), 2), "not vectors"),
         (lambda: s.fit(ops.Langevin(ops.Harmonic(), ops.gaussian(1, 1.0)), 0), "network"),
         (lambda: ops.classical(ops.Harmonic(), 0, 1.0), "dimension"),
         (lambda: ops.classical(ops.Harmonic(), 1, 1.0, largest=0.0), "largest"),
@@ -115,4 +115,4 @@ def test_ctrl_c_keeps_the_last_evaluation(tmp_path, capsys, monkeypatch):
     assert "Stopped early" in capsys.readouterr().out
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["complete"] is False and len(result["history"]) == 2
-    assert result["modes"][0]["eigenvalue"] == pytest.approx(shown[1]["ritz"][0], rel=1e-5)
+    assert result["modes"][0]["eigenvalue"] == pytest.approx(shown[1]["eigenvalues"][0], rel=1e-5)

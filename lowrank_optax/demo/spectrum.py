@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             evaluate_batches=64,
             progress=progress,
-        ).ritz()  # modes that are not yet orthogonal would show an eigenvalue twice
+        )
         step, message = fit.step, fit.message
         modes = problems.rows(truth, fit.eigenvalues, fit.errors)
         problems.write_png(out / "modes.png", fit, title.format(step))
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         if not history:
             raise
         step, message = history[-1]["step"], "stopped early, with the last evaluation's values"
-        modes = problems.rows(truth, history[-1]["ritz"])
+        modes = problems.rows(truth, history[-1]["eigenvalues"])
         stopped = True
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "command")}
     result = {
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _line(record: dict[str, Any]) -> str:
-    values = " ".join(f"{value:.4g}" for value in record["ritz"])
+    values = " ".join(f"{value:.4g}" for value in record["eigenvalues"])
     return f"step {record['step']}, {record['seconds']:.0f} s: {values}"
 
 

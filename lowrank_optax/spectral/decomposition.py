@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax._core.checks import check
-from lowrank_optax.spectral.methods import SideMoments
+from lowrank_optax.spectral import _reading as reading
+from lowrank_optax.spectral._fingerprint import Same
+from lowrank_optax.spectral.methods import SideMoments, moments
 from lowrank_optax.spectral.operators import SampledOperator
 
 
@@ -65,18 +68,25 @@ def functions_of(networks: tuple[Any, ...], params: tuple[Any, ...]) -> tuple[An
 class Decomposition:
     """Eigen- or singular functions of an operator, in descending order and of norm one.
 
-    Mode ``l`` is ``sum_j f_j W_jl`` of the network's outputs ``f``. By default ``W`` orders and
-    normalises; `ritz` makes it diagonalise the operator in the span.
+    Mode ``l`` is ``sum_j f_j W_jl`` of the network's outputs ``f``, with the ``W`` that
+    diagonalises the operator in the span of the outputs (Rayleigh-Ritz); `raw` takes the outputs
+    one by one. Where the operator holds data out, ``W`` comes from the data of the training, and
+    everything that is read comes from the others.
 
     Attributes:
       operator: the operator.
       networks: a network for every side.
       params: the parameters of every side, averaged over the last steps where the fit did so.
-      moments: the `SideMoments` of every side, ``(n, L, L)`` for ``n`` batches of an evaluation.
+      moments: the `SideMoments` of every side, ``(n, L, L)`` for ``n`` independent batches.
       rotation: the matrix ``W`` of every side, ``(L, L)``.
       step: the number of steps taken.
       message: the reason why the fit ended.
       history: a record for every evaluation, a tuple of dictionaries.
+      seen: the `SideMoments` on the data of the training, where others were held out of it, else
+        ``None``.
+      method: the method of the fit, its ``repr``.
+      least: number at and below which a value is no mode that the method can find, minus infinity
+        where it finds any.
 
     Cost: memory ``3 n L²`` for each side beside the parameters; eigenvalues and errors take
     ``6 n L³`` flops in float64.
@@ -90,8 +100,8 @@ class Decomposition:
       >>> eye, cross, image = np.eye(2), np.diag([1.0, 4.0]), np.diag([1.0, 16.0])
       >>> moments = spectral.SideMoments(eye[None], cross[None], image[None])
       >>> found = spectral.Decomposition.of(operator, (), (), (moments,))
-      >>> print(found.eigenvalues, found.residuals)
-      [4. 1.] [0. 0.]
+      >>> print(found.eigenvalues, found.residuals, found.converged)
+      [4. 1.] [0. 0.] [ True  True]
     """
 
     operator: SampledOperator
@@ -102,27 +112,32 @@ class Decomposition:
     step: int = 0
     message: str = ""
     history: tuple[dict[str, Any], ...] = ()
+    seen: tuple[SideMoments, ...] | None = None
+    method: str = ""
+    least: float = -np.inf
 
     @classmethod
-    def of(cls, operator: SampledOperator, networks: Any, params: Any, moments: Any, **rest: Any):
-        """Orders and normalises the outputs; singular values are made positive."""
-        moments = jax.tree.map(lambda a: np.asarray(a, np.float64), tuple(moments))
-        mean = _mean(moments)
-        sizes = [np.sqrt(np.diagonal(side.gram)) for side in mean]
-        inverse = [np.divide(1.0, s, out=np.zeros_like(s), where=s > 0) for s in sizes]
-        with np.errstate(invalid="ignore"):  # the start of a fit that is about to be refused
-            values = np.diagonal(mean[0].cross) * inverse[0] * inverse[-1]
-        if len(mean) == 2:
-            inverse[1] = np.where(values < 0, -inverse[1], inverse[1])
-            values = np.abs(values)
-        order = np.argsort(-values, kind="stable")
-        rotation = tuple(np.diag(scale)[:, order] for scale in inverse)
-        return cls(operator, networks, params, moments, rotation, **rest)
+    def of(
+        cls,
+        operator: SampledOperator,
+        networks: Any,
+        params: Any,
+        moments: Any,
+        seen: Any = None,
+        **rest: Any,
+    ):
+        """Reads out by Rayleigh-Ritz."""
+        whole = lambda m: jax.tree.map(lambda a: np.asarray(a, np.float64), tuple(m))
+        read, seen = whole(moments), None if seen is None else whole(seen)
+        return cls(operator, networks, params, read, (), seen=seen, **rest).ritz()
 
     @property
     def eigenvalues(self) -> np.ndarray:
-        """The Rayleigh quotients ``<f, T f> / ‖f‖²``, ``(L,)``; singular values with two sides."""
-        return _quotients(self._turned(_mean(self.moments)))
+        """The Rayleigh quotients ``<f, T f> / ‖f‖²``, ``(L,)``; singular values with two sides.
+
+        See `converged` for which of them are modes that were found.
+        """
+        return reading.quotients(self._read)
 
     @property
     def singular_values(self) -> np.ndarray:
@@ -130,70 +145,158 @@ class Decomposition:
         return self.eigenvalues
 
     @property
-    def errors(self) -> np.ndarray:
-        """The standard errors of `eigenvalues`, ``(L,)``, by the jackknife over batches.
+    def fitted_eigenvalues(self) -> np.ndarray:
+        """The same quotients on the data of the training, ``(L,)``.
 
-        They measure the sampling of the evaluation, not how far the functions are from converged.
-        They are ``nan`` for a single batch.
+        Values far above `eigenvalues` say that the functions have learned their data by heart.
+        Where nothing was held out they are the eigenvalues.
         """
-        n = len(self.moments[0].gram)
-        if n < 2:
-            return np.full(len(self.gram), np.nan)
-        total = _mean(self.moments)
-        left_out = [
-            jax.tree.map(
-                lambda mean, each, i=i: (n * mean - each[i]) / (n - 1), total, self.moments
-            )
-            for i in range(n)
-        ]
-        values = np.stack([_quotients(self._turned(m)) for m in left_out])
-        return np.sqrt((n - 1) * np.mean((values - values.mean(0)) ** 2, 0))
+        seen = self.moments if self.seen is None else self.seen
+        return reading.quotients(reading.turned(reading.mean(seen), self.rotation))
+
+    @property
+    def sampling_errors(self) -> np.ndarray:
+        """The part of `errors` that the sampling of the evaluation makes, ``(L,)``.
+
+        By the jackknife over batches; ``nan`` for a single batch.
+        """
+        return reading.sampling(self.moments, self.rotation)
+
+    @property
+    def errors(self) -> np.ndarray:
+        r"""Standard errors of `eigenvalues`, ``(L,)``.
+
+        .. math:: \sqrt{\text{sampling}^2 + \min(\text{movement}, \text{residual})^2}
+
+        with the movement since half the steps, which estimates the way that is left. Where a
+        single batch is all there is, nothing is sampled and the residual, within which there is an
+        eigenvalue, is the error, but no less than the rounding of moments in float32 allows to
+        tell; ``nan`` where there is no residual either.
+        """
+        if len(self.moments[0].gram) == 1:
+            bound = self.residuals
+            if bound is None:
+                return np.full(len(self.eigenvalues), np.nan)
+            return np.maximum(bound, reading.ROUNDING * np.abs(self.eigenvalues))
+        bound = np.inf if self.residuals is None else self.residuals
+        drift = np.minimum(np.nan_to_num(self.movement), bound)
+        return np.hypot(self.sampling_errors, drift)
+
+    @property
+    def movement(self) -> np.ndarray:
+        """How far `eigenvalues` are from those at half the steps, ``(L,)``; ``nan`` if unknown."""
+        return reading.moved(self.history, self.eigenvalues, self.step)
+
+    @property
+    def converged(self) -> np.ndarray:
+        """Which modes were found, booleans ``(L,)``.
+
+        A mode counts when its outputs do not depend on earlier ones, its value is above ``least``
+        by two errors, its error is below a tenth of it, and it moved less than that since half the
+        steps.
+        """
+        live = np.asarray(self.rotation[0].any(axis=0))
+        return reading.found(self.eigenvalues, self.errors, self.movement, live, self.least)
+
+    @property
+    def score(self) -> float:
+        r"""The sum of `eigenvalues`; of held-out data how much a model of the others explains.
+
+        .. math:: 2 \sum_l s_l \langle f_l, T g_l\rangle
+                  - \sum_{lm} s_l s_m \langle f_l, f_m\rangle \langle g_l, g_m\rangle
+
+        with modes of norm one and values ``s`` on the data of the training, and inner products on
+        those held out. It falls when the modes learn their data by heart.
+        """
+        if self.seen is None:
+            return float(np.sum(self.eigenvalues))
+        seen = reading.mean(self.seen)
+        return reading.score(reading.mean(self.moments), seen, self.rotation)
 
     @property
     def gram(self) -> np.ndarray:
         """The inner products of the modes, ``(L, L)``: the identity where they are orthonormal."""
-        return self._turned(_mean(self.moments))[0].gram
+        return self._read[0].gram
 
     @property
     def residuals(self) -> np.ndarray | None:
         """``‖T f - lam f‖`` of modes of norm one, ``(L,)``; ``None`` where images are only samples.
 
-        A self-adjoint operator has an eigenvalue within that distance of ``lam``. With a singular
-        potential the singularity dominates the residual, unless the functions have its exact cusp.
+        A self-adjoint operator has an eigenvalue within that distance of ``lam``, an operator with
+        two sides a singular value. With a singular potential the singularity dominates the
+        residual, unless the functions have its exact cusp.
         """
-        if not self.operator.exact:
-            return None
-        side = self._turned(_mean(self.moments))[0]
-        lam = self.eigenvalues
-        diagonal = np.diagonal
-        square = (
-            diagonal(side.image) - 2 * lam * diagonal(side.cross) + lam**2 * diagonal(side.gram)
-        )
-        return np.sqrt(np.maximum(square, 0))
+        return reading.residuals(self._read) if self.operator.exact else None
 
     def ritz(self) -> "Decomposition":
         """The same span with modes that diagonalise the operator in it (Rayleigh-Ritz).
 
-        Where outputs depend on each other, modes that are 0 take the last places.
+        A `Decomposition` is read so from the start; this undoes `raw`. Where outputs depend on each
+        other, modes that are 0 take the last places.
 
         Returns:
           Another `Decomposition` of the same functions.
 
         Cost: one ``eigh`` or ``svd`` of ``L x L``, in float64.
         """
-        sides = _mean(self.moments)
-        whiten = [_whitening(side.gram) for side in sides]
-        between = whiten[0].T @ sides[0].cross @ whiten[-1]
-        if len(sides) == 1:
-            values, vectors = np.linalg.eigh((between + between.T) / 2)
-            turns = [vectors[:, np.argsort(-values)]]
-        else:
-            u, _, vt = np.linalg.svd(between, full_matrices=False)
-            turns = [u, vt.T]
-        modes = len(sides[0].gram)
-        rotation = [w @ turn for w, turn in zip(whiten, turns, strict=True)]
-        padded = tuple(np.pad(r, ((0, 0), (0, modes - r.shape[1]))) for r in rotation)
-        return dataclasses.replace(self, rotation=padded)
+        return self._rotated(reading.ritz_rotation)
+
+    def raw(self) -> "Decomposition":
+        """The network's outputs one by one, ordered and of norm one, not mixed with each other.
+
+        They show what a method has found by itself: whether it orders its modes, and how far they
+        are from orthogonal (`gram`).
+
+        Returns:
+          Another `Decomposition` of the same functions.
+        """
+        return self._rotated(reading.raw_rotation)
+
+    def read_on(self, operator: SampledOperator) -> "Decomposition":
+        """The same modes, read from other data that they have not seen.
+
+        Args:
+          operator: an operator of the same kind made from the other data, all of which is used.
+
+        Returns:
+          Another `Decomposition`, whose `seen` is what this one was read from or learned from, so
+          that its `score` is that of the model on the new data.
+
+        Raises:
+          ValueError: for an operator that is not made from data.
+
+        Cost: one application of the operator to all of its data, compiled anew.
+
+        Example:
+          >>> import jax.numpy as jnp, numpy as np
+          >>> from lowrank_optax import spectral
+          >>> operator = spectral.operators.Matrix(np.diag([1.0, 4.0]))
+          >>> sizes = [1, 1], [1, 4], [1, 16]
+          >>> moments = spectral.SideMoments(*(np.diag(x)[None] / 2 for x in sizes))
+          >>> network = spectral.Network(lambda key, i: (), lambda p, i: jnp.eye(2)[i])
+          >>> found = spectral.Decomposition.of(operator, (network,), ((),), (moments,))
+          >>> print(found.read_on(spectral.operators.Matrix(np.diag([1.0, 3.0]))).eigenvalues)
+          [3. 1.]
+        """
+        field = operator.__dataclass_fields__.get("held_out_part")
+        none: dict[str, Any] = {"held_out_part": 0.0}
+        whole = dataclasses.replace(operator, **none) if field and field.init else operator
+        batches = whole.held_out()[1]
+        check(
+            batches is not None,
+            f"Decomposition: a {type(operator).__name__} draws fresh points and has no data; pass "
+            "an operator made from data.",
+        )
+        functions = functions_of(self.networks, self.params)
+
+        def one(batch: Any) -> tuple[SideMoments, ...]:
+            out = whole.apply(*functions, batch)
+            return moments(tuple(zip(out[::2], out[1::2], strict=True)))
+
+        read = jax.jit(lambda batches: jax.lax.map(one, batches))(batches)
+        rest = {"step": self.step, "method": self.method, "least": self.least}
+        seen = self.moments if self.seen is None else self.seen
+        return Decomposition.of(operator, self.networks, self.params, read, seen, **rest)
 
     def function(self, side: int = 0) -> Callable[[Any], jax.Array]:
         """A function from one point to the modes ``(L,)`` of a side, for `jax.grad` and `jax.jit`.
@@ -203,7 +306,11 @@ class Decomposition:
 
         Returns:
           The function.
+
+        Raises:
+          ValueError: for a side that the operator does not have.
         """
+        self._check_side(side)
         dressed = self.operator.dress(functions_of(self.networks, self.params)[side])
         rotation = jnp.asarray(self.rotation[side], jnp.float32)
         return lambda x: dressed(x) @ rotation.astype(jnp.result_type(dressed(x)))
@@ -217,8 +324,20 @@ class Decomposition:
 
         Returns:
           The values, ``(n, L)``.
+
+        Raises:
+          ValueError: for a side that the operator does not have.
+
+        Cost: compiled once for all numbers of points up to the same power of two.
         """
-        return np.asarray(jax.jit(jax.vmap(self.function(side)))(jax.tree.map(jnp.asarray, points)))
+        self._check_side(side)
+        points = jax.tree.map(jnp.asarray, points)
+        count = len(jax.tree.leaves(points)[0])
+        more = (1 << max(count - 1, 0).bit_length()) - count if count else 0
+        padded = jax.tree.map(lambda a: jnp.concatenate([a, jnp.repeat(a[:1], more, 0)]), points)
+        parts = Same(self.operator), Same(self.networks[side])
+        rotation = jnp.asarray(self.rotation[side], jnp.float32)
+        return np.asarray(_values(parts, self.params[side], rotation, padded)[:count])
 
     def save(self, path: str) -> None:
         """Writes the numbers to an ``.npz``; operator and network are code and stay with you.
@@ -232,7 +351,10 @@ class Decomposition:
         for i, (side, turn) in enumerate(zip(self.moments, self.rotation, strict=True)):
             arrays |= {f"{name}_{i}": value for name, value in side._asdict().items()}
             arrays[f"rotation_{i}"] = turn
-        about = {"step": self.step, "message": self.message, "history": self.history}
+        for i, side in enumerate(self.seen or ()):
+            arrays |= {f"seen_{name}_{i}": value for name, value in side._asdict().items()}
+        names = "step", "message", "history", "method", "least"
+        about = {name: getattr(self, name) for name in names}
         with open(path, "wb") as file:
             np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
@@ -265,43 +387,47 @@ class Decomposition:
             read = [data[n].view(x.dtype) for n, x in zip(names, leaves, strict=True)]
             about = json.loads(str(data["about"]))
             sides = range(operator.sides)
+            side = lambda i, prefix="": SideMoments(
+                *(data[f"{prefix}{n}_{i}"] for n in SideMoments._fields)
+            )
             return cls(
                 operator,
                 networks,
                 jax.tree.unflatten(tree, [jnp.asarray(x) for x in read]),
-                tuple(SideMoments(*(data[f"{n}_{i}"] for n in SideMoments._fields)) for i in sides),
+                tuple(side(i) for i in sides),
                 tuple(data[f"rotation_{i}"] for i in sides),
-                about["step"],
-                about["message"],
-                tuple(about["history"]),
+                seen=tuple(side(i, "seen_") for i in sides) if "seen_gram_0" in data else None,
+                **(about | {"history": tuple(about["history"])}),
             )
 
     def __repr__(self) -> str:
-        rows = zip(self.eigenvalues, self.errors, strict=True)
-        values = ", ".join(f"{value:.4g} ± {error:.1g}" for value, error in rows)
-        return f"Decomposition({values}; step {self.step}, {self.message})"
+        rows = list(zip(self.eigenvalues, self.errors, self.converged, strict=True))
+        told = lambda kind: ", ".join(f"{v:.4g} ± {e:.1g}" for v, e, c in rows if c == kind)
+        missing = "" if self.converged.all() else f"not converged: {told(False)}; "
+        return f"Decomposition({told(True)}; {missing}step {self.step}, {self.message})"
 
-    def _turned(self, sides: tuple[SideMoments, ...]) -> tuple[SideMoments, ...]:
-        turned = []
-        for side, own, other in zip(sides, self.rotation, self.rotation[::-1], strict=True):
-            gram, cross, image = own.T @ side.gram @ own, own.T @ side.cross @ other, other.T
-            turned.append(SideMoments(gram, cross, image @ side.image @ other))
-        return tuple(turned)
+    def _check_side(self, side: Any) -> None:
+        check(
+            side in range(self.operator.sides),
+            f"Decomposition: side is {side!r} and a {type(self.operator).__name__} has "
+            f"{list(range(self.operator.sides))}; pass one of these.",
+        )
+
+    @property
+    def _read(self) -> tuple[SideMoments, ...]:
+        return reading.turned(reading.mean(self.moments), self.rotation)
+
+    def _rotated(self, rule: Callable[[Any], tuple[np.ndarray, ...]]) -> "Decomposition":
+        moments = reading.mean(self.moments)
+        if self.seen is None:
+            return dataclasses.replace(self, rotation=rule(moments))
+        rotation = reading.in_order(rule(reading.mean(self.seen)), moments)
+        return dataclasses.replace(self, rotation=rotation)
 
 
-def _mean(moments: tuple[SideMoments, ...]) -> tuple[SideMoments, ...]:
-    return jax.tree.map(lambda a: a.mean(0), moments)
-
-
-def _quotients(sides: tuple[SideMoments, ...]) -> np.ndarray:
-    norms = np.sqrt(np.diagonal(sides[0].gram) * np.diagonal(sides[-1].gram))
-    return np.diagonal(sides[0].cross) / np.where(norms > 0, norms, 1)
-
-
-def _whitening(gram: np.ndarray) -> np.ndarray:
-    """``(L, k)``, ``W^T G W = 1``: a basis of what moments in float32 can tell apart."""
-    size = np.sqrt(np.diagonal(gram))
-    size = np.where(size > 0, size, 1)
-    values, vectors = np.linalg.eigh(gram / size[:, None] / size)
-    live = values > len(gram) * np.finfo(np.float32).eps * values[-1]
-    return vectors[:, live] / np.sqrt(values[live]) / size[:, None]
+@partial(jax.jit, static_argnums=0)
+def _values(parts: tuple[Same, Same], params: Any, rotation: jax.Array, points: Any) -> jax.Array:
+    operator, network = (same.part for same in parts)
+    dressed = operator.dress(functions_of((network,), (params,))[0])
+    outputs = jax.vmap(dressed)(points)
+    return outputs @ rotation.astype(outputs.dtype)

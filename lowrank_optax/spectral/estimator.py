@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from lowrank_optax._core.checks import check
 from lowrank_optax.spectral.decomposition import Decomposition
 from lowrank_optax.spectral.fit import fit
-from lowrank_optax.spectral.methods import Method, NestedLoRA
+from lowrank_optax.spectral.methods import Method
 from lowrank_optax.spectral.operators import SampledOperator
 
 
@@ -25,16 +25,16 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
         ``lambda X: KernelIntegral(kernel, X)``, or ``lambda X: Koopman(X[:-1], X[1:])``.
       n_components: number of modes, where ``network`` is not given, 2 by default.
       network: the network, as for `fit`, by default `networks.default`.
-      method: the method, as for `fit`, by default `NestedLoRA`.
+      method: the method, as for `fit`.
       optimizer: the optimizer, as for `fit`.
-      steps: number of training steps, 2000 by default.
+      steps: number of training steps, found by default, as for `fit`.
       batch_size: number of points in a batch, 512 by default.
       random_state: seed of the fit, as in scikit-learn: a number, 0 by default; a
         ``numpy.random.RandomState`` or ``numpy.random.Generator`` to draw it from; or ``None`` to
         draw it from numpy's own.
 
     Attributes:
-      decomposition_: the `Decomposition`, after Rayleigh-Ritz.
+      decomposition_: the `Decomposition`.
       eigenvalues_: the eigenvalues, ``(L,)``.
       errors_: standard errors of the eigenvalues, ``(L,)``.
 
@@ -66,9 +66,9 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
         n_components: int = 2,
         *,
         network: Any = None,
-        method: Method = NestedLoRA(),
+        method: Method | None = None,
         optimizer: optax.GradientTransformation | None = None,
-        steps: int = 2000,
+        steps: int | None = None,
         batch_size: int = 512,
         random_state: int | np.random.RandomState | np.random.Generator | None = 0,
     ):
@@ -93,7 +93,7 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
             steps=self.steps,
             batch_size=self.batch_size,
             seed=_seed(self.random_state),
-        ).ritz()
+        )
         self.eigenvalues_ = self.decomposition_.eigenvalues
         self.errors_ = self.decomposition_.errors
         return self
@@ -102,6 +102,17 @@ class SpectralEmbedding(TransformerMixin, BaseEstimator):
         """The modes at data ``(n, d)``: ``(n, L)``."""
         check_is_fitted(self)
         return self.decomposition_(validate_data(self, X, dtype=np.float32, reset=False))
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """How much of the operator of other data the modes explain, for cross-validation.
+
+        The ``score`` of `Decomposition.read_on`, in units of the squared eigenvalues. It falls
+        when modes were learned by heart, so that `sklearn.model_selection` can choose their number
+        or a regularisation.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float32, reset=False)
+        return self.decomposition_.read_on(self.operator(X)).score
 
 
 def _seed(random_state: Any) -> int:

@@ -6,36 +6,23 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
-from jax.experimental.shard_alike import shard_alike
 
 from lowrank_optax._core.checks import check, check_count, check_decay
-from lowrank_optax._core.devices import everywhere, mesh_of, split_over_devices
+from lowrank_optax.spectral import _reading as reading
+from lowrank_optax.spectral import _training as training
+from lowrank_optax.spectral._choices import Plan, plan
 from lowrank_optax.spectral._fingerprint import fingerprint
 from lowrank_optax.spectral._progress import watching
-from lowrank_optax.spectral.decomposition import (
-    Decomposition,
-    functions_of,
-    initialize,
-    networks_of,
-)
-from lowrank_optax.spectral.methods import (
-    Method,
-    NestedLoRA,
-    UStatistic,
-    WholeBatch,
-    moments,
-    surrogate,
-)
+from lowrank_optax.spectral._training import FitState
+from lowrank_optax.spectral.decomposition import Decomposition
+from lowrank_optax.spectral.methods import Method
 from lowrank_optax.spectral.operators import SampledOperator
-from lowrank_optax.spectral.operators.differential import Differential
 
 FAULTS = 10
 """Steps in a row that gave something not finite, after which a fit is over."""
@@ -43,46 +30,40 @@ FAULTS = 10
 GROWTH = 1e6
 """By how much the largest ``‖f‖²`` may exceed its start before a fit is called diverging."""
 
+STILL = 1e-4
+"""The part of an eigenvalue that counts as standing still, whatever its error."""
 
-class FitState(NamedTuple):
-    """All that a step reads and writes.
+WORSE = 0.02
+"""The part of the best score on what was held out by which a lower one is worse."""
 
-    Attributes:
-      step: number of batches drawn.
-      params: the parameters, a tree for every side.
-      average: the parameters' exponential moving average.
-      optimizer: the optimizer's state.
-      memory: the method's memory.
-      sampler: the operator's state.
-      faults: number of steps in a row that were not finite and changed nothing.
-    """
-
-    step: jax.Array
-    params: Any
-    average: Any
-    optimizer: Any
-    memory: Any
-    sampler: Any
-    faults: jax.Array
+PATIENCE = 3
+"""Evaluations in a row that are worse than the best one, after which a fit is over."""
 
 
 def fit(
     operator: SampledOperator,
     network: Any,
     *,
-    method: Method = NestedLoRA(),
+    method: Method | None = None,
     optimizer: optax.GradientTransformation | None = None,
-    steps: int = 2000,
+    steps: int | None = None,
     batch_size: int = 512,
     seed: int = 0,
     ema: float = 0.99,
     evaluate_every: int | None = None,
-    evaluate_batches: int = 16,
+    evaluate_batches: int = 64,
     progress: Callable[[dict[str, Any]], Any] | bool | None = None,
     checkpoint: str | None = None,
     patience: int | None = None,
 ) -> Decomposition:
     """Learns the modes of largest eigenvalue (singular value) of an operator.
+
+    An operator made from data learns from a part of them and is read from the rest (its argument
+    ``held_out_part``); the fit ends when the score on the rest falls, and gives back the best.
+
+    Images are shifted and divided by running Rayleigh quotients before a method sees them, so that
+    the largest eigenvalue is about 1 in whatever unit, and the smallest above zero where the
+    operator has none above. What is read is in units of the operator.
 
     A step that gives something not finite changes nothing. Ten of them in a row, or an evaluation
     that finds the functions diverging, end the fit with a warning and the last good parameters.
@@ -92,17 +73,23 @@ def fit(
       network: a number of modes, for `networks.default`; or a flax module or a pair ``(init(key,
         point), apply(params, point) -> (L,))``; two of them, or one for both, where the operator
         has two sides.
-      method: the rule that turns functions and images into a direction, a `Method`, by default
-        `NestedLoRA`.
-      optimizer: any optax transformation; by default Adam with a rate that falls from 3e-3 to 0
-        along a cosine over ``steps``.
-      steps: number of batches, 2000 by default.
+      method: the rule that turns functions and images into a direction, a `Method`. By default
+        (``None``) it suits the operator: ``VariationalEnergy(floor=0.01)`` for differential ones,
+        with one network for all modes; `NestedLoRA` for others, over all points at once where they
+        are indices. The result says which.
+      optimizer: any optax transformation; by default Adam with a rate that falls from 3e-3 (3e-2
+        for tables of rows) to 0 along a cosine, with whitening (`scale_by_lre`) in front of it
+        where the default method is an energy.
+      steps: number of batches. By default (``None``) it is found: rounds of 500, 1000, 2000, 4000
+        and 8000 steps, each with the rate's own cosine, until no eigenvalue changes by more than
+        its sampling error, or 1e-4 of it, in a round.
       batch_size: number of points in a batch, 512 by default.
       seed: seed of parameters and batches, 0 by default; the same seed gives the same result.
       ema: decay of the average of the parameters that is evaluated and returned, in [0, 1), 0.99 by
         default; 0 for none.
-      evaluate_every: number of steps between evaluations; a tenth of ``steps`` by default.
-      evaluate_batches: number of batches of an evaluation, 16 by default.
+      evaluate_every: number of steps between evaluations; by default a tenth of ``steps``, and 250
+        where the steps are found.
+      evaluate_batches: number of batches of an evaluation, 64 by default, where they are fresh.
       progress: function that is called with the record of every evaluation, such as `print`. By
         default (``None``) a bar and, at the end, a table of the modes on a terminal where rich is
         installed, and nothing elsewhere; ``False`` for nothing, ``True`` for both at any rate.
@@ -123,7 +110,7 @@ def fit(
       ValueError: for arguments out of range, parts or outputs that do not fit each other, or the
         checkpoint of another fit.
 
-    Cost: a step is one application of the operator and one gradient of the network. Memory is three
+    Cost: a step is one application of the operator and one gradient of the network. Memory is four
     copies of the parameters beside the optimizer's state.
 
     Example:
@@ -141,90 +128,29 @@ def fit(
     Source: Ryu et al., "Operator SVD with Neural Networks via Nested Low-Rank Approximation", ICML
     2024.
     """
-    every = max(1, steps // 10) if evaluate_every is None else evaluate_every
-    counts = {"steps": steps, "batch_size": batch_size, "evaluate_batches": evaluate_batches}
-    counts |= {"evaluate_every": every} | ({} if patience is None else {"patience": patience})
+    if evaluate_every is None:
+        evaluate_every = 250 if steps is None else max(1, int(steps) // 10)
+    counts = {"batch_size": batch_size, "evaluate_batches": evaluate_batches}
+    counts |= {"evaluate_every": evaluate_every}
+    counts |= {} if patience is None else {"patience": patience}
     for name, value in counts.items():
         check_count("fit", name, value)
     check_decay("fit", "ema", ema)
-    if optimizer is None:
-        optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    networks = _networks(operator, network)
-    _check_match(operator, networks, method)
-    programs = _programs(
-        operator, networks, method, optimizer, ema, batch_size, evaluate_batches, seed
-    )
+    chosen = plan(operator, network, method, optimizer, steps)
+    programs = _programs(chosen, ema, batch_size, evaluate_batches, seed)
     state, history, identity = programs.state, [], ""
     if checkpoint is not None:
-        parts = " ".join(fingerprint(part) for part in (operator, networks, optimizer))
-        numbers = f"steps={steps} batch={batch_size} seed={seed} ema={ema} {every=}"
-        identity = f"{method!r} {parts} {numbers}"
+        parts = (chosen.operator, chosen.networks, chosen.optimizer)
+        told = " ".join(fingerprint(part) for part in parts)
+        numbers = f"{steps=} {batch_size=} {seed=} {ema=} {evaluate_every=}"
+        identity = f"{chosen.method!r} {told} {numbers}"
         if os.path.exists(checkpoint):
             state, history = _restore(checkpoint, state, identity)
-    start, begin = time.perf_counter(), history[-1]["seconds"] if history else 0.0
-    found = programs.read(state)
-    bound = _bound(history[0]["norm"] if history else _norm(found))
-    message = "finished"
-    with watching(progress, steps) as show:
-        while int(state.step) < steps:
-            length = min(every - int(state.step) % every, steps - int(state.step))
-            state = programs.advance(state, length)
-            latest = programs.read(state)
-            fault = _fault(int(state.faults), _norm(latest), bound)
-            found = found if fault and not _norm(latest) <= bound else latest
-            if fault:
-                message = (
-                    f"stopped at step {int(state.step)}: {fault}; these are the parameters of "
-                )
-                message += f"step {found.step}."
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
-                break
-            history.append(_record(operator, state, found, begin + time.perf_counter() - start))
-            if checkpoint is not None:
-                _save(checkpoint, programs.gather(state), history, identity)
-            show.record(history[-1])
-            if patience is not None and _stalled(history, patience):
-                message = f"no better for {patience} evaluations"
-                break
-        found = dataclasses.replace(found, message=message, history=tuple(history))
+    run = _Run(chosen, programs, evaluate_every, patience, checkpoint, identity)
+    with watching(progress, chosen.rounds[-1]) as show:
+        found = run(state, history, show.record)
         show.result(found)
     return found
-
-
-def _networks(operator: SampledOperator, network: Any) -> tuple[Any, ...]:
-    """A network for every side; a number of modes stands for the default."""
-    if isinstance(network, int):
-        from lowrank_optax.spectral import networks as modules  # extra: flax
-
-        network = modules.default(operator, network)
-    return networks_of(network, operator.sides)
-
-
-def _check_match(operator: SampledOperator, networks: tuple[Any, ...], method: Method) -> None:
-    """Refuses parts that would give a wrong result together, and meshes that fail."""
-    estimate = getattr(method, "moments", WholeBatch())
-    check(
-        not getattr(operator, "everything", False) or isinstance(estimate, WholeBatch),
-        f"fit: the operator's batches are everything it has, in order, and {method!r} estimates "
-        "moments from parts of them; pass moments=WholeBatch(), or leave out everything=True.",
-    )
-    check(
-        not isinstance(estimate, UStatistic) or estimate.group % operator.group == 0,
-        f"fit: {operator.group} rows of a {type(operator).__name__} batch are one sample and "
-        f"{estimate!r} would pair them with each other; pass UStatistic({operator.group}).",
-    )
-    kinked = any(getattr(getattr(n, "features", None), "kink", False) for n in networks)
-    check(
-        not (kinked and isinstance(operator, Differential) and operator.dimension == 1),
-        "fit: the network's features have a kink and the operator is of second order on a line, "
-        "where the kink's second derivative is a point mass that no sample sees; pass kink=False.",
-    )
-    kinds = jax.sharding.get_abstract_mesh().axis_types
-    check(
-        jax.sharding.AxisType.Explicit not in kinds,
-        f"fit: the current mesh has axes of the types {kinds}; make one with "
-        "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...)).",
-    )
 
 
 class _Programs(NamedTuple):
@@ -234,131 +160,130 @@ class _Programs(NamedTuple):
       state: the state before the first step.
       advance: ``(state, steps) ->`` the state after so many steps.
       read: the `Decomposition` of a state, by an evaluation.
-      gather: a state whose arrays lie whole on every device.
+      efficiency: the sampler's effective sample size in a state.
     """
 
     state: FitState
     advance: Callable[[FitState, int], FitState]
     read: Callable[[FitState], Decomposition]
-    gather: Callable[[Any], Any]
+    efficiency: Callable[[FitState], float]
 
 
-def _programs(operator, networks, method, optimizer, ema, batch_size, batches, seed) -> _Programs:
-    first, training, evaluation = jax.random.split(jax.random.key(seed), 3)
-    state = jax.jit(partial(_start, operator, networks, method, optimizer, batch_size))(first)
-    advance = jax.jit(
-        partial(_advance, operator, networks, method, optimizer, ema, batch_size, training),
-        static_argnums=1,
-    )
-    evaluate = jax.jit(partial(_evaluate, operator, networks, batch_size, batches, evaluation))
-    gather = jax.jit(lambda tree: everywhere(tree, mesh_of(tree)))
-    read = lambda state: Decomposition.of(
-        operator, networks, gather(state.average), evaluate(state), step=int(state.step)
-    )
-    return _Programs(state, advance, read, gather)
+def _programs(chosen: Plan, ema, batch_size, count, seed) -> _Programs:
+    """The compiled functions on the data to learn from, and readings on those held out."""
+    learned, batches = chosen.operator.held_out()
+    rest = (chosen.networks, chosen.method, chosen.optimizer, ema, int(batch_size))
+    parts, arrays = training.Parts.of(learned, *rest)
+    first, steps, evaluation = jax.random.split(jax.random.key(seed), 3)
+    try:
+        state = training.start(parts, arrays, first)
+        jax.eval_shape(lambda s: training.advance(parts, arrays, steps, s, jnp.array(1)), state)
+    except TypeError as error:
+        check(
+            "value" not in str(error), f"fit: the optimizer asks for more than gradients: {error}"
+        )
+        raise
+    split = batches is not None and learned is not chosen.operator
+
+    def read(state: FitState) -> Decomposition:
+        measure = lambda given: training.evaluate(parts, arrays, evaluation, state, count, given)
+        shift = float(training.shift_and_unit(state.gauge)[0]) if learned.sides == 1 else 0.0
+        least = -shift if chosen.method.positive else -np.inf
+        return Decomposition.of(
+            chosen.operator,
+            chosen.networks,
+            training.gather(state.average),
+            measure(batches),
+            measure(None) if split else None,
+            step=int(state.step),
+            method=repr(chosen.method),
+            least=max(least, chosen.operator.least),
+        )
+
+    advance = lambda state, n: training.advance(parts, arrays, steps, state, jnp.array(n))
+    return _Programs(state, advance, read, lambda s: float(learned.efficiency(s.sampler)))
 
 
-def _record(operator, state: FitState, found: Decomposition, seconds: float) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The loop of a fit, and when it ends."""
+
+    chosen: Plan
+    programs: _Programs
+    every: int
+    patience: int | None
+    checkpoint: str | None
+    identity: str
+
+    def __call__(self, state: FitState, history: list[Any], show: Any) -> Decomposition:
+        start, begin = time.perf_counter(), history[-1]["seconds"] if history else 0.0
+        steps = self.chosen.rounds[-1]
+        found = self.programs.read(state)
+        bound = _bound(history[0]["norm"] if history else _norm(found))
+        top = max((record["score"] for record in history), default=-np.inf)
+        message = self._reason(history, found) if history else ""
+        while not message and int(state.step) < steps:
+            ahead = (self.every * (int(state.step) // self.every + 1), *self.chosen.rounds)
+            goal = min(s for s in ahead if s > int(state.step))
+            state = self.programs.advance(state, goal - int(state.step))
+            latest = self.programs.read(state)
+            fault = _fault(int(state.faults), _norm(latest), bound)
+            found = found if fault and not _norm(latest) <= bound else latest
+            if fault:
+                message = f"stopped at step {int(state.step)}: {fault}; these are the parameters "
+                message += f"of step {found.step}."
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
+                break
+            seconds = begin + time.perf_counter() - start
+            history.append(_record(found, seconds, self.programs.efficiency(state)))
+            if found.seen is not None and history[-1]["score"] > top:
+                top, state = history[-1]["score"], state._replace(best=state.average)
+            if self.checkpoint is not None:
+                _save(self.checkpoint, training.gather(state), history, self.identity)
+            show(history[-1])
+            message = self._reason(history, found)
+        message = message or "finished"
+        steps = [r["step"] for r in history if r["score"] == top and r["step"] < found.step]
+        if found.seen is not None and steps:
+            found = self.programs.read(state._replace(average=state.best, step=np.array(steps[0])))
+            message += f"; step {found.step} scored best on what was held out"
+        return dataclasses.replace(found, message=message, history=tuple(history))
+
+    def _reason(self, history: list[dict[str, Any]], found: Decomposition) -> str:
+        """Why to stop here, or nothing."""
+        if self.patience is not None and _stalled(history, self.patience):
+            return f"no better for {self.patience} evaluations"
+        scores = [record["score"] for record in history]
+        worse = max(scores) - WORSE * abs(max(scores))
+        if found.seen is not None and max([-np.inf, *scores[-PATIENCE:]]) < worse:
+            return "the score on what was held out falls"
+        rounds = self.chosen.rounds
+        if found.step in rounds[1:] and rounds.index(found.step) < len(rounds):
+            before = rounds[rounds.index(found.step) - 1]
+            old = [r["eigenvalues"] for r in history if r["step"] == before]
+            if old and _still(np.array(old[0]), found):
+                return f"no eigenvalue has changed beyond its error since step {before}"
+        return ""
+
+
+def _still(old: np.ndarray, found: Decomposition) -> bool:
+    values = found.eigenvalues
+    size = np.maximum(np.abs(values), reading.LEAST * np.abs(values).max())
+    allowed = np.maximum(np.nan_to_num(found.sampling_errors), STILL * size)
+    return bool(np.all(np.abs(values - old) <= allowed))
+
+
+def _record(found: Decomposition, seconds: float, efficiency: float) -> dict[str, Any]:
     """What the history keeps of an evaluation."""
     return {
-        "step": int(state.step),
+        "step": found.step,
         "seconds": seconds,
         "eigenvalues": found.eigenvalues.tolist(),
-        "ritz": found.ritz().eigenvalues.tolist(),
+        "raw": found.raw().eigenvalues.tolist(),
+        "score": found.score,
         "norm": _norm(found),
-        "efficiency": float(operator.efficiency(state.sampler)),
+        "efficiency": efficiency,
     }
-
-
-def _start(operator: SampledOperator, networks, method, optimizer, batch_size, key) -> FitState:
-    batch = operator.sample(key, batch_size, operator.init())
-    mesh, params = mesh_of(batch), initialize(operator, networks, key)
-    apply = lambda p: operator.apply(*functions_of(networks, p), batch)
-    outputs: Any = jax.eval_shape(apply, params)
-    check(
-        len({out.shape[-1] for out in outputs}) == 1 and all(out.ndim == 2 for out in outputs),
-        f"fit: the operator gives outputs of shapes {[out.shape for out in outputs]}; pass "
-        "networks that map one point to (L,), with one L.",
-    )
-    state = FitState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        average=params,
-        optimizer=optimizer.init(params),
-        memory=method.init(outputs[0].shape[-1]),
-        sampler=operator.init(),
-        faults=jnp.zeros((), jnp.int32),
-    )
-    large = lambda tree: split_over_devices(tree, mesh)
-    state = state._replace(
-        params=large(state.params), average=large(state.average), optimizer=large(state.optimizer)
-    )
-    # Weak types change after the first step, so that everything would be compiled twice.
-    return jax.tree.map(
-        lambda x: x if _is_key(x) else lax.convert_element_type(x, jnp.result_type(x)), state
-    )
-
-
-def _pairs(outputs: tuple[jax.Array, ...]):
-    """Pairs without a gradient through the images, whose half is in the cotangents."""
-    return tuple(
-        (f, lax.stop_gradient(tf)) for f, tf in zip(outputs[::2], outputs[1::2], strict=True)
-    )
-
-
-def _advance(operator, networks, method, optimizer, ema, batch_size, key, state, steps):
-    def step(state: FitState, _) -> tuple[FitState, None]:
-        batch = operator.sample(jax.random.fold_in(key, state.step), batch_size, state.sampler)
-        mesh = mesh_of(batch)
-        batch = split_over_devices(batch, mesh, (0,))
-
-        def loss(params) -> tuple[jax.Array, Any]:
-            pairs = _pairs(operator.apply(*functions_of(networks, params), batch))
-            out: Any = surrogate(method, pairs, state.memory)
-            return out[0], (out[1], pairs)
-
-        grads, aux = jax.grad(loss, has_aux=True)(state.params)
-        memory, pairs = aux
-        updates, opt = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        # A young average would remember the start for 1/(1 - ema) steps.
-        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
-        average = jax.tree.map(
-            lambda a, p: (decay * a + (1 - decay) * p).astype(p.dtype), state.average, params
-        )
-        new = FitState(
-            state.step,
-            params,
-            average,
-            opt,
-            memory,
-            operator.adapt(state.sampler, batch, pairs[0][0]),
-            jnp.zeros_like(state.faults),
-        )
-        ok = _finite((pairs, grads, params, memory))
-        kept = state._replace(faults=state.faults + 1)
-        new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, kept)
-        new = new._replace(step=state.step + 1)
-        return new if mesh is None else shard_alike(new, state)[0], None
-
-    return lax.scan(step, state, length=steps)[0]
-
-
-def _evaluate(operator, networks, batch_size, batches, key, state):
-    """`SideMoments` of the averaged functions on the same keys every time, batch by batch."""
-    functions = functions_of(networks, state.average)
-
-    def one(_, i):
-        batch = operator.sample(jax.random.fold_in(key, i), batch_size, state.sampler)
-        batch = split_over_devices(batch, mesh_of(batch), (0,))
-        return None, moments(_pairs(operator.apply(*functions, batch)))
-
-    return lax.scan(one, None, jnp.arange(batches))[1]
-
-
-def _finite(tree: Any) -> jax.Array:
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
 
 def _norm(found: Decomposition) -> float:
@@ -384,11 +309,11 @@ def _fault(faults: int, norm: float, bound: float) -> str:
 
 
 def _stalled(history: list[dict[str, Any]], patience: int) -> bool:
-    sums = [sum(record["ritz"]) for record in history]
-    if len(sums) <= patience:
+    scores = [record["score"] for record in history]
+    if len(scores) <= patience:
         return False
-    before = max(sums[:-patience])
-    return max(sums[-patience:]) <= before + 1e-4 * abs(before)
+    before = max(scores[:-patience])
+    return max(scores[-patience:]) <= before + 1e-4 * abs(before)
 
 
 def _save(path: str, state: FitState, history: list[dict[str, Any]], identity: str) -> None:
@@ -414,16 +339,12 @@ def _restore(path: str, like: FitState, identity: str) -> tuple[FitState, list[d
     )
     back = [
         jax.random.wrap_key_data(x, impl=jax.random.key_impl(old))
-        if _is_key(old)
+        if training.is_key(old)
         else jnp.asarray(x.view(old.dtype))
         for x, old in zip(saved, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, back), about["history"]
 
 
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _plain(x: Any) -> np.ndarray:
-    return np.asarray(jax.random.key_data(x) if _is_key(x) else x)
+    return np.asarray(jax.random.key_data(x) if training.is_key(x) else x)

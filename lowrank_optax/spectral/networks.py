@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._core.checks import check, check_count
+from lowrank_optax._core.checks import as_size, check
 from lowrank_optax.spectral.operators import SampledOperator
 
 
@@ -189,7 +189,36 @@ class MLP(nn.Module):
         return out if self.envelope is None else out * self.envelope(x)
 
 
-def default(operator: SampledOperator, modes: int, shared: bool = False) -> MLP | tuple[MLP, ...]:
+class Table(nn.Module):
+    """Functions of an index that are free at every one: a row of numbers for each.
+
+    Attributes:
+      size: number of indices.
+      modes: number of modes, ``L``.
+
+    Cost: ``size * L`` parameters.
+
+    Source: elementary.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lowrank_optax import spectral
+      >>> table = spectral.networks.Table(size=5, modes=2)
+      >>> params = table.init(jax.random.key(0), 0)
+      >>> table.apply(params, 3).shape
+      (2,)
+    """
+
+    size: int
+    modes: int
+
+    @nn.compact
+    def __call__(self, index: Any) -> Any:
+        rows = self.param("rows", nn.initializers.normal(1.0), (self.size, self.modes))
+        return rows[index]
+
+
+def default(operator: SampledOperator, modes: int, shared: bool = False) -> Any:
     r"""What `fit` takes for a number of modes; a pair for an operator with two sides.
 
     .. math:: MLP(ScaleFeatures(s = 2\rho, \rho, \dots, \rho / 32),\; kink = [d > 1],\; tanh),
@@ -198,11 +227,13 @@ def default(operator: SampledOperator, modes: int, shared: bool = False) -> MLP 
     so that the network follows the operator's points, whatever their unit.
 
     Many modes are learned in far less time by one trunk under ``VariationalEnergy(floor=0.01)``,
-    with whitening (`scale_by_lre` of a `Covariance`) in front of Adam. `Decomposition.ritz` then
-    reads off the modes.
+    with whitening (`scale_by_lre` of a `Covariance`) in front of Adam. `Decomposition` reads
+    the modes off the span.
+
+    Where points are indices it is a `Table`.
 
     Args:
-      operator: an operator whose points are vectors ``(d,)``.
+      operator: an operator whose points are vectors ``(d,)`` or indices.
       modes: number of modes, ``L``.
       shared: whether one trunk of three layers of 128 serves all modes; otherwise, by default,
         every mode has a perceptron of its own with three layers of 64.
@@ -222,7 +253,11 @@ def default(operator: SampledOperator, modes: int, shared: bool = False) -> MLP 
       >>> spectral.networks.default(well, 2).features.scales
       (2.0, 1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
     """
-    check_count("fit", "network", modes)
+    modes = as_size("fit", "network", modes)
+    if operator.indices is not None:
+        # A mode that the operator prepends is none of the network's.
+        tables = tuple(Table(size, modes) for size in operator.indices)
+        return tables if operator.sides == 2 else tables[0]
     draw = jax.jit(lambda key: operator.points(operator.sample(key, 1024, operator.init())))
     networks = tuple(_fitting(points, modes, shared) for points in draw(jax.random.key(0)))
     return networks if operator.sides == 2 else networks[0]

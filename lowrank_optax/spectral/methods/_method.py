@@ -7,7 +7,7 @@ f`` equals the one through ``f``, and the methods count it there.
 
 import abc
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,16 @@ def moments(pairs: Pairs) -> tuple[SideMoments, ...]:
 
 
 class Method(abc.ABC):
-    """A rule for the cotangents, with a small memory where it needs one."""
+    """A rule for the cotangents, with a small memory where it needs one.
+
+    Attributes:
+      positive: whether it finds eigenvalues above zero alone; a class variable.
+      by_size: whether it seeks the largest ``|lam|``, which on an operator without a lower bound
+        has no end; a class variable.
+    """
+
+    positive: ClassVar[bool] = False
+    by_size: ClassVar[bool] = False
 
     def init(self, modes: int) -> Any:
         """The memory before the first batch: a pytree of floating-point arrays."""

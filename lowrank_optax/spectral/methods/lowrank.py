@@ -49,6 +49,7 @@ class NestedLoRA(MomentMethod):
     nesting: Nesting = SequentialNesting()
     moments: Estimate = Halves()
     two_sided: ClassVar[bool] = True
+    positive: ClassVar[bool] = True
 
     def coefficients(self, seen, memory):
         modes = len(seen[0].gram)
@@ -88,6 +89,7 @@ class LowRankProduct(MomentMethod):
     """
 
     moments: Estimate = WholeBatch()
+    positive: ClassVar[bool] = True
 
     def coefficients(self, seen, memory):
         whiten = whitening(seen[0].gram)

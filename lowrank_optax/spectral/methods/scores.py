@@ -42,6 +42,7 @@ class VAMP2(MomentLoss):
 
     moments: Estimate = WholeBatch()
     two_sided: ClassVar[bool] = True
+    by_size: ClassVar[bool] = True
 
     def loss(self, grams, cross):
         left, right = whitening(grams[0]), whitening(grams[-1])
@@ -84,6 +85,7 @@ class DPNet(MomentLoss):
     penalty: float = 1.0
     moments: Estimate = WholeBatch()
     two_sided: ClassVar[bool] = True
+    by_size: ClassVar[bool] = True
 
     def __post_init__(self):
         check_least("DPNet", "penalty", self.penalty, strict=True)

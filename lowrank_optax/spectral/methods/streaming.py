@@ -1,6 +1,7 @@
 """Rules of streaming PCA and of power iteration, on operators."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -111,6 +112,7 @@ class NoisyPower(MomentMethod):
     """
 
     moments: Estimate = WholeBatch()
+    by_size: ClassVar[bool] = True
 
     def coefficients(self, seen, memory):
         return ((-whitening(seen[0].image), jnp.eye(len(seen[0].gram))),)

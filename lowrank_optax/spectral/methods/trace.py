@@ -1,7 +1,7 @@
 """The trace, with orthonormality by a penalty, by multipliers or by a factor."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class OrbitalMinimization(MomentMethod):
 
     nesting: Nesting = SequentialNesting()
     moments: Estimate = Halves()
+    positive: ClassVar[bool] = True
 
     def coefficients(self, seen, memory):
         (m,) = seen

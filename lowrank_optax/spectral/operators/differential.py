@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax._core.checks import check, check_least
+from lowrank_optax._core.checks import check, check_finite, check_least
 from lowrank_optax.spectral.laplacian import Jet, laplacian
 from lowrank_optax.spectral.operators._operator import Function, SampledOperator
-from lowrank_optax.spectral.operators.proposals import Proposal
+from lowrank_optax.spectral.operators.proposals import MultiScale, Proposal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,36 @@ class Differential(SampledOperator):
         """``f`` and ``T f`` at one point, over the square root of its density."""
 
 
+HIGHEST = 1e18
+"""The energy of a wall whose own value is infinite in float32."""
+
+
+def check_parts(owner: str, potential: Any, proposal: Any) -> None:
+    """Refuses what is no potential on the space of the proposal, by its values at some points."""
+    check(
+        isinstance(proposal, Proposal),
+        f"{owner}: proposal is {proposal!r}; pass a Proposal such as gaussian(2, 1.0).",
+    )
+    check(
+        callable(potential) and not isinstance(potential, type),
+        f"{owner}: potential is {potential!r}; pass a function of one point (d,), such as "
+        "Harmonic().",
+    )
+    x = proposal.draw(jax.random.key(0), 64, proposal.init())
+    values: Any = jax.vmap(potential)(x)
+    check(
+        getattr(values, "shape", None) == (64,),
+        f"{owner}: potential maps a point {x.shape[1:]} to shape {jnp.shape(values)[1:]}; pass one "
+        "that gives a scalar, such as lambda x: jnp.sum(x**2).",
+    )
+    bad = np.isnan(np.asarray(values))
+    check(
+        not bad.any(),
+        f"{owner}: potential is NaN at {np.asarray(x)[bad][:1].tolist()}; pass one that is finite "
+        "where the proposal draws.",
+    )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schrodinger(Differential):
     r"""A Schrödinger operator ``T = shift - scale * H``, ``H = -Δ + V``: low energies come first.
@@ -179,7 +210,25 @@ class Schrodinger(Differential):
 
     def __post_init__(self):
         check_least("Schrodinger", "scale", self.scale, strict=True)
-        check(callable(self.potential), "Schrodinger: pass a potential, a function of one point.")
+        check_finite("Schrodinger", "shift", self.shift)
+        check_parts("Schrodinger", self.potential, self.proposal)
+
+    @property
+    def least(self) -> float:
+        """The eigenvalue of a particle that is free: none where the potential grows without end.
+
+        It is the lowest of the potential's values on a sphere of eight times the largest scale of
+        the proposal, where a bound state of the scales that are sampled has died out.
+        """
+        if self.mask is not None or not isinstance(self.proposal, MultiScale):
+            return -math.inf
+        d, center = self.dimension, self.proposal.center or (0.0,)
+        around = jax.random.normal(jax.random.key(0), (64, d))
+        around = jnp.concatenate([jnp.eye(d), -jnp.eye(d), around])
+        around = around / jnp.linalg.norm(around, axis=1, keepdims=True)
+        far = jnp.asarray(center)[None] + 8 * max(self.proposal.scales) * around
+        lowest = float(jnp.min(jnp.nan_to_num(jax.vmap(self.potential)(far), nan=jnp.inf)))
+        return self.shift - self.scale * lowest
 
     @property
     def _proposal(self) -> Proposal:
@@ -189,8 +238,8 @@ class Schrodinger(Differential):
         return self.proposal.log_density(x, self.proposal.init()) / 2
 
     def _masked(self, function: Function) -> Function:
-        mask = self.mask
-        return function if mask is None else lambda x: mask(x) * function(x)
+        mask, ends = self.mask, self.proposal.boundary
+        return lambda x: (ends(x) if mask is None else ends(x) * mask(x)) * function(x)
 
     def dress(self, function: Function) -> Function:
         masked = self._masked(function)
@@ -202,7 +251,9 @@ class Schrodinger(Differential):
         curved = u.laplacian + jnp.sum(u.gradient**2)
         kinetic = h.laplacian + 2 * u.gradient @ h.gradient + curved * h.value
         ratio = jnp.exp(u.value - log_q / 2)
-        local = self.shift - self.scale * self.potential(x)
+        # Beyond float32's range a wall is as high as it can be.
+        energy = jnp.minimum(self.potential(x), HIGHEST)
+        local = self.shift - self.scale * energy
         return ratio * h.value, ratio * (local * h.value + self.scale * kinetic)
 
     def energies(self, eigenvalues: Any) -> np.ndarray:
@@ -267,7 +318,8 @@ class Langevin(Differential):
         owner = type(self).__name__
         check_least(owner, "beta", self.beta, strict=True)
         check_least(owner, "friction", self.friction, strict=True)
-        check(callable(self.potential), f"{owner}: pass a potential, a function of one point.")
+        check_finite(owner, "shift", self.shift)
+        check_parts(owner, self.potential, self.proposal)
 
     @property
     def _proposal(self) -> Proposal:

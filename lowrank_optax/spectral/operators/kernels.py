@@ -6,9 +6,17 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_optax._core.checks import check
-from lowrank_optax.spectral.operators._operator import Function, SampledOperator, check_rows
+from lowrank_optax.spectral.operators._operator import (
+    Function,
+    SampledOperator,
+    blocks,
+    check_held_out,
+    check_rows,
+    held_rows,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,9 +29,14 @@ class KernelIntegral(SampledOperator):
     Args:
       kernel: a symmetric function of two points, with a scalar value.
       data: the points, ``(n, ...)``.
+      groups: the number of a group for each point, ``(n,)``, by which they are held out; by
+        default, ``None``, a twentieth of the points in their order is a group.
+      held_out_part: the part of the groups that the fit does not learn from and is read from, in
+        [0, 1), 0.2 by default; with 0, and with fewer than 20 points, it is read from the same.
 
     Raises:
-      ValueError: for data that are not finite; by ``apply``, for a batch of fewer than 2 points.
+      ValueError: for data that are not finite, a kernel that is not symmetric; by
+        ``apply``, for a batch of fewer than 2 points.
 
     Cost: ``B²/2`` kernel values a batch, and ``B² L`` flops.
 
@@ -42,6 +55,8 @@ class KernelIntegral(SampledOperator):
 
     kernel: Callable[[Any, Any], jax.Array]
     data: Any
+    groups: Any = None
+    held_out_part: float = 0.2
     exact: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -49,6 +64,47 @@ class KernelIntegral(SampledOperator):
         object.__setattr__(
             self, "data", check_rows(owner, "data", self.data, max(1, jnp.ndim(self.data)))
         )
+        check_held_out(owner, self)
+        self._check_kernel()
+
+    def _check_kernel(self) -> None:
+        check(
+            callable(self.kernel) and not isinstance(self.kernel, type),
+            f"KernelIntegral: kernel is {self.kernel!r}; pass a function of two points.",
+        )
+        x, y = self.data[:8], self.data[::-1][:8]
+        forth, back = (np.asarray(jax.vmap(self.kernel)(*pair)) for pair in ((x, y), (y, x)))
+        check(
+            forth.ndim == 1,
+            f"KernelIntegral: kernel gives values of shape {forth.shape[1:]}; pass one that gives "
+            "a scalar.",
+        )
+        check(
+            np.isfinite(forth).all(),
+            "KernelIntegral: kernel gives values that are not finite between its data; pass one "
+            "that is finite there.",
+        )
+        check(
+            np.allclose(forth, back, rtol=1e-3, atol=1e-4 * np.abs(forth).max()),
+            "KernelIntegral: kernel is not symmetric; pass (k(x, y) + k(y, x)) / 2.",
+        )
+
+    @property
+    def rows(self) -> int:
+        """The number of points."""
+        return len(self.data)
+
+    def _blocks(self, rows: np.ndarray) -> np.ndarray:
+        """Eight batches: pairs lie within a batch, so that small ones would leave out most."""
+        return blocks(rows, least=max(8, len(rows) // 8))
+
+    def held_out(self) -> tuple["KernelIntegral", Any]:
+        rows, held = held_rows(self.rows, self.held_out_part, self.groups)
+        batches = self.data[self._blocks(held if len(held) else rows)]
+        if not len(held):
+            return self, batches
+        left = {"data": self.data[rows], "groups": None, "held_out_part": 0.0}
+        return dataclasses.replace(self, **left), batches
 
     def sample(self, key: jax.Array, size: int, state: Any = None) -> jax.Array:
         """Points drawn at random, or a permutation of all where there are no more."""
@@ -106,8 +162,18 @@ class NeuralTangentKernel(KernelIntegral):
 
     kernel: Any = dataclasses.field(init=False, default=None)
     data: Any
+    groups: Any = dataclasses.field(init=False, default=None)
+    held_out_part: float = dataclasses.field(init=False, default=0.2)
     model: Callable[[Any, Any], jax.Array]
     params: Any
+
+    def held_out(self) -> tuple["NeuralTangentKernel", Any]:
+        rows, held = held_rows(self.rows, self.held_out_part, None)
+        batches = self.data[self._blocks(held if len(held) else rows)]
+        return (dataclasses.replace(self, data=self.data[rows]) if len(held) else self), batches
+
+    def _check_kernel(self) -> None:
+        check(callable(self.model), "NeuralTangentKernel: pass a model, (params, x) -> F.")
 
     def _mean(self, x: jax.Array, y: jax.Array, f: jax.Array) -> jax.Array:
         out = jax.eval_shape(lambda x: self.model(self.params, x), x[0])

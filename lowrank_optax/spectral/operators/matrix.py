@@ -46,6 +46,7 @@ class Matrix(SampledOperator):
     def __post_init__(self):
         if callable(self.matrix):
             check_count("Matrix", "size", self.size)
+            _check_adjoint("Matrix", self.matrix, self.matrix, (self.size, self.size))
             return
         a = check_rows("Matrix", "matrix", self.matrix, 2)
         check(
@@ -55,6 +56,14 @@ class Matrix(SampledOperator):
         )
         object.__setattr__(self, "matrix", a)
         object.__setattr__(self, "size", a.shape[0])
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        return (self.size,)
+
+    def held_out(self) -> tuple["Matrix", Any]:
+        """All indices once: where the matrix is known whole, so is what is read."""
+        return self, jnp.arange(self.size)[None]
 
     def sample(self, key: jax.Array, size: int, state: Any = None) -> jax.Array:
         if self.everything:
@@ -123,11 +132,20 @@ class RectangularMatrix(SampledOperator):
                 self.transpose is not None and self.shape is not None,
                 "RectangularMatrix: a function came alone; pass transpose and shape with it.",
             )
+            _check_adjoint("RectangularMatrix", self.matrix, self.transpose, self.shape)
             return
         a = check_rows("RectangularMatrix", "matrix", self.matrix, 2)
-        object.__setattr__(self, "matrix", lambda g: a @ g)
-        object.__setattr__(self, "transpose", lambda f: a.T @ f)
+        object.__setattr__(self, "matrix", a)
         object.__setattr__(self, "shape", a.shape)
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        return self.shape
+
+    def held_out(self) -> tuple["RectangularMatrix", Any]:
+        """All indices once: where the matrix is known whole, so is what is read."""
+        m, n = self.shape
+        return self, (jnp.arange(m)[None], jnp.arange(n)[None])
 
     def sample(self, key: jax.Array, size: int, state: Any = None) -> Any:
         """Row and column indices."""
@@ -147,9 +165,30 @@ class RectangularMatrix(SampledOperator):
         (m, n), (rows, columns) = self.shape, batch
         left, right = jax.vmap(f)(jnp.arange(m)), jax.vmap(g)(jnp.arange(n))
         ratio = (m / n) ** 0.5
-        return (
-            left[rows],
-            ratio * self.matrix(right)[rows],
-            right[columns],
-            self.transpose(left)[columns] / ratio,
-        )
+        product: Any = self.matrix
+        if callable(self.matrix):
+            forth, back = product(right)[rows], self.transpose(left)[columns]
+        else:
+            forth, back = product[rows] @ right, product[:, columns].T @ left
+        return left[rows], ratio * forth, right[columns], back / ratio
+
+
+def _check_adjoint(owner: str, product: Any, transpose: Any, shape: Any) -> None:
+    """Two random products tell whether one function is the other's transpose."""
+    m, n = shape
+    one, two = jax.random.split(jax.random.key(0))
+    f, g = jax.random.normal(one, (m, 1)), jax.random.normal(two, (n, 1))
+    forth, back = product(g), transpose(f)
+    check(
+        jnp.shape(forth) == (m, 1) and jnp.shape(back) == (n, 1),
+        f"{owner}: products of one column have shapes {jnp.shape(forth)} and {jnp.shape(back)}; "
+        f"pass functions that give {(m, 1)} and {(n, 1)}.",
+    )
+    left, right = float(jnp.vdot(f, forth)), float(jnp.vdot(back, g))
+    size = float(jnp.linalg.norm(f) * jnp.linalg.norm(forth))
+    size = max(size, float(jnp.linalg.norm(back) * jnp.linalg.norm(g)))
+    check(
+        abs(left - right) <= 1e-3 * size,
+        f"{owner}: <f, K g> = {left:.4g} and <K^T f, g> = {right:.4g} differ; pass "
+        + ("a symmetric product." if owner == "Matrix" else "the transpose of the same product."),
+    )

@@ -11,7 +11,10 @@ from lowrank_optax._core.checks import check, check_count, check_least
 from lowrank_optax.spectral.operators._operator import (
     Function,
     SampledOperator,
+    blocks,
+    check_held_out,
     check_rows,
+    held_rows,
     with_constant,
 )
 
@@ -53,6 +56,8 @@ class _Pairs(SampledOperator):
     x: Any
     y: Any
     constant: bool = False
+    groups: Any = None
+    held_out_part: float = 0.2
     exact: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -64,6 +69,52 @@ class _Pairs(SampledOperator):
             jnp.ndim(self.x) >= 1 and len(self.x) == len(self.y),
             f"{owner}: {len(self.x)} and {len(self.y)} rows came; pass as many y as x.",
         )
+        check_held_out(owner, self)
+
+    @classmethod
+    def from_trajectories(cls, trajectories: Any, lag: int, **options: Any):
+        """All pairs ``(x_t, x_{t+lag})``, of which whole trajectories are held out.
+
+        Args:
+          trajectories: an array whose first axis is time, or a list of such arrays; of a single one
+            whole pieces are held out.
+          lag: the distance in time of a pair, a number of steps.
+          options: the other arguments of the operator, by name.
+
+        Returns:
+          The operator.
+
+        Raises:
+          ValueError: for a lag below 1, or one that no trajectory is long enough for.
+        """
+        x, y = lagged_pairs(trajectories, lag)
+        many = trajectories if isinstance(trajectories, list | tuple) else [trajectories]
+        counts = [max(0, len(t) - lag) for t in many]
+        # A few long trajectories are cut into pieces, so that what is held out is near its part.
+        groups = np.repeat(np.arange(len(many)), counts) if sum(map(bool, counts)) >= 5 else None
+        return cls(x, y, groups=groups, **options)
+
+    @property
+    def rows(self) -> int:
+        """The number of pairs."""
+        return len(self.x)
+
+    @property
+    def indices(self) -> tuple[int, ...] | None:
+        whole = lambda a: a.ndim == 1 and jnp.issubdtype(a.dtype, jnp.integer)
+        if not (whole(self.x) and whole(self.y)):
+            return None
+        sizes = (int(jnp.max(self.x)) + 1, int(jnp.max(self.y)) + 1)
+        return sizes if self.sides == 2 else (max(sizes),)
+
+    def held_out(self) -> tuple["_Pairs", Any]:
+        rows, held = held_rows(self.rows, self.held_out_part, self.groups)
+        at = blocks(held if len(held) else rows)
+        batches = self.x[at], self.y[at]
+        if not len(held):
+            return self, batches
+        left = {"x": self.x[rows], "y": self.y[rows], "groups": None, "held_out_part": 0.0}
+        return dataclasses.replace(self, **left), batches
 
     def sample(self, key: jax.Array, size: int, state: Any = None) -> tuple[jax.Array, jax.Array]:
         """``size`` pairs drawn at random, or a permutation of all where there are no more."""
@@ -93,6 +144,10 @@ class CanonicalDependence(_Pairs):
         ``x``.
       constant: whether the constant mode is prepended, so that a network learns what comes after
         it; ``True`` by default.
+      groups: the number of the trajectory that each pair comes from, ``(n,)``, by which they are
+        held out; by default, ``None``, a twentieth of the rows in their order is a group.
+      held_out_part: the part of the groups that the fit does not learn from and is read from, in
+        [0, 1), 0.2 by default; with 0, and with fewer than 20 rows, it is read from the same rows.
 
     Raises:
       ValueError: for different numbers of rows, or entries that are not finite.
@@ -138,6 +193,9 @@ class Koopman(_Pairs):
       x: the states, ``(n, ...)``.
       y: the states a lag later, ``(n, ...)``.
       constant: whether the constant mode, whose eigenvalue is 1, is prepended; ``True`` by default.
+      groups: the number of the trajectory that each pair comes from, as in `CanonicalDependence`;
+        ``Koopman.from_trajectories`` knows it.
+      held_out_part: the part that the fit is read from, as in `CanonicalDependence`.
 
     Raises:
       ValueError: for different numbers of rows, or entries that are not finite.
@@ -188,7 +246,8 @@ class GraphLaplacian(SampledOperator):
       constant: whether the constant mode, whose eigenvalue is ``shift``, is prepended; ``False`` by
         default.
       everything: whether every batch holds all edges once, weighed, as for `Matrix`; ``False`` by
-        default.
+        default. Nodes that are features are samples: a fifth of their edges is held out of the fit,
+        which is read from them, unless a batch is everything.
 
     Raises:
       ValueError: for edges that are not pairs, or weights that are not positive.
@@ -209,8 +268,8 @@ class GraphLaplacian(SampledOperator):
     shift: float = 1.0
     constant: bool = False
     everything: bool = False
+    nodes: int | None = dataclasses.field(init=False, default=None)
     group: ClassVar[int] = 2
-    exact: ClassVar[bool] = False
 
     def __post_init__(self):
         edges = check_rows("GraphLaplacian", "edges", self.edges, np.ndim(self.edges))
@@ -227,6 +286,29 @@ class GraphLaplacian(SampledOperator):
         )
         object.__setattr__(self, "edges", edges)
         object.__setattr__(self, "weights", weights / jnp.sum(weights))
+        if edges.ndim == 2 and jnp.issubdtype(edges.dtype, jnp.integer):
+            object.__setattr__(self, "nodes", int(jnp.max(edges)) + 1)
+
+    @property
+    def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a batch is all nodes with all of their edges."""
+        return self.everything and self.nodes is not None
+
+    @property
+    def indices(self) -> tuple[int, ...] | None:
+        return None if self.nodes is None else (self.nodes,)
+
+    def held_out(self) -> tuple["GraphLaplacian", Any]:
+        if self.nodes is not None:  # a graph that is given whole is no sample of another one
+            batch = jax.tree.map(lambda a: a[None], self.sample(jax.random.key(0), 0))
+            return self, batch if self.everything else None
+        rows, held = held_rows(len(self.edges), 0.0 if self.everything else 0.2, None)
+        at = blocks(held if len(held) else rows)
+        batches = self.edges[at], self.weights[at] * len(self.edges)
+        if not len(held):
+            return self, batches
+        left = {"edges": self.edges[rows], "weights": self.weights[rows]}
+        return dataclasses.replace(self, **left), batches
 
     def sample(self, key: jax.Array, size: int, state: Any = None) -> tuple[jax.Array, jax.Array]:
         """Edges drawn by weight, or all of them with ``everything``."""
@@ -244,10 +326,23 @@ class GraphLaplacian(SampledOperator):
 
     def apply(self, function: Function, batch: Any) -> tuple[jax.Array, jax.Array]:
         edges, weights = batch
+        if self.exact:
+            return self._at_nodes(function, edges, weights / len(edges))
         f = jax.vmap(jax.vmap(self.dress(function)))(edges)
         f = jnp.sqrt(weights)[:, None, None] * f
         tf = self.shift * f - (f - f[:, ::-1])
         return f.reshape(-1, f.shape[-1]), tf.reshape(-1, f.shape[-1])
+
+    def _at_nodes(self, function: Function, edges: jax.Array, w: jax.Array) -> Any:
+        """``f`` and ``T f`` at every node, times the root of its share of the edges' ends."""
+        f = jax.vmap(self.dress(function))(jnp.arange(self.nodes))
+        one, two = edges[:, 0], edges[:, 1]
+        at = lambda values, to: jax.ops.segment_sum(values, to, self.nodes)
+        degree = at(w, one) + at(w, two)
+        inflow = at(w[:, None] * f[two], one) + at(w[:, None] * f[one], two)
+        walk = inflow / jnp.where(degree > 0, degree, 1)[:, None]
+        root = jnp.sqrt(degree * (len(f) / 2))[:, None]
+        return root * f, root * ((self.shift - 1) * f + walk)
 
     def truth(self, k: int) -> np.ndarray:
         """The ``k`` largest eigenvalues, descending, of a graph whose nodes are indices.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_optax._core.checks import check, check_count, check_decay, check_least
 
@@ -46,6 +47,10 @@ class Proposal(abc.ABC):
     def efficiency(self, state: Any) -> jax.Array:
         """Effective sample size as a fraction of the batch, 1 where it is not known."""
         return jnp.ones(())
+
+    def boundary(self, x: jax.Array) -> jax.Array:
+        """A factor, at one point, that vanishes where the density ends before the space does."""
+        return jnp.ones((), x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +121,13 @@ class MultiScale(Proposal):
       floor: sum of the lower bounds of the weights, in [0, 1], 0.3 by default; 1 switches
         adaptation off.
       rate: rate of the exponential average over batches, in [0, 1], 0.02 by default.
+      low: coordinates below which nothing is drawn, ``(d,)`` and each below the centre's, minus
+        infinity for none; points beyond are reflected, and functions vanish there. ``None``, the
+        default, for none at all.
+      high: the same for coordinates above.
 
     Raises:
-      ValueError: for numbers out of range, no scales, or a centre of another dimension.
+      ValueError: for numbers out of range, no scales, or a centre or ends of another dimension.
 
     Cost: ``K`` densities a point; ``L³`` flops a batch.
 
@@ -140,6 +149,8 @@ class MultiScale(Proposal):
     center: tuple[float, ...] | None = None
     floor: float = 0.3
     rate: float = 0.02
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
 
     def __post_init__(self):
         check_count("MultiScale", "dimension", self.dimension)
@@ -155,6 +166,16 @@ class MultiScale(Proposal):
                 len(self.center) == self.dimension,
                 f"MultiScale: center has {len(self.center)} entries; pass {self.dimension}.",
             )
+        middle = np.zeros(self.dimension) if self.center is None else np.array(self.center)
+        for name, sign in (("low", -1), ("high", 1)):
+            end = getattr(self, name)
+            if end is not None:
+                object.__setattr__(self, name, tuple(float(c) for c in end))
+                check(
+                    len(end) == self.dimension and np.all(sign * (np.array(end) - middle) > 0),
+                    f"MultiScale: {name} is {end!r}; pass {self.dimension} numbers on that side of "
+                    "the centre.",
+                )
 
     def init(self) -> Adapted:
         return Adapted(jnp.full(len(self.scales), -jnp.log(len(self.scales))), jnp.ones(()))
@@ -163,7 +184,11 @@ class MultiScale(Proposal):
         which, normal = jax.random.split(key)
         k = jax.random.categorical(which, state.log_weights, shape=(size,))
         noise = jax.random.normal(normal, (size, self.dimension))
-        return self._center[None] + jnp.asarray(self.scales)[k][:, None] * noise
+        x = self._center[None] + jnp.asarray(self.scales)[k][:, None] * noise
+        for end, side in ((self.low, jnp.less), (self.high, jnp.greater)):
+            if end is not None:
+                x = jnp.where(side(x, jnp.asarray(end)[None]), 2 * jnp.asarray(end)[None] - x, x)
+        return x
 
     def log_density(self, x: jax.Array, state: Adapted) -> jax.Array:
         return jax.nn.logsumexp(self._terms(x, state))
@@ -185,15 +210,41 @@ class MultiScale(Proposal):
     def efficiency(self, state: Adapted) -> jax.Array:
         return state.efficiency
 
+    def boundary(self, x: jax.Array) -> jax.Array:
+        """Rises from 0 at the ends over the smallest scale."""
+        ends = [end for end in (self.low, self.high) if end is not None]
+        factor = jnp.ones((), x.dtype)
+        for end in ends:
+            away = jnp.abs(x - jnp.asarray(end, x.dtype)) / min(self.scales)
+            factor = factor * jnp.prod(-jnp.expm1(-away))
+        within = jnp.ones((), bool)
+        if self.low is not None:
+            within = within & jnp.all(x >= jnp.asarray(self.low, x.dtype))
+        if self.high is not None:
+            within = within & jnp.all(x <= jnp.asarray(self.high, x.dtype))
+        return jnp.where(within, factor, 0.0)
+
     @property
     def _center(self) -> jax.Array:
         return jnp.zeros(self.dimension) if self.center is None else jnp.asarray(self.center)
 
     def _terms(self, x: jax.Array, state: Adapted) -> jax.Array:
         s = jnp.asarray(self.scales)
-        square = jnp.sum((x - self._center) ** 2)
-        normal = -square / (2 * s**2) - self.dimension * jnp.log(s * (2 * jnp.pi) ** 0.5)
-        return state.log_weights + normal
+        norm = self.dimension * jnp.log(s * (2 * jnp.pi) ** 0.5)
+        if self.low is None and self.high is None:
+            square = jnp.sum((x - self._center) ** 2)
+            return state.log_weights - square / (2 * s**2) - norm
+        # A component is a product over coordinates, each with its reflections at the ends.
+        images = [x]
+        for end in (self.low, self.high):
+            if end is not None:
+                end = jnp.asarray(end, x.dtype)
+                finite = jnp.where(jnp.isfinite(end), end, 0.0)
+                images.append(jnp.where(jnp.isfinite(end), 2 * finite - x, jnp.inf))
+        apart = (jnp.stack(images) - self._center[None]) ** 2
+        apart = jnp.where(jnp.isfinite(apart), apart, 1e12)
+        terms = -apart[:, None, :] / (2 * s**2)[None, :, None]
+        return state.log_weights + jnp.sum(jax.nn.logsumexp(terms, axis=0), -1) - norm
 
 
 def gaussian(dimension: int, scale: float) -> MultiScale:
@@ -271,13 +322,15 @@ def classical(
         -Δ - 1/r``.
 
     Returns:
-      The `MultiScale`, with scales down to 0.5 or a quarter of its reach.
+      The `MultiScale`, with scales down to 0.5 or a quarter of its reach, and ends where the
+      potential rises to 64 times the particle's largest kinetic energy within four of its scales.
 
     Raises:
       ValueError: for a dimension below 1, a length that is not positive, or an energy that is too
         low for any point that was tried.
 
-    Cost: ``2560 + 20 d`` values of the potential, along the axes and in directions at random.
+    Cost: ``10752 + 2021 d`` values of the potential, along the axes, in directions at random, and
+    at points of the `MultiScale`.
 
     Example:
       >>> from lowrank_optax.spectral import operators
@@ -304,4 +357,29 @@ def classical(
         "a higher one (a Schrodinger's shift / scale).",
     )
     reach = float(lengths[jnp.argmax(within)])
-    return geometric(dimension, min(0.5, reach / 4), reach)
+    found = geometric(dimension, min(0.5, reach / 4), reach)
+    low, high = _ends(potential, found, energy)
+    return dataclasses.replace(found, low=low, high=high)
+
+
+WALL = 64.0
+"""How many times a particle's largest kinetic energy a wall lies above its energy."""
+
+
+def _ends(potential: Any, found: MultiScale, energy: float) -> list[tuple[float, ...] | None]:
+    """Where along each coordinate the potential is far above the energy, in reach of the scales.
+
+    Functions of that energy have died out there: by ``e^{-5}`` over the last stretch alone.
+    """
+    reach, d = 4 * max(found.scales), found.dimension
+    line = jnp.linspace(-reach, reach, 2001)
+    axes = (line[:, None, None] * jnp.eye(d)[None]).reshape(-1, d)
+    x = jnp.concatenate([axes, found.draw(jax.random.key(1), 8192, found.init())])
+    values = np.nan_to_num(np.asarray(jax.vmap(potential)(x), np.float64), nan=np.inf)
+    kinetic = energy - values.min()
+    inside = np.asarray(x)[values <= energy + WALL * kinetic]
+    stretch = 5 / (WALL * kinetic) ** 0.5 + reach / 1000 + (0 if d == 1 else reach / 50)
+    ends = inside.min(0) - stretch, inside.max(0) + stretch
+    low = tuple(float(c) if c > -reach else -np.inf for c in ends[0])
+    high = tuple(float(c) if c < reach else np.inf for c in ends[1])
+    return [end if np.isfinite(end).any() else None for end in (low, high)]
