@@ -13,9 +13,12 @@ eleven shapes and some fifty different ones, for every kind of part, and for `op
 which is what such a model costs anyway: XLA compiles every operation of every leaf anew. Lines of
 optimized HLO a leaf show how that grows.
 
+*Eager*: ``update`` outside of `jax.jit` on twelve small leaves: seconds of the first call, and
+milliseconds of the later ones.
+
 *Importing*: milliseconds of ``import lowrank_optax`` after jax, optax and chex, in fresh processes.
 
-    python benchmarks/load.py [--quick] [--out DIR] [--only sweeps,memory,compiling,importing]
+    python benchmarks/load.py [--quick] [--out DIR] [--only sweeps,memory,compiling,eager,importing]
 """
 
 import argparse
@@ -39,7 +42,7 @@ import report
 import lowrank_optax as lro
 
 B, C, RUNS = lro.basis, lro.curvature, 32
-SECTIONS = ("sweeps", "memory", "compiling", "importing")
+SECTIONS = ("sweeps", "memory", "compiling", "eager", "importing")
 
 
 def main() -> None:
@@ -315,6 +318,35 @@ def compiled(name: str, params: dict) -> dict:
         "total": clock[-1] - clock[0],
         "lines": len(text.splitlines()) / len(params),
     }
+
+
+# Eager ------------------------------------------------------------------------------------------
+
+
+def eager(quick: bool) -> list[dict]:
+    params = {f"w{i}": jnp.ones((8, 16)) for i in range(6)} | {
+        f"b{i}": jnp.ones(16) for i in range(6)
+    }
+    extra = {"value_fn": lambda p: jnp.sum(losses(p)), "losses_fn": losses, "residuals_fn": losses}
+    rows = []
+    for name in list(COMPILED)[:2] if quick else COMPILED:
+        tx = optax.with_extra_args_support(COMPILED[name]())
+        state, times = tx.init(params), []
+        given = {} if name.startswith("optax") else extra
+        for _ in range(3 if quick else 6):
+            start = time.perf_counter()
+            state = jax.block_until_ready(tx.update(params, state, params, **given))[1]
+            times.append(time.perf_counter() - start)
+        rows.append(
+            {"name": name, "first": times[0], "later_ms": 1e3 * float(np.median(times[2:]))}
+        )
+        print("{name}: {first:.1f} s, {later_ms:.1f} ms".format(**rows[-1]), flush=True)
+    report.show(
+        "Without jit",
+        rows,
+        {"name": "optimizer", "first": "first call, s", "later_ms": "later, ms"},
+    )
+    return rows
 
 
 # Importing --------------------------------------------------------------------------------------
