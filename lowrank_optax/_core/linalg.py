@@ -66,6 +66,12 @@ def qr(a: jax.Array) -> jax.Array:
 
 
 @one_by_one
+def thin_qr(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``Q``, ``(n, k)``, and the triangle ``R`` of ``(n, k)``, ``k <= n``."""
+    return tuple(jnp.linalg.qr(a))
+
+
+@one_by_one
 def inv(a: jax.Array) -> jax.Array:
     """The inverse of ``(n, n)``."""
     return jnp.linalg.inv(a)
