@@ -549,6 +549,8 @@ def replicas(name, **options):
 for name in ("sophia_h", "lowrank_newton", "natural_gradient"):
     CHECKS[f"replicas_{name}"] = lambda n=name: replicas(n, learning_rate=0.1, rank=3)
 CHECKS["replicas_levenberg_marquardt"] = lambda: replicas("levenberg_marquardt")
+CHECKS["replicas_by_products"] = lambda: replicas("levenberg_marquardt", rank=4)
+CHECKS["replicas_spring"] = lambda: replicas("spring")
 
 
 # What the compiled step exchanges ----------------------------------------------------------------

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lowrank_optax._core import linalg
@@ -17,10 +16,11 @@ from lowrank_optax._core.entry import check_one_replica, own_arguments
 from lowrank_optax._core.functions import flat_residuals
 from lowrank_optax._core.layout import Layout
 from lowrank_optax._core.precision import full_precision
-from lowrank_optax.curvature._curvature import flat, need_params, rows_of
+from lowrank_optax.curvature._curvature import flat, need_params
 from lowrank_optax.curvature.examples import jacobian
 from lowrank_optax.least_squares._jacobian import SMALL, Solver, by_products, dense
 from lowrank_optax.least_squares._search import Around, best
+from lowrank_optax.least_squares._vector import as_tree, check_rows, given_rows
 
 OWNER = "levenberg_marquardt"
 
@@ -282,7 +282,7 @@ def _update(options: _Options, updates: Any, state: Any, params: Any = None, **e
 
     def own(p: jax.Array) -> jax.Array:
         """At the parameters as they will be after the update ``p``, rounding included."""
-        return fn(optax.apply_updates(params, _tree(layout, p))).astype(layout.dtype)
+        return fn(optax.apply_updates(params, as_tree(layout, p))).astype(layout.dtype)
 
     zero = jnp.zeros_like(state.step)
     given = extra.get("per_example_grads")
@@ -291,11 +291,11 @@ def _update(options: _Options, updates: Any, state: Any, params: Any = None, **e
     if not k or not zero.size:  # nothing to fit, or nothing to fit it with
         here = jnp.sum(own(zero) ** 2) / 2
         counted = state._replace(count=linalg.tally(state.count), loss=here)
-        return _tree(layout, zero, updates), counted
+        return as_tree(layout, zero, updates), counted
     x = jnp.concatenate(flat(layout, params))
     sources = jax.tree.leaves(updates)
     if options.one_array(k, zero.size, given is not None):
-        j = None if given is None else _given(layout, given)
+        j = None if given is None else given_rows(layout, given)
         parts = _whole(options, own, j, state, x, sources)
     else:
         parts = _by_products(options, own, state, x, sources)
@@ -304,7 +304,7 @@ def _update(options: _Options, updates: Any, state: Any, params: Any = None, **e
     rows, products = finish()
 
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(around.sound, a, b), new, old)
-    return _tree(layout, chosen.step, updates), LevenbergMarquardtState(
+    return as_tree(layout, chosen.step, updates), LevenbergMarquardtState(
         count=linalg.tally(state.count),
         damping=keep(found.mu, state.damping),
         relative=keep(other.mu, state.relative),
@@ -331,7 +331,7 @@ def _whole(options: _Options, own: Any, j: Any, state: Any, x: jax.Array, source
     r = residuals(zero)
     here = jnp.sum(r**2) / 2
     j = gather(jacobian(own, zero, options.chunk)[0] if j is None else j)
-    _check_rows(j, (r.size, zero.size))
+    check_rows(OWNER, j, (r.size, zero.size))
     sound = linalg.finite(r, j, *map(jnp.asarray, sources))
     j = jnp.where(sound, j, 0)
     norms = state.norms
@@ -381,7 +381,7 @@ def _by_products(options: _Options, own: Any, state: Any, x: jax.Array, sources:
             total,
             jnp.where(sound, r, 0),
             jnp.where(sound, start, 0),
-            min(zero.size, max(len(kept), KEPT)),
+            min(zero.size, KEPT if options.rank is None else options.rank),
             sound,
         )
         found.append((w[: len(kept)] if len(kept) else (), products + 2))
@@ -436,24 +436,3 @@ def _without_aux(fn: Any) -> Callable[[Any], Any]:
         return out[0]
 
     return first
-
-
-def _tree(layout: Layout, p: jax.Array, like: Any = None) -> Any:
-    """The flat update ``(d,)`` as a tree, in the dtypes of ``like`` where it is given."""
-    parts = jnp.split(p, np.cumsum(layout.sizes)[:-1]) if layout.sizes else []
-    return layout.unflatten(parts) if like is None else layout.unflatten(parts, like)
-
-
-def _given(layout: Layout, tree: Any) -> jax.Array:
-    """The residuals' gradients side by side, ``(k, d)``."""
-    rows = rows_of(layout, layout.leaves(tree))
-    return jnp.concatenate([x.astype(layout.dtype) for x in rows], axis=1)
-
-
-def _check_rows(j: jax.Array, shape: tuple[int, int]) -> None:
-    check(
-        j.shape == shape,
-        f"{OWNER}: per_example_grads has {j.shape[0]} rows of {j.shape[1]} entries for {shape[0]} "
-        f"residuals of {shape[1]} parameters; pass one gradient a residual, such as "
-        "jax.vmap(jax.grad(residual), (None, 0))(params, batch).",
-    )
