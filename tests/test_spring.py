@@ -162,6 +162,11 @@ def test_points_give_residuals_and_their_gradients(x64):
     first, second = fit.residuals(params)
     np.testing.assert_allclose(first, np.sqrt(w / 5) * jax.vmap(scalar, (None, 0))(params, x))
     assert second.shape == (4, 2, 3)
+    parts = squares.at_points((scalar, x, w), (vector, {"t": x[:4, 0]}), chunk=2)
+    for got, want in zip(parts.residuals(params), (first, second), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+    push = lambda fit: jax.jvp(fit.residuals, (params,), (params,))[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), push(parts), push(fit))
     flat = lambda p: jnp.concatenate([jnp.ravel(r) for r in fit.residuals(p)])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12),

@@ -68,7 +68,8 @@ def qr(a: jax.Array) -> jax.Array:
 @one_by_one
 def thin_qr(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``Q``, ``(n, k)``, and the triangle ``R`` of ``(n, k)``, ``k <= n``."""
-    return tuple(jnp.linalg.qr(a))
+    q, r = jnp.linalg.qr(a)
+    return q, r
 
 
 @one_by_one

@@ -1,12 +1,13 @@
 """Residuals as they come: of points one by one, and of a wavefunction's energy."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._core.checks import check
+from lowrank_optax._core.checks import as_size, check
 
 
 class PointResiduals(NamedTuple):
@@ -23,7 +24,7 @@ class PointResiduals(NamedTuple):
     gradients: Callable[[Any], Any]
 
 
-def at_points(*parts: Sequence[Any]) -> PointResiduals:
+def at_points(*parts: Sequence[Any], chunk: int | None = 2048) -> PointResiduals:
     r"""Residuals that each depend on one point, and their gradients at the price of one pass.
 
     .. math:: r_{p,i} = \sqrt{w_{p,i} / n_p}\; f_p(\text{params}, x_{p,i})
@@ -56,22 +57,29 @@ def at_points(*parts: Sequence[Any]) -> PointResiduals:
         point and returns a number or an array of a fixed shape; ``points`` is an array, or a tree
         of arrays, with ``n`` along the first axis; ``weights`` is a number or an array ``(n,)``, 1
         by default, not differentiated.
+      chunk: number of points that are worked on at a time, 2048 by default, ``None`` for all. It
+        bounds the memory of products with the Jacobian: of more points only the parameters are
+        kept, and what else a derivative needs is computed again.
 
     Returns:
       A `PointResiduals`.
 
     Raises:
-      ValueError: for a part that is no such tuple, or points without a common first axis.
+      ValueError: for a part that is no such tuple, points without a common first axis, or a chunk
+        below 1.
 
-    Cost: that of the functions; gradients take ``k`` times the parameters of memory.
+    Cost: that of the functions, and once more in a derivative by chunks; gradients take ``k`` times
+      the parameters of memory.
 
     Source: elementary.
     """
+    if chunk is not None:
+        chunk = as_size("at_points", "chunk", chunk)
     made = [_part(i, part) for i, part in enumerate(parts)]
     check(made, "at_points: no parts; pass (function, points), one for each kind of residual.")
 
     def residuals(params: Any) -> list[jax.Array]:
-        return [jax.vmap(f, (None, 0))(params, (x, w)) for f, x, w in made]
+        return [_over(partial(f, params), (x, w), chunk) for f, x, w in made]
 
     def gradients(params: Any) -> Any:
         rows = []
@@ -83,6 +91,14 @@ def at_points(*parts: Sequence[Any]) -> PointResiduals:
         return jax.tree.map(lambda *g: jnp.concatenate(g), *rows)
 
     return PointResiduals(residuals, gradients)
+
+
+def _over(f: Callable, xs: Any, chunk: int | None) -> jax.Array:
+    """``f`` of every row, at most ``chunk`` at a time."""
+    n = jax.tree.leaves(xs)[0].shape[0]
+    if chunk is None or n <= chunk:
+        return jax.vmap(f)(xs)
+    return jax.lax.map(jax.checkpoint(f), xs, batch_size=chunk)
 
 
 def _part(i: int, part: Any) -> tuple[Callable, Any, jax.Array]:
