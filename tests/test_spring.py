@@ -232,3 +232,32 @@ def test_conditions_are_built_in():
     u = squares.hard_constraint(lambda p, x: p * jnp.exp(x), jnp.cos, lambda x: x * (1 - x))
     np.testing.assert_allclose([u(7.0, 0.0), u(7.0, 1.0)], np.cos([0.0, 1.0]), rtol=1e-6)
     np.testing.assert_allclose(u(2.0, 0.5), np.cos(0.5) + 0.25 * 2 * np.exp(0.5), rtol=1e-6)
+
+
+# As any optax transformation ---------------------------------------------------------------------
+
+PARAMS = {"a": jnp.array([0.5, -1.0, 0.2]), "b": jnp.array([0.1, 0.2])}
+RESIDUALS = lambda p: jnp.tanh(p["a"]) @ jnp.arange(6.0).reshape(3, 2) + p["b"] - 0.3
+
+
+def one(tx, params, fn=RESIDUALS):
+    return jax.jit(lambda p: tx.update(p, tx.init(p), p, residuals_fn=fn)[0])(params)
+
+
+def test_wrappers_of_optax():
+    plain = one(lro.spring(0.3), PARAMS)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, one(optax.inject_hyperparams(lro.spring)(0.3), PARAMS), plain)
+    jax.tree.map(close, one(optax.MultiSteps(lro.spring(0.3), 1), PARAMS), plain)
+    held = optax.partition(
+        {"fit": lro.spring(0.3), "hold": optax.set_to_zero()}, {"a": "fit", "b": "hold"}
+    )
+    got = one(held, PARAMS)
+    fn = lambda p: RESIDUALS({"a": p["a"], "b": PARAMS["b"]})
+    close(got["a"], one(lro.spring(0.3), {"a": PARAMS["a"]}, fn)["a"])
+    np.testing.assert_array_equal(got["b"], 0)
+    many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
+    tx = lro.spring(0.3)
+    step = lambda p: tx.update(p, tx.init(p), p, residuals_fn=RESIDUALS)[0]
+    for x, y in zip(jax.tree.leaves(jax.vmap(step)(many)), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(x[0], y, rtol=1e-4, atol=1e-6)
