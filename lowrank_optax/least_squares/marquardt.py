@@ -187,7 +187,7 @@ def levenberg_marquardt(
       serve and ``6 k d m + 20 m³`` for singular values, and for every trial the residuals ``order``
       times and their derivatives along a line, up to that order. A second try decomposes twice.
       With products alone, memory ``(2 rank + 1) (k + d)`` in a step and ``rank d`` between steps;
-      ``2 rank + 2`` products ``J v`` and ``rank + 1`` products ``J^T w``, ``10 rank² (k + d)``
+      ``2 rank + 3`` products ``J v`` and ``rank + 1`` products ``J^T w``, ``10 rank² (k + d)``
       flops beside them.
 
     Source: Levenberg, 1944, and Marquardt, 1963; Moré, "The Levenberg-Marquardt algorithm:
@@ -363,12 +363,12 @@ def _by_products(options: _Options, own: Any, state: Any, x: jax.Array, sources:
     r, push = jax.linearize(own, zero)
     transpose = jax.linear_transpose(push, zero)
     here = total(jnp.sum(r**2)) / 2
-    slope = total(transpose(r)[0])
-    # Entry i of J (s x) has, over random signs s, the mean square sum_j J_ij² x_j².
+    # Entry i of J (s x) has, over random signs s, the mean square sum_j J_ij² x_j². It is not finite
+    # where an entry of J is not.
     signs = jax.random.rademacher(jax.random.fold_in(jax.random.key(0), state.count), x.shape)
     mixed = push(signs.astype(x.dtype) * x)
     spread = jnp.sqrt(total(jnp.sum((r * mixed) ** 2)))
-    sound = linalg.finite(here, slope, spread, *map(jnp.asarray, sources))
+    sound = linalg.finite(here, spread, *map(jnp.asarray, sources))
     found = []
 
     def solver(units: jax.Array, finest: Any) -> Solver:
