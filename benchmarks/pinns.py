@@ -165,22 +165,19 @@ def row(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def ahead(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
-    """Puts into our rows the seconds after which we were below every other method's last error."""
+def early(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """Puts into our rows the error that we had when the last of the others ended."""
     for ours in rows:
         others = [
-            r["error"]
+            r["seconds"]
             for r in rows
             if r["problem"] == ours["problem"] and r["method"] != ours["method"]
         ]
-        if ours["method"] != OURS or not others:
-            continue
-        mine = [r for r in runs if (r["problem"], r["method"]) == (ours["problem"], OURS)]
-        first = [
-            next((p["seconds"] for p in r["curve"] if p["error"] <= min(others)), None)
-            for r in mine
-        ]
-        ours["ahead"] = None if None in first else float(np.median(first))
+        if ours["method"] == OURS and others:
+            mine = [r for r in runs if (r["problem"], r["method"]) == (ours["problem"], OURS)]
+            before = [[p for p in r["curve"] if p["seconds"] <= max(others)] for r in mine]
+            seen = [points[-1]["error"] for points in before if points]
+            ours["early"] = float(np.median(seen)) if seen else None
 
 
 def draw(path: Path, runs: list[dict[str, Any]]) -> None:
@@ -231,8 +228,8 @@ def main() -> None:
     keys = itertools.product(EQUATIONS, METHODS)
     groups = [[r for r in runs if (r["problem"], r["method"]) == key] for key in keys]
     rows = [row(group) for group in groups if group]
-    ahead(runs, rows)
-    head = ("problem", "method", "steps", "seconds", "error", "ahead", "published")
+    early(runs, rows)
+    head = ("problem", "method", "steps", "seconds", "error", "early", "published")
     report.show("Relative L2 errors", rows, {key: key for key in head})
     report.save(path, rows=rows, runs=runs)
     draw(args.out / "pinns.png", runs)

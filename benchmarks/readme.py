@@ -222,10 +222,10 @@ def pinns() -> str:
             error = number(row["error"])
             line = [problem, row["method"], str(row["steps"]), number(row["seconds"])]
             line.append(f"**{error}**" if row["error"] == lowest else error)
-            line.append(number(row["ahead"]) if row.get("ahead") else "–")
+            line.append(number(row["early"]) if row.get("early") else "–")
             lines.append([*line, number(row["published"]) if row["method"][:3] == "lro" else ""])
     head = ["equation", "method", "steps", "seconds", "relative L2 error"]
-    return markdown([*head, "seconds to the best of the others", "published"], lines)
+    return markdown([*head, "when the others ended", "published"], lines)
 
 
 def least_squares_scale() -> str:

@@ -22,11 +22,12 @@ lower far away, where parameters run off to infinity. The number is that of Tran
 STUCK = 0.95
 """The share of the loss above which a step that leaves it is tried in other units too."""
 
-FINER = 2
-"""How many dampings below the best straight step's are tried along curves where trials are dear.
+FINER = 4
+"""How many dampings, from the best straight step's down, are tried along curves on large problems.
 
-On networks the best curve has a damping of one to three trials below that of the best straight
-step, since its higher terms correct what a long step does wrong.
+On networks the best curve has a damping of none to three trials below that of the best straight
+step, since its higher terms correct what a long step does wrong. With two dampings a step takes a
+seventh less time and a long run ends five times higher.
 """
 
 
@@ -175,7 +176,7 @@ def sparing(
     """Every damping with every momentum along straight lines; curves where these point to.
 
     A curve of three terms costs about ten times its straight line. Curves are followed for the
-    dampings next below that of the best line.
+    damping of the best line and those next below it.
     """
     momenta = jnp.array(options.momenta, mus.dtype)
     line = lambda mu, b: b * last - solver.solve(mu, around.r + b * around.pushed)
@@ -185,7 +186,7 @@ def sparing(
     dampings = jnp.repeat(mus, len(momenta))
     if options.order == 1:
         return lines, losses, dampings
-    down = options.spread ** -jnp.arange(FINER, 0, -1).astype(mus.dtype)
+    down = options.spread ** -jnp.arange(FINER - 1, -1, -1).astype(mus.dtype)
     finer = jnp.maximum(dampings[jnp.argmin(losses)] * down, low)
     pairs = jnp.repeat(finer, len(momenta)), jnp.tile(momenta, FINER)
     curve = lambda pair: curved(options, around, solver, last, *pair)

@@ -120,7 +120,7 @@ def levenberg_marquardt(
     * Up to 4096 on it and 2^25 entries: the eigenvalues of ``J J^T`` or ``J^T J``, while ``mu`` is
       above 16 ``eps`` of the largest; below, where these have lost what a step needs, the singular
       values by way of a QR decomposition. Straight lines are tried for every ``mu`` and ``b``,
-      curves for the two dampings below that of the best line.
+      curves for the damping of the best line and the three below it.
     * Above: products ``J v`` and ``J^T w`` alone. The step is the best one in a space of ``2 rank +
       1`` directions: ``rank`` right singular vectors of the last step's Jacobian in its space,
       which the state keeps, the last update, and ``rank`` directions of the bidiagonalisation of
@@ -363,8 +363,8 @@ def _by_products(options: _Options, own: Any, state: Any, x: jax.Array, sources:
     r, push = jax.linearize(own, zero)
     transpose = jax.linear_transpose(push, zero)
     here = total(jnp.sum(r**2)) / 2
-    # Entry i of J (s x) has, over random signs s, the mean square sum_j J_ij² x_j². It is not finite
-    # where an entry of J is not.
+    # Entry i of J (s x) has, over random signs s, the mean square sum_j J_ij² x_j². It is not
+    # finite where an entry of J is not.
     signs = jax.random.rademacher(jax.random.fold_in(jax.random.key(0), state.count), x.shape)
     mixed = push(signs.astype(x.dtype) * x)
     spread = jnp.sqrt(total(jnp.sum((r * mixed) ** 2)))
