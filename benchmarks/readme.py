@@ -217,11 +217,9 @@ def pinns() -> str:
     found = rows("pinns")
     for problem in dict.fromkeys(row["problem"] for row in found):
         some = [row for row in found if row["problem"] == problem]
-        lowest = min(row["error"] for row in some)
         for row in some:
-            error = number(row["error"])
             line = [problem, row["method"], str(row["steps"]), number(row["seconds"])]
-            line.append(f"**{error}**" if row["error"] == lowest else error)
+            line.append(number(row["error"]))
             line.append(number(row["early"]) if row.get("early") else "–")
             lines.append([*line, number(row["published"]) if row["method"][:3] == "lro" else ""])
     head = ["equation", "method", "steps", "seconds", "relative L2 error"]
