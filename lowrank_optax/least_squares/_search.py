@@ -1,7 +1,7 @@
 """The trials of a step: dampings, momenta and orders of the curve on which residuals fall."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -188,14 +188,33 @@ def sparing(
         return lines, losses, dampings
     down = options.spread ** -jnp.arange(FINER - 1, -1, -1).astype(mus.dtype)
     finer = jnp.maximum(dampings[jnp.argmin(losses)] * down, low)
-    pairs = jnp.repeat(finer, len(momenta)), jnp.tile(momenta, FINER)
-    curve = lambda pair: curved(options, around, solver, last, *pair)
-    steps, found = one_by_one(curve, pairs)
+    finer = jnp.repeat(finer, len(momenta))
+    first = jax.vmap(line)(finer, jnp.tile(momenta, FINER))
+    steps = jnp.reshape(_curves(options, around, solver, finer, first), (-1, last.size))
     return (
-        jnp.concatenate([jnp.reshape(steps, (-1, last.size)), lines]),
-        jnp.concatenate([jnp.ravel(found), losses]),
-        jnp.concatenate([jnp.repeat(pairs[0], options.order), dampings]),
+        jnp.concatenate([steps, lines]),
+        jnp.concatenate([one_by_one(around.loss, steps), losses]),
+        jnp.concatenate([jnp.repeat(finer, options.order), dampings]),
     )
+
+
+def _curves(
+    options: Any, around: Around, solver: Solver, mus: jax.Array, first: jax.Array
+) -> jax.Array:
+    """As `_curve` for ``n`` dampings and first terms ``(n, d)`` at once: ``(n, order, d)``.
+
+    Systems are solved together, since each reads the whole decomposition; derivatives are taken one
+    after the other, with the memory of one.
+    """
+    terms, steps = (first,), [first]
+    size = jnp.linalg.norm(first, axis=1)
+    for n in range(2, options.order + 1):
+        slope = lambda terms, n=n: _derivative(_along(around.residuals, terms), n, first.dtype)
+        c = -jax.vmap(solver.solve)(mus, one_by_one(slope, terms))
+        length = jnp.linalg.norm(c, axis=1)
+        terms = (*terms, jnp.minimum(1, linalg.safe_divide(size, length))[:, None] * c)
+        steps.append(steps[-1] + terms[-1] / math.factorial(n))
+    return jnp.stack(steps, axis=1)
 
 
 def one_by_one(f: Callable[[Any], Any], xs: Any) -> Any:
@@ -214,7 +233,7 @@ def curved(
     solve = lambda y: solver.solve(mu, y)
     first = b * last - solve(around.r + b * around.pushed)
     steps, bend = _curve(around.residuals, solve, first, options.order)
-    losses = jax.vmap(around.loss)(steps) if not around.dear else one_by_one(around.loss, steps)
+    losses = jax.vmap(around.loss)(steps)
     return steps, jnp.where(around.fewer & (bend > BEND), jnp.inf, losses)
 
 
@@ -232,17 +251,25 @@ def _curve(
     terms, steps, size = [first], [first], jnp.linalg.norm(first)
     bend = jnp.zeros_like(size)
 
-    def along(t: jax.Array) -> jax.Array:
-        path = [t**n / math.factorial(n) * c for n, c in enumerate(terms, 1)]
-        return residuals(sum(path[1:], path[0]))
-
     for n in range(2, order + 1):
-        c = -solve(_derivative(along, n, first.dtype))
+        c = -solve(_derivative(_along(residuals, terms), n, first.dtype))
         length = jnp.linalg.norm(c)
         bend = linalg.safe_divide(length, size) if n == 2 else bend
         terms.append(jnp.minimum(1, linalg.safe_divide(size, length)) * c)
         steps.append(steps[-1] + terms[-1] / math.factorial(n))
     return jnp.stack(steps), bend
+
+
+def _along(
+    residuals: Callable[[jax.Array], jax.Array], terms: Sequence[jax.Array]
+) -> Callable[[jax.Array], jax.Array]:
+    """The residuals along the curve with these terms, as a function of ``t``."""
+
+    def at(t: jax.Array) -> jax.Array:
+        path = [t**n / math.factorial(n) * c for n, c in enumerate(terms, 1)]
+        return residuals(sum(path[1:], path[0]))
+
+    return at
 
 
 def _derivative(fn: Callable[[jax.Array], jax.Array], n: int, dtype: Any) -> jax.Array:
