@@ -26,8 +26,8 @@ FINER = 4
 """How many dampings, from the best straight step's down, are tried along curves on large problems.
 
 On networks the best curve has a damping of none to three trials below that of the best straight
-step, since its higher terms correct what a long step does wrong. With two dampings a step takes a
-seventh less time and a long run ends five times higher.
+step, since its higher terms correct what a long step does wrong. With two dampings a loss
+ended five times higher after 150 steps on Poisson's equation.
 """
 
 
