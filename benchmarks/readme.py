@@ -211,6 +211,70 @@ def least_squares() -> str:
     return markdown(head, lines)
 
 
+def pinns() -> str:
+    """Relative errors of networks on seven equations."""
+    lines = []
+    found = rows("pinns")
+    for problem in dict.fromkeys(row["problem"] for row in found):
+        some = [row for row in found if row["problem"] == problem]
+        for row in some:
+            line = [problem, row["method"], str(row["steps"]), number(row["seconds"])]
+            line.append(number(row["error"]))
+            line.append(number(row["early"]) if row.get("early") else "–")
+            lines.append([*line, number(row["published"]) if row["method"][:3] == "lro" else ""])
+    head = ["equation", "method", "steps", "seconds", "relative L2 error"]
+    return markdown([*head, "when the others ended", "published"], lines)
+
+
+def least_squares_scale() -> str:
+    """A step by sizes."""
+    lines = [
+        [
+            f"{row['k']:,}",
+            f"{row['d']:,}",
+            row["precision"],
+            str(row["products"]) if row["products"] else "one array",
+            number(row["seconds"]),
+            f"{row['peak_mb']:,}",
+        ]
+        for row in sorted(
+            rows("least_squares_scale"), key=lambda r: (r["precision"], r["k"], r["d"])
+        )
+    ]
+    head = ["residuals", "parameters", "precision", "products", "seconds a step", "peak, MB"]
+    return markdown(head, lines)
+
+
+def wavefunction() -> str:
+    """Energies of two electrons."""
+    lines = [
+        [
+            row["system"],
+            str(row["parameters"]),
+            str(row["steps"]),
+            number(row["seconds"]),
+            f"{row['energy']:.5f} ± {row['error']:.5f}",
+            f"{row['reference']:.5f}",
+        ]
+        for row in rows("wavefunction")
+    ]
+    return markdown(["system", "parameters", "steps", "seconds", "energy", "reference"], lines)
+
+
+def nist() -> str:
+    """How many of NIST's 54 fits each method found, and its digits."""
+    found = rows("nist")
+    methods = [key for key in found[0] if key not in ("problem", "start", "steps to 6")]
+    lines = []
+    for method in methods:
+        digits = sorted(row[method] for row in found)
+        right = sum(x >= 4 for x in digits)
+        lines.append(
+            [method, f"{right} of {len(found)}", str(digits[0]), str(digits[len(digits) // 2])]
+        )
+    return markdown(["method", "found", "fewest digits", "median digits"], lines)
+
+
 def milliseconds(x: float) -> str:
     """A time with three digits."""
     return f"{x:#.3g}".rstrip(".")
@@ -315,6 +379,10 @@ TABLES = {
         curvatures_seconds,
         matrix_shapes,
         least_squares,
+        pinns,
+        least_squares_scale,
+        wavefunction,
+        nist,
         sweeps,
         compiling,
         faults,

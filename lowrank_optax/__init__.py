@@ -8,7 +8,7 @@ under their names.
 
 import typing
 
-from lowrank_optax import basis, curvature, diagnose, experimental, inner
+from lowrank_optax import basis, curvature, diagnose, experimental, inner, least_squares
 from lowrank_optax._core.devices import shardings
 from lowrank_optax._core.layout import Layout, per_leaf
 from lowrank_optax._core.types import (
@@ -39,7 +39,12 @@ from lowrank_optax.engine.orthogonal import orthogonalize, scale_by_neuron_rms
 from lowrank_optax.engine.space import Events, GroupState, Metrics
 from lowrank_optax.engine.vectors import ScaleByLREState, scale_by_lre
 from lowrank_optax.engine.views import default_matrix_view
-from lowrank_optax.least_squares import LevenbergMarquardtState, levenberg_marquardt
+from lowrank_optax.least_squares import (
+    LevenbergMarquardtState,
+    SpringState,
+    levenberg_marquardt,
+    spring,
+)
 from lowrank_optax.recipes.kronecker import kl_shampoo, kl_soap, muon, normuon, soap_muon
 from lowrank_optax.recipes.matrices import galore, shampoo, soap
 from lowrank_optax.recipes.second_order import (
@@ -81,6 +86,7 @@ __all__ = [
     "ScaleByLREState",
     "ScaleByMatrixLREState",
     "Sides",
+    "SpringState",
     "SymmetricCorrection",
     "Vector",
     "adahessian",
@@ -94,6 +100,7 @@ __all__ = [
     "gauss_newton",
     "ggt",
     "inner",
+    "least_squares",
     "levenberg_marquardt",
     "lowrank_newton",
     "lre",
@@ -115,6 +122,7 @@ __all__ = [
     "soap_muon",
     "sophia_h",
     "spectral",
+    "spring",
     "whiten",
     "whitened_adam",
 ]

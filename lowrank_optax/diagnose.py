@@ -388,7 +388,7 @@ def scalars(state: Any) -> dict[str, float]:
 
     Args:
       state: the state of an optimizer, of a chain, or a TrainState, that holds states of
-        `scale_by_lre`, `scale_by_matrix_lre` or `levenberg_marquardt`.
+        `scale_by_lre`, `scale_by_matrix_lre`, `levenberg_marquardt` or `spring`.
 
     Returns:
       Numbers by names such as ``"lre/captured_energy"``, ``"matrices/64x256/dropped"`` or
@@ -452,5 +452,8 @@ def _figures(state: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{prefix}/rest", {"dropped": each.dropped}
     for i, each in enumerate(_inside(state, lambda x: hasattr(x, "refused"))):
         figures = {key: getattr(each, key) for key in ("loss", "damping", "relative")}
-        figures |= {"refused": each.refused, "dropped": each.nonfinite}
+        figures |= {"refused": each.refused, "products": each.products, "dropped": each.nonfinite}
         yield "levenberg_marquardt" + (f"_{i}" if i else ""), figures
+    for i, each in enumerate(_inside(state, lambda x: hasattr(x, "promise"))):
+        figures = {key: getattr(each, key) for key in ("loss", "damping", "gain", "promise")}
+        yield "spring" + (f"_{i}" if i else ""), figures | {"dropped": each.nonfinite}

@@ -175,6 +175,7 @@ RECIPES = {
     "kl_shampoo": {"learning_rate": 1e-2},
     "shampoo": {"learning_rate": 1e-2},
     "levenberg_marquardt": {},
+    "spring": {"learning_rate": 0.5},
 }
 """Every public recipe, with arguments that keep it small."""
 

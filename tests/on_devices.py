@@ -549,6 +549,30 @@ def replicas(name, **options):
 for name in ("sophia_h", "lowrank_newton", "natural_gradient"):
     CHECKS[f"replicas_{name}"] = lambda n=name: replicas(n, learning_rate=0.1, rank=3)
 CHECKS["replicas_levenberg_marquardt"] = lambda: replicas("levenberg_marquardt")
+CHECKS["replicas_by_products"] = lambda: replicas("levenberg_marquardt", rank=4)
+CHECKS["replicas_spring"] = lambda: replicas("spring")
+
+
+def products_gather_nothing():
+    """Residuals stay where they are: only sums over them are exchanged."""
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+    quick = {"trials": 2, "momenta": (0.0,), "order": 2, "axis_name": "i"}
+
+    def text(rank):
+        tx = lro.levenberg_marquardt(rank=rank, **quick)
+
+        def step(x):
+            p = jnp.ones(4)
+            return tx.update(p, tx.init(p), p, residuals_fn=lambda p: jnp.tanh(x @ p) - 0.1)[0]
+
+        local = jax.shard_map(step, mesh=mesh, in_specs=P("i"), out_specs=P(), check_vma=False)
+        return jax.jit(local).lower(jnp.ones((16, 4))).compile().as_text()
+
+    assert "all-reduce" in text(2) and "all-gather" not in text(2)
+    assert "all-gather" in text(0)
+
+
+CHECKS["products_gather_nothing"] = products_gather_nothing
 
 
 # What the compiled step exchanges ----------------------------------------------------------------

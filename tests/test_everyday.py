@@ -21,6 +21,7 @@ from cases import (
 import lowrank_optax as lro
 
 NAMES = [*RECIPES, *FURTHER]
+SQUARES = ("levenberg_marquardt", "spring")
 KEYS = [jax.random.key(i) for i in range(3)]
 X, Y = jax.random.normal(KEYS[0], (6, 6)), jax.random.normal(KEYS[1], (6, 4))
 PARAMS = {"w": 0.3 * jax.random.normal(KEYS[2], (6, 4)), "b": jnp.zeros(4)}
@@ -289,7 +290,7 @@ class Checked:
         return cls(*children)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "levenberg_marquardt"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in SQUARES])
 def test_containers_that_check_their_fields(name):
     tx, params = recipe(name), Checked(**PARAMS)
     seen = {k: (lambda p, f=f: f({"w": p.w, "b": p.b})) for k, f in TELL.items()}
@@ -357,7 +358,7 @@ def test_without_jit_a_step_compiles_once(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bad_step_costs_nothing(name):
     """No step, no momentum, no decay; and the next one is as if there had been none."""
-    options = {} if name in ("whiten", "levenberg_marquardt") else {"weight_decay": 0.1}
+    options = {} if name in ("whiten", *SQUARES) else {"weight_decay": 0.1}
     tx = recipe(name, **options)
     step = jax.jit(step_of(tx))
     params, state, _ = step(PARAMS, tx.init(PARAMS))

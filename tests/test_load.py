@@ -74,6 +74,8 @@ def optimizers():
         "soap_muon": lambda rate=1e-2: lro.soap_muon(rate),
         "whitened_adam": lambda rate=1e-2: lro.whitened_adam(rate, rank=4),
         "levenberg_marquardt": lambda rate=1e-2: lro.levenberg_marquardt(),
+        "by_products": lambda rate=1e-2: lro.levenberg_marquardt(rank=2),
+        "spring": lambda rate=1e-2: lro.spring(rate),
     }
 
 

@@ -225,6 +225,8 @@ ALL_RECIPES = {
     "natural_gradient": lro.natural_gradient(0.1, rank=3),
     "gauss_newton": lro.gauss_newton(0.1, batch=4),
     "levenberg_marquardt": lro.levenberg_marquardt(),
+    "by_products": lro.levenberg_marquardt(rank=2),
+    "spring": lro.spring(),
     "soap": lro.soap(0.1),
     "whiten": lro.whiten(rank=3),
     **OPTIMIZERS,

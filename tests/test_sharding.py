@@ -24,6 +24,8 @@ EIGHT_DEVICES = (
     "data_parallel_by_shard_map",
     "replicas_sophia_h",
     "replicas_natural_gradient",
+    "replicas_by_products",
+    "products_gather_nothing",
     "basis_eigen",
     "basis_random",
     "layers_auto",

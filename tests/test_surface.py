@@ -14,6 +14,7 @@ MODULES = (
     "diagnose",
     "experimental",
     "inner",
+    "least_squares",
     "online",
     "online.streams",
     "online.trackers",
@@ -114,19 +115,19 @@ REASONS = {
     "": {
         "an optimizer by the name that people know": "adahessian full_matrix_adam galore "
         "gauss_newton ggt kl_shampoo kl_soap levenberg_marquardt lowrank_newton lre muon "
-        "natural_gradient normuon shampoo soap soap_muon sophia_h whiten whitened_adam",
+        "natural_gradient normuon shampoo soap soap_muon sophia_h spring whiten whitened_adam",
         "the engines, for combinations without a name": "scale_by_kronecker scale_by_lre "
         "scale_by_matrix_lre",
         "transformations that stand behind any optimizer": "orthogonalize scale_by_neuron_rms",
         "what parts are made of": "basis curvature inner",
-        "other halves of the library": "diagnose online spectral",
+        "other halves of the library": "diagnose least_squares online spectral",
         "what the original has and nothing recommends": "experimental",
         "laws, for the state of an inner part from outside": "Law MATRIX MOMENTS SCALAR "
         "SECOND_MOMENT TENSOR THIRD_MOMENT VECTOR Inner",
         "what parts from outside take and return": "BasisUpdate Columns Context Correction "
         "Eigenbasis Layout Outside SymmetricCorrection Vector",
         "states, to read and to restore": "Events GroupState LevenbergMarquardtState Metrics "
-        "ScaleByLREState ScaleByMatrixLREState Sides",
+        "ScaleByLREState ScaleByMatrixLREState Sides SpringState",
         "how leaves are grouped, viewed and placed": "MatrixAxes default_matrix_view per_leaf "
         "shardings",
     },
@@ -169,6 +170,10 @@ REASONS = {
         "shapes of an update": "Cautious ClipNorm ClipNormByEMA ClipValue CopyGradSign NanToZero "
         "Normalize RMSProp Sign",
         "to combine them": "Chain Optax as_inner",
+    },
+    "least_squares": {
+        "residuals with their gradients": "PointResiduals at_points energy_residuals",
+        "what counts how much": "attention_weights causal_weights hard_constraint resample",
     },
     "online": {
         "operators, and learning them": "Learned Operator composite learner merge signed_pca",

@@ -67,6 +67,13 @@ def qr(a: jax.Array) -> jax.Array:
 
 
 @one_by_one
+def thin_qr(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``Q``, ``(n, k)``, and the triangle ``R`` of ``(n, k)``, ``k <= n``."""
+    q, r = jnp.linalg.qr(a)
+    return q, r
+
+
+@one_by_one
 def inv(a: jax.Array) -> jax.Array:
     """The inverse of ``(n, n)``."""
     return jnp.linalg.inv(a)
