@@ -275,7 +275,8 @@ def times(x: jax.Array, y: jax.Array, mirrored: str = "") -> jax.Array:
 
 def diagonal(a: jax.Array) -> jax.Array:
     """The diagonals ``(..., n)`` of ``(..., n, n)``, by sums: indices compile for longer."""
-    return jnp.sum(jnp.where(jnp.eye(a.shape[-1], dtype=bool), a, 0), axis=-1)
+    on = jnp.eye(a.shape[-1], dtype=bool)
+    return jnp.sum(jnp.where(jnp.expand_dims(on, range(a.ndim - 2)), a, 0), axis=-1)
 
 
 def norm(x: jax.Array) -> jax.Array:

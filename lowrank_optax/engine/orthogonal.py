@@ -123,7 +123,7 @@ def polar(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     bound = jnp.sqrt(jnp.sqrt(jnp.sum(k**2, axis=(1, 2), keepdims=True)))
     bound = 1.01 * jnp.where(sound, bound, 1)
     y, k = y / bound, k / bound**2
-    eye = jnp.eye(a, dtype=g.dtype)
+    eye = jnp.eye(a, dtype=g.dtype)[None]
     steps = jnp.asarray(STEPS, g.dtype)
     polynomial = lambda i, k: steps[i, 0] * eye + steps[i, 1] * k + steps[i, 2] * times(k, k)
     last = len(STEPS) - 1  # In loops, since unrolled steps compile for long.
