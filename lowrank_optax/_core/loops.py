@@ -69,8 +69,11 @@ def now_and_then(times: jax.Array, body: Callable[[jax.Array, Any], Any], carry:
 def traced_once(f: Callable[[Any], Any], given: Any) -> tuple[Callable[[Any], Any], Any]:
     """``f`` as jax traced it, for whatever has the form of ``given``, and the form of its result.
 
-    A user's function inside may take long to trace.
+    A user's function inside may take long to trace. Outside of a trace it is ``f`` itself: loops
+    in what jax traced would be compiled anew at every call.
     """
+    if not traced(given):
+        return f, jax.eval_shape(f, given)
     inside, out = jax.make_jaxpr(f, return_shape=True)(given)
     treedef = jax.tree.structure(out)
 

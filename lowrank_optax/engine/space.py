@@ -184,6 +184,11 @@ class Space(abc.ABC):
     def write(self, step: Any) -> dict[int, jax.Array]:
         """Flat leaves by their places in the tree: the inverse of `read`."""
 
+    @property
+    def cuts(self) -> bool:
+        """Whether some leaves of `write` are parts of larger arrays."""
+        return True
+
     def whole(self, step: Any) -> dict[int, jax.Array]:
         """The leaves of `write` that are no parts of larger arrays."""
         return {}

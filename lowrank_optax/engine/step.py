@@ -225,7 +225,10 @@ class Engine(abc.ABC):
                     all_of_them |= one
             return each
 
-        own, apart, active, bad = in_one_place(written, found, state.count)
+        cut = any(space.cuts for space in spaces.values())
+        own, apart, active, bad = (
+            in_one_place(written, found, state.count) if cut else written(found)
+        )
         for name, (moves, left, *_) in found.items():
             own |= spaces[name].whole(moves)
             apart |= {} if left is None else spaces[name].whole(left)

@@ -407,6 +407,10 @@ class VectorSpace(LinearSpace):
     def write(self, step: Vector) -> dict[int, jax.Array]:
         return dict(enumerate(self.layout.part(step)))
 
+    @property
+    def cuts(self) -> bool:
+        return any(len(places) > 1 for places in self.layout.pieces)
+
     def whole(self, step: Vector) -> dict[int, jax.Array]:
         pieces = zip(self.layout.pieces, step, strict=True)
         return {places[0]: x for places, x in pieces if len(places) == 1}
