@@ -26,7 +26,7 @@ class Given(lro.curvature.Curvature):
 def split(flat, sizes):
     """A list with one array a leaf, from an array whose last axis is the vector, by pieces."""
     layout = lro.Layout.of(
-        [jax.ShapeDtypeStruct((n,), jnp.float32) for n in sizes], None, joined=True
+        [jax.ShapeDtypeStruct((n,), jnp.float32) for n in sizes], None, small=True
     )
     ends = np.cumsum(layout.sizes)[:-1]
     return layout.part([jnp.asarray(x) for x in np.split(np.asarray(flat), ends, axis=-1)])

@@ -32,7 +32,7 @@ from lowrank_optax._core.devices import (
     place_of,
     put_on,
 )
-from lowrank_optax._core.pieces import pieces_of, widest_of
+from lowrank_optax._core.pieces import joined, parted, pieces_of, widest_of
 from lowrank_optax._core.types import Columns, Vector
 
 
@@ -100,7 +100,7 @@ class Layout:
         groups: Callable[[Any], Hashable] | None,
         rows: Any = None,
         owner: str = "scale_by_lre",
-        joined: bool = False,
+        small: bool = False,
     ) -> "Layout":
         """Reads the layout of a tree of floating-point arrays, or of their shapes.
 
@@ -111,7 +111,7 @@ class Layout:
           rows: dtype in which rows are stored; ``None`` for that of each leaf, the widest in a
             piece.
           owner: name that messages begin with.
-          joined: whether small leaves are joined into pieces; else every leaf is one.
+          small: whether small leaves are joined into pieces; else every leaf is one.
 
         Returns:
           The layout.
@@ -130,7 +130,7 @@ class Layout:
             tuple(np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape)
             for _, leaf in leaves
         )
-        pieces = pieces_of(labels, shapes, joined)
+        pieces = pieces_of(labels, shapes, small)
         return cls(
             treedef=treedef,
             names=names,
@@ -179,21 +179,29 @@ class Layout:
 
     def join(self, leaves: Sequence[Any], head: tuple[int, ...], dtypes: Sequence[Any]) -> Columns:
         """Leaves ``(*head, *shape)`` as pieces ``(*head, size)`` of the ``dtypes``."""
-        sizes = [math.prod(shape) for shape in self.shapes]
-        flat = [jnp.reshape(x, (*head, size)) for x, size in zip(leaves, sizes, strict=True)]
+        pairs = zip(leaves, self.shapes, strict=True)
+        flat = [jnp.reshape(x, (*head, math.prod(shape))) for x, shape in pairs]
         each = [
-            [flat[i].astype(dtype) for i in piece]
-            for piece, dtype in zip(self.pieces, dtypes, strict=True)
+            [flat[i].astype(dtype) for i in places]
+            for places, dtype in zip(self.pieces, dtypes, strict=True)
         ]
-        return [x[0] if len(x) == 1 else jnp.concatenate(x, axis=-1) for x in each]
+        return [x[0] if len(x) == 1 else joined(list(map(self._split_one, x))) for x in each]
 
     def part(self, pieces: Vector | Columns) -> list[jax.Array]:
         """Pieces ``(..., size)`` as flat leaves ``(..., leaf.size)``, the inverse of `join`."""
         leaves: dict[int, jax.Array] = {}
         for places, x in zip(self.pieces, pieces, strict=True):
-            ends = np.cumsum([math.prod(self.shapes[i]) for i in places])[:-1]
-            leaves |= dict(zip(places, jnp.split(x, ends, axis=-1), strict=True))
+            sizes = [math.prod(self.shapes[i]) for i in places]
+            parts = [x] if len(places) == 1 else map(self._split_one, parted(x, sizes))
+            leaves |= zip(places, parts, strict=True)
         return [leaves[i] for i in range(len(self.names))]
+
+    def _split_one(self, x: jax.Array) -> jax.Array:
+        """A leaf's flat array, split over the devices along its last axis."""
+        if self.mesh is None:
+            return x
+        axes = dividing_axes(x.shape[-1], self.mesh) or None
+        return put_on(x, self.mesh, P(*[None] * (x.ndim - 1), axes))
 
     def of_leaves(self, values: jax.Array) -> list[jax.Array]:
         """From an array ``(n, ...)`` the value of each leaf's group, one entry for every leaf."""
@@ -280,7 +288,7 @@ class Layout:
         """Columns as a tree with leaves ``(k, *shape)``, the inverse of `columns`."""
         return self.treedef.unflatten(
             [
-                jnp.reshape(_narrow(x, dtype), (-1, *shape))
+                jnp.reshape(_narrow(x, dtype), (*x.shape[:-1], *shape))
                 for x, shape, dtype in zip(
                     self.part(columns), self.shapes, self.dtypes, strict=True
                 )

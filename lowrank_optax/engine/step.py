@@ -225,7 +225,7 @@ class Engine(abc.ABC):
                     all_of_them |= one
             return each
 
-        cut = any(space.cuts for space in spaces.values())
+        cut = layout.mesh is None and any(space.cuts for space in spaces.values())
         own, apart, active, bad = (
             in_one_place(written, found, state.count) if cut else written(found)
         )

@@ -220,7 +220,7 @@ class VectorEngine(Engine):
         return learned or "probe" in _needs(self.inner)
 
     def _init(self, params: Any) -> ScaleByLREState:
-        layout = Layout.of(params, self.groups, self.dtype, joined=True)
+        layout = Layout.of(params, self.groups, self.dtype, small=True)
         rank = self.basis.coordinates(layout)
         every = self.update_every
         period = min(int(every), rank) if isinstance(every, numbers.Integral) else rank
@@ -243,7 +243,7 @@ class VectorEngine(Engine):
     def layout(self, updates: Any, state: ScaleByLREState, params: Any) -> Layout:
         """The layout that ``init`` saw: that of the parameters or, without them, of their rows."""
         given = updates if params is None else params
-        layout = Layout.of(given, self.groups, self.dtype, joined=True)
+        layout = Layout.of(given, self.groups, self.dtype, small=True)
         if params is None:
             rows = getattr(state.basis, "rows", ()) if self.dtype is None else ()
             layout = layout.kept_in(state.metrics.captured.dtype, rows)
