@@ -186,7 +186,7 @@ def test_points_give_residuals_and_their_gradients(x64):
         ((lambda p, x: x, {"a": jnp.ones(3), "b": jnp.ones(4)}),),
         ((lambda p, x: x, jnp.ones(3), jnp.ones(2)),),
     ],
-    ids=str,
+    ids=["nothing", "a_number", "points_of_two_lengths", "weights_of_another_length"],
 )
 def test_parts_are_checked(parts):
     with pytest.raises(ValueError, match="pass"):
