@@ -39,7 +39,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 SECONDS = Path(__file__).with_name("seconds.json")
 """Seconds of each test, a mean over its cases, as `tests/seconds.py` wrote them down."""
 
-CASES, ALONE = 3.0, 8.0
+CASES, ALONE = 1.5, 4.0
 """Seconds that the quick set gives to all cases of a test, and to a test that has one."""
 
 
