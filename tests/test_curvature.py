@@ -708,8 +708,10 @@ def test_examples_equal_dense_sums(kind, how, kept, x64):
         if how == "given"
         else update(**{name: fn})(g, init(params), params)
     )
-    j = np.concatenate([np.asarray(x).reshape(5, -1) for x in jax.tree.leaves(jac)], axis=1)
-    flat = lambda t: np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
+    # In the order of the state's coordinates, which is that of the pieces.
+    layout = lro.Layout.of(params, None, small=True)
+    j = np.concatenate(layout.columns(jac, "test")[0], axis=1)
+    flat = lambda t: np.concatenate(layout.flatten(t))
     np.testing.assert_allclose(dense(state), j.T @ j, atol=1e-10)
     np.testing.assert_allclose(flat(u), j.T @ j @ flat(g), rtol=1e-8)
 
