@@ -1,7 +1,7 @@
 """Trees of parameters seen as vectors in groups, and the rows that are stored beside them.
 
 A `Layout` is the static picture of a tree: its leaves, their shapes, and which group each belongs
-to. Vectors are lists of flat leaves, rows are lists of ``(m, leaf.size)`` arrays: two-dimensional
+to. Vectors are lists of flat arrays, rows are lists of ``(m, size)`` arrays: two-dimensional
 because XLA copies rows that carry a leaf's own shape. Sums over the leaves of a group give small
 arrays with a leading axis of groups. Large leaves are never concatenated. Small ones can be joined
 into *pieces*, because XLA compiles every operation on every array anew.
@@ -43,7 +43,7 @@ class Layout:
     A basis or a curvature gets a layout from the engine and works in three kinds of values:
 
     * a *vector* is a list with one flat array ``(size,)`` for every piece: a large leaf, or several
-      small ones of one group, one after another;
+      small ones of one group, as `lowrank_optax._core.pieces` joins them;
     * *columns* (or rows) are a list with one array ``(k, size)`` for every piece;
     * a small array has a leading axis of the ``n`` groups, whose leaves belong together.
 

@@ -75,12 +75,12 @@ class Space(NamedTuple):
     Attributes:
       w: rows ``(m, d)``, orthonormal or zero.
       u: rows ``(m, k)``, orthonormal over all devices or zero.
-      l: lower triangle ``(m, m)``.
+      lower: the triangle ``L``, ``(m, m)``.
     """
 
     w: jax.Array
     u: jax.Array
-    l: jax.Array  # noqa: E741
+    lower: jax.Array
 
 
 def absorb(space: Space, i: jax.Array, w: jax.Array, push: Callable, total: Callable) -> Space:
@@ -93,7 +93,7 @@ def absorb(space: Space, i: jax.Array, w: jax.Array, push: Callable, total: Call
     w = jnp.where(rest > 16 * eps * length, linalg.safe_divide(w, rest), 0)
     z = push(w)
     length = jnp.sqrt(total(jnp.vdot(z, z)))
-    row = jnp.zeros(space.l.shape[0], w.dtype)
+    row = jnp.zeros(space.lower.shape[0], w.dtype)
     for _ in range(2):
         h = total(space.u @ z)
         z, row = z - h @ space.u, row + h
@@ -103,7 +103,7 @@ def absorb(space: Space, i: jax.Array, w: jax.Array, push: Callable, total: Call
     return Space(
         space.w.at[i].set(w),
         space.u.at[i].set(jnp.where(new, linalg.safe_divide(z, rest), 0)),
-        space.l.at[i].set(row),
+        space.lower.at[i].set(row),
     )
 
 
@@ -151,7 +151,7 @@ def by_products(
 
     go = lambda carry: (carry[0] < m) & sound & (jnp.linalg.norm(carry[2]) > least)
     i, space, _ = while_loop(go, step, (jnp.int32(n), space, slope))
-    left, s, right = linalg.thin_svd(jnp.where(sound, space.l, 0))  # L = left diag(s) right
+    left, s, right = linalg.thin_svd(jnp.where(sound, space.lower, 0))  # L = left diag(s) right
     u, w = right @ space.u, left.T @ space.w
     top = jnp.max(s) ** 2
 
