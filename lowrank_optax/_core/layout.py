@@ -196,13 +196,6 @@ class Layout:
             leaves |= zip(places, parts, strict=True)
         return [leaves[i] for i in range(len(self.names))]
 
-    def _split_one(self, x: jax.Array) -> jax.Array:
-        """A leaf's flat array, split over the devices along its last axis."""
-        if self.mesh is None:
-            return x
-        axes = dividing_axes(x.shape[-1], self.mesh) or None
-        return put_on(x, self.mesh, P(*[None] * (x.ndim - 1), axes))
-
     def of_leaves(self, values: jax.Array) -> list[jax.Array]:
         """From an array ``(n, ...)`` the value of each leaf's group, one entry for every leaf."""
         each: dict[int, jax.Array] = {}
@@ -230,14 +223,14 @@ class Layout:
 
     def split(self, arrays: Vector | Columns) -> Vector | Columns:
         """Vectors or rows split over the devices along their last axis."""
-        if self.mesh is None:
-            return arrays
-        return [put_on(x, self.mesh, s) for x, s in zip(arrays, self._specs(arrays), strict=True)]
+        return arrays if self.mesh is None else list(map(self._split_one, arrays))
 
-    def _specs(self, arrays: Vector | Columns) -> list[P]:
-        """How vectors or rows are split."""
-        axes = [dividing_axes(size, self.mesh) or None for size in self.sizes]
-        return [P(*[None] * (x.ndim - 1), a) for x, a in zip(arrays, axes, strict=True)]
+    def _split_one(self, x: jax.Array) -> jax.Array:
+        return x if self.mesh is None else put_on(x, self.mesh, self._spec(x))
+
+    def _spec(self, x: jax.Array) -> P:
+        """How an array of a vector, of rows or of a leaf is split."""
+        return P(*[None] * (x.ndim - 1), dividing_axes(x.shape[-1], self.mesh) or None)
 
     def _locally(self, run: Callable[..., Any], given: Any, out: Any) -> Any:
         """``run(places, *given)`` on each device's own columns.
@@ -246,7 +239,8 @@ class Layout:
         that has it. Lists in ``given`` hold one array a piece, as do those in ``out``.
         """
         axes = free_axes(self.mesh)
-        specs = lambda tree: tuple(self._specs(x) if isinstance(x, list) else P() for x in tree)
+        spec = lambda x: [self._spec(y) for y in x] if isinstance(x, list) else P()
+        specs = lambda tree: tuple(map(spec, tree))
 
         def mine(*given):
             return run([place_of(size, self.mesh) for size in self.sizes], *given)
